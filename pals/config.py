@@ -1,0 +1,374 @@
+"""The profile on disk, presets, and ``PALS_*`` variables (read nowhere else).
+
+A profile is one folder (mode 0700)::
+
+    identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
+    node.lock                 held by the process that runs with this identity
+    swarms/<hex>/swarm.json   SwarmEntry, 0600: it holds the swarm secret
+    swarms/<hex>/operator.key Ed25519 private key, PEM, 0600 (the operator only)
+    swarms/<hex>/roster.bin   the last verified roster
+
+Files are written atomically; a secret that others can read is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import platformdirs
+
+from pals.errors import (
+    InvalidConfig,
+    NoSwarm,
+    ProfileExposed,
+    ProfileInUse,
+    ProfileMissing,
+    SwarmSecretInvalid,
+)
+
+SECRET_BYTES = 32
+MAX_CONFIG_BYTES = 1 << 20
+PRIVATE_FILE = 0o600
+PRIVATE_FOLDER = 0o700
+
+SWARM_SECRET_VARIABLE = "PALS_SWARM_SECRET"
+INVITE_VARIABLE = "PALS_INVITE"
+API_KEY_VARIABLE = "PALS_API_KEY"
+CONFIG_DIR_VARIABLE = "PALS_CONFIG_DIR"
+CACHE_DIR_VARIABLE = "PALS_CACHE_DIR"
+
+
+# --- environment ---------------------------------------------------------------------
+
+
+def config_dir(option: Path | None = None) -> Path:
+    """Return the profile folder: the option, else ``PALS_CONFIG_DIR``, else the XDG one."""
+    if option is not None:
+        return option
+    return Path(os.environ.get(CONFIG_DIR_VARIABLE) or platformdirs.user_config_path("pals"))
+
+
+def cache_dir() -> Path:
+    """Return the folder of imported models and compiled programs."""
+    return Path(os.environ.get(CACHE_DIR_VARIABLE) or platformdirs.user_cache_path("pals"))
+
+
+def take_environment(variable: str) -> str | None:
+    """Return a ``PALS_*`` variable and remove it, so that no child inherits it."""
+    return os.environ.pop(variable, None) or None
+
+
+def limit_compute_threads(threads: int | None) -> None:
+    """Bound XLA's CPU thread pool; must run before jax makes its first client.
+
+    XLA sizes the pool from ``NPROC`` and otherwise from the cores it may run on.
+    """
+    if threads is not None:
+        os.environ["NPROC"] = str(threads)
+
+
+# --- secrets -------------------------------------------------------------------------
+
+
+class SwarmSecret:
+    """The 32 random bytes of one epoch; its text form never shows in a repr."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != SECRET_BYTES:
+            raise SwarmSecretInvalid(problem=f"{len(key)} bytes long instead of {SECRET_BYTES}")
+        self._key = key
+
+    @classmethod
+    def generate(cls) -> SwarmSecret:
+        return cls(os.urandom(SECRET_BYTES))
+
+    @classmethod
+    def parse(cls, text: str | None) -> SwarmSecret:
+        """Read the 44-character base64 form.
+
+        Raises:
+            SwarmSecretInvalid: ``text`` is missing or malformed.
+        """
+        if not text:
+            raise SwarmSecretInvalid(problem="missing")
+        try:
+            return cls(base64.b64decode(text, validate=True))
+        except (binascii.Error, ValueError):
+            raise SwarmSecretInvalid(problem="malformed: not standard base64") from None
+
+    def reveal(self) -> bytes:
+        return self._key
+
+    def to_text(self) -> str:
+        return base64.b64encode(self._key).decode()
+
+    def __repr__(self) -> str:
+        return "SwarmSecret(…)"
+
+
+# --- files ---------------------------------------------------------------------------
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` with mode 0600, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_private(path: Path) -> bytes:
+    """Read a secret file.
+
+    Raises:
+        ProfileMissing: There is no such regular file.
+        ProfileExposed: Others may read it.
+        InvalidConfig: It is larger than a profile file can be.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ProfileMissing(path=path) from error
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        check_private(path, status, PRIVATE_FILE)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
+            raise InvalidConfig(
+                source=path,
+                problem=f"not a regular file of at most {MAX_CONFIG_BYTES} bytes",
+                advice="restore it from a backup or make a new profile",
+            )
+        return file.read(MAX_CONFIG_BYTES)
+
+
+def check_private(path: Path, status: os.stat_result, wanted: int) -> None:
+    """Raise `ProfileExposed` when group or others have any right to ``path``."""
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        raise ProfileExposed(path=path, mode=mode, wanted=wanted)
+
+
+# --- profile -------------------------------------------------------------------------
+
+
+class SwarmEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a profile knows of one swarm; the file that holds it is 0600."""
+
+    swarm_id: str
+    name: str
+    model: str
+    backend_url: str
+    epoch: int
+    swarm_secret: str
+    peer_credential: str
+
+    def __repr__(self) -> str:
+        return f"SwarmEntry(swarm_id={self.swarm_id[:8]}…, name={self.name!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A profile folder; methods read and write its files."""
+
+    path: Path
+
+    @property
+    def identity_path(self) -> Path:
+        return self.path / "identity.key"
+
+    def create_folder(self) -> None:
+        """Make the folder with mode 0700, or check the one that is there."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        self.check_folder()
+
+    def check_folder(self) -> None:
+        """Raise unless the folder exists and is private.
+
+        Raises:
+            ProfileMissing: There is no such folder.
+            ProfileExposed: Others may look into it.
+        """
+        if not self.path.is_dir():
+            raise ProfileMissing(path=self.path)
+        check_private(self.path, self.path.stat(), PRIVATE_FOLDER)
+
+    def swarm_folder(self, swarm_id: str) -> Path:
+        return self.path / "swarms" / swarm_id
+
+    def operator_key_path(self, swarm_id: str) -> Path:
+        return self.swarm_folder(swarm_id) / "operator.key"
+
+    def roster_path(self, swarm_id: str) -> Path:
+        return self.swarm_folder(swarm_id) / "roster.bin"
+
+    def swarm_ids(self) -> list[str]:
+        """Return the ids (hex) of the swarms that this profile belongs to."""
+        folder = self.path / "swarms"
+        return sorted(p.parent.name for p in folder.glob("*/swarm.json"))
+
+    def save_swarm(self, entry: SwarmEntry) -> None:
+        folder = self.swarm_folder(entry.swarm_id)
+        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        write_private(folder / "swarm.json", msgspec.json.format(msgspec.json.encode(entry)))
+
+    def load_swarm(self) -> SwarmEntry:
+        """Return the profile's swarm.
+
+        Raises:
+            ProfileMissing: The folder is not there.
+            ProfileExposed: A secret can be read by others.
+            NoSwarm: The profile belongs to no swarm.
+            InvalidConfig: The file is damaged, or there are several swarms.
+        """
+        self.check_folder()
+        ids = self.swarm_ids()
+        if not ids:
+            raise NoSwarm(path=self.path)
+        if len(ids) > 1:
+            raise InvalidConfig(
+                source=self.path,
+                problem=f"the profile belongs to {len(ids)} swarms",
+                advice="use one profile for each swarm with `--config-dir`",
+            )
+        path = self.swarm_folder(ids[0]) / "swarm.json"
+        try:
+            return msgspec.json.decode(read_private(path), type=SwarmEntry)
+        except msgspec.MsgspecError as error:
+            raise InvalidConfig(
+                source=path, problem=str(error), advice="run `pals login` with a new invite"
+            ) from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the identity: two processes with one libp2p identity confuse every peer.
+
+        Raises:
+            ProfileInUse: Another process holds it.
+        """
+        path = self.path / "node.lock"
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_FILE)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                pid = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise ProfileInUse(path=self.path, pid=pid) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            yield
+        finally:
+            os.close(handle)
+
+
+# --- presets -------------------------------------------------------------------------
+
+
+class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the membership service listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8470
+
+
+class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the OpenAI endpoint listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+
+
+class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The libp2p side of ``pals shard`` and ``pals serve``."""
+
+    listen: str = "/ip4/0.0.0.0/tcp/0"
+    peers: tuple[str, ...] = ()
+    poll_interval_s: float = 27.0
+    step_deadline_s: float = 30.0
+    session_idle_s: float = 120.0
+
+
+class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a shard reserves."""
+
+    dtype: str = "bf16"
+    max_sessions: int = 4
+    max_context_tokens: int = 2048
+    max_chunk_tokens: int = 256
+
+
+class DemoSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``pals demo`` starts."""
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    prompt: str = "What is the capital of France? Answer in one sentence."
+    max_tokens: int = 64
+    layers: tuple[str, ...] = ()
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A preset: one TOML file in configs/, over which flags and variables win."""
+
+    backend: BackendSettings = BackendSettings()
+    serve: ServeSettings = ServeSettings()
+    node: NodeSettings = NodeSettings()
+    shard: ShardSettings = ShardSettings()
+    demo: DemoSettings = DemoSettings()
+
+
+def presets_folder() -> Path:
+    """Return the folder of the shipped presets, installed or in the source tree."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def load_settings(preset: str | None = None) -> Settings:
+    """Read a preset by its name in configs/, or by its path.
+
+    Raises:
+        InvalidConfig: There is no such preset, or it does not parse.
+    """
+    path = preset_path(preset or "default")
+    try:
+        return msgspec.toml.decode(path.read_bytes()[:MAX_CONFIG_BYTES], type=Settings)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise InvalidConfig(
+            source=path, problem=str(error), advice="compare it with configs/default.toml"
+        ) from error
+
+
+def preset_path(preset: str) -> Path:
+    """Return the file of a preset: a path when it has a slash or a suffix, else a name."""
+    if "/" in preset or preset.endswith(".toml"):
+        return Path(preset)
+    path = presets_folder() / f"{preset}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in presets_folder().glob("*.toml")))
+        raise InvalidConfig(
+            source=f"preset `{preset}`", problem="there is none of that name", advice=f"choose one of: {known}"
+        )
+    return path
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Return this process's environment without any ``PALS_*`` secret, plus ``extra``."""
+    secrets = {SWARM_SECRET_VARIABLE, INVITE_VARIABLE, API_KEY_VARIABLE}
+    return {k: v for k, v in os.environ.items() if k not in secrets} | dict(extra)

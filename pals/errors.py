@@ -1,0 +1,387 @@
+"""The one tree of errors.
+
+Every error stores fields, never a finished sentence: ``str(error)`` renders what
+happened with the values and ``error.hint`` says what to do. Tests assert on fields.
+``exit_code`` is the status of a command, ``http_status`` that of a response.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PalsError(Exception):
+    """Base of every error that Pals raises on purpose.
+
+    Subclasses set the class attributes and pass their fields as keyword arguments;
+    ``message`` and ``hint`` are templates over these fields.
+    """
+
+    code: ClassVar[str] = "PALS-INTERNAL"
+    message: ClassVar[str] = "internal error"
+    hint_template: ClassVar[str] = ""
+    exit_code: ClassVar[int] = 1
+    http_status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__()
+        self.fields = fields
+
+    def __str__(self) -> str:
+        return self.message.format(**self.fields)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    @property
+    def hint(self) -> str:
+        """What to do about it, or an empty string."""
+        return self.hint_template.format(**self.fields)
+
+
+class UserError(PalsError):
+    """A flag, a file or an environment variable that the user can mend."""
+
+    code = "PALS-USER"
+    exit_code = 2
+    http_status = 400
+
+
+class ModelError(PalsError):
+    """A model that cannot be found, read or run."""
+
+    code = "PALS-MODEL"
+    exit_code = 4
+    http_status = 400
+
+
+class PeerError(PalsError):
+    """Another machine is unreachable, refused, or does not fit."""
+
+    code = "PALS-PEER"
+    exit_code = 3
+    http_status = 503
+    retryable = True
+
+
+class CapacityError(PalsError):
+    """A limit on memory, slots or queues is reached."""
+
+    code = "PALS-CAPACITY"
+    exit_code = 5
+    http_status = 429
+    retryable = True
+
+
+class ProtocolError(PalsError):
+    """Bytes from a peer that the protocol does not allow."""
+
+    code = "PALS-PROTOCOL"
+    exit_code = 3
+    http_status = 502
+
+
+# --- users ---------------------------------------------------------------------------
+
+
+class InvalidLayerRange(UserError):
+    """A layer range that is not ``a:b`` with ``0 <= a < b``."""
+
+    code = "PALS-USER-LAYERS"
+    message = "not a layer range: `{text}`"
+    hint_template = "write a half-open range such as `--layers 0:10`"
+
+
+class LayersOutsideModel(UserError):
+    """A layer range that reaches past the model's last layer."""
+
+    code = "PALS-USER-LAYERS-OUTSIDE"
+    message = "layers `{layers}` reach past the model, which has {num_layers} layers"
+    hint_template = "choose a range within `0:{num_layers}`"
+
+
+class InvalidConfig(UserError):
+    """A configuration file, preset or environment variable that cannot be used."""
+
+    code = "PALS-USER-CONFIG"
+    message = "{source}: {problem}"
+    hint_template = "{advice}"
+
+
+class ProfileMissing(UserError):
+    """The profile folder or a file in it does not exist."""
+
+    code = "PALS-USER-PROFILE-MISSING"
+    message = "no profile at `{path}`"
+    hint_template = "run `pals init`, then `pals swarm create` or `pals login`"
+
+
+class ProfileExposed(UserError):
+    """A secret of the profile that other users of the machine can read."""
+
+    code = "PALS-USER-PROFILE-EXPOSED"
+    message = "`{path}` can be read by other users: mode {mode:o}"
+    hint_template = "run `chmod {wanted:o} {path}`, and rotate the secret if others use this machine"
+
+
+class ProfileInUse(UserError):
+    """Another process already runs with this profile's identity."""
+
+    code = "PALS-USER-PROFILE-IN-USE"
+    message = "the identity in `{path}` is in use by process {pid}"
+    hint_template = "stop that process, or use another profile with `--config-dir`"
+
+
+class NoSwarm(UserError):
+    """The profile belongs to no swarm."""
+
+    code = "PALS-USER-NO-SWARM"
+    message = "the profile at `{path}` belongs to no swarm"
+    hint_template = "run `pals swarm create`, or redeem an invite with `pals login`"
+
+
+class SwarmSecretInvalid(UserError):
+    """``PALS_SWARM_SECRET`` is missing or malformed; there is no plaintext mode."""
+
+    code = "PALS-USER-SWARM-SECRET"
+    message = "the swarm secret is {problem}"
+    hint_template = "start through the `pals` command, which reads it from the profile, or run `pals login` again"
+
+
+class SecretOnCommandLine(UserError):
+    """A secret was given as a command-line argument, where every user can read it."""
+
+    code = "PALS-USER-SECRET-ARGV"
+    message = "secrets are not taken from the command line: {name}"
+    hint_template = "pass it in the environment as `{variable}`, or on standard input"
+
+
+class PublicBindWithoutKey(UserError):
+    """A bind that other machines can reach, without an API key."""
+
+    code = "PALS-USER-PUBLIC-BIND"
+    message = "refusing to listen on `{host}` without an API key"
+    hint_template = "set `PALS_API_KEY`, or bind to `127.0.0.1`"
+
+
+class PortInUse(UserError):
+    """The address is taken by another process."""
+
+    code = "PALS-USER-PORT"
+    message = "cannot listen on {host}:{port}: {problem}"
+    hint_template = "choose another port with `--port`, or stop what listens there"
+
+
+class MissingExtra(UserError):
+    """An optional package that a command needs is not installed."""
+
+    code = "PALS-USER-EXTRA"
+    message = "`{package}` is not installed"
+    hint_template = "run `pip install 'pals[{extra}]'`"
+
+
+# --- membership ----------------------------------------------------------------------
+
+
+class InvalidInvite(UserError):
+    """An invite that is malformed, or that was made for something else."""
+
+    code = "PALS-INVITE-INVALID"
+    message = "not a valid invite: {problem}"
+    hint_template = "copy the whole `pp_inv_…` string again, or ask the operator for a new one"
+
+
+class InviteRefused(UserError):
+    """The backend does not accept the invite (unknown, spent, revoked or expired)."""
+
+    code = "PALS-INVITE-REFUSED"
+    message = "the backend refused the invite: unknown, spent, revoked or expired"
+    hint_template = "ask the operator for a new one: `pals invite create`"
+    http_status = 403
+
+
+class InvalidRecord(ProtocolError):
+    """A membership record that does not decode, verify or fit the chain."""
+
+    code = "PALS-RECORD-INVALID"
+    message = "membership record {kind} refused: {problem}"
+    http_status = 400
+
+
+class BackendUnreachable(PeerError):
+    """The membership backend did not answer."""
+
+    code = "PALS-BACKEND-UNREACHABLE"
+    message = "the backend at {url} did not answer: {problem}"
+    hint_template = "check that `pals backend` runs there and that this machine can reach it"
+
+
+class BackendRefused(PeerError):
+    """The membership backend answered with an error."""
+
+    code = "PALS-BACKEND-REFUSED"
+    message = "the backend at {url} answered {status}: {problem}"
+    retryable = False
+
+
+class UnknownPeer(UserError):
+    """A peer id that is not on the roster."""
+
+    code = "PALS-PEER-UNKNOWN"
+    message = "no live member `{peer}` in this swarm"
+    hint_template = "run `pals peers list` to see the members"
+    http_status = 404
+
+
+class NotOperator(UserError):
+    """The profile does not hold the swarm's operator key."""
+
+    code = "PALS-USER-NOT-OPERATOR"
+    message = "the profile at `{path}` does not hold this swarm's operator key"
+    hint_template = "run this on the machine that made the swarm"
+
+
+class RosterUnavailable(PeerError):
+    """No verified roster: serving without one would let everybody in."""
+
+    code = "PALS-ROSTER-NONE"
+    message = "no verified member list: {problem}"
+    hint_template = "start when the backend at {url} can be reached; nothing is served without a list"
+
+
+class SwarmFull(CapacityError):
+    """The roster has as many live members as it may."""
+
+    code = "PALS-ROSTER-FULL"
+    message = "the swarm has {count} members, the most it may have"
+    hint_template = "remove a member with `pals peers kick`"
+
+
+# --- models --------------------------------------------------------------------------
+
+
+class ModelNotFound(ModelError):
+    """No local model of that name, and the hub does not give it."""
+
+    code = "PALS-MODEL-NOT-FOUND"
+    message = "no model `{model}`: {problem}"
+    hint_template = "check the name, the network, or import a file with `pals models import FILE.gguf`"
+    http_status = 404
+
+
+class UnsupportedModel(ModelError):
+    """A model family, key or value that this version does not implement."""
+
+    code = "PALS-MODEL-UNSUPPORTED"
+    message = "{source}: {problem}"
+    hint_template = "see docs/models.md for the families and options that run"
+
+
+class CorruptModel(ModelError):
+    """A model file that lies about itself."""
+
+    code = "PALS-MODEL-CORRUPT"
+    message = "{source}: {problem}"
+    hint_template = "delete the file and download or import it again"
+
+
+class TemplateError(ModelError):
+    """The chat template refuses the messages or cannot be rendered."""
+
+    code = "PALS-MODEL-TEMPLATE"
+    message = "the chat template cannot render these messages: {problem}"
+    hint_template = "check the roles and their order"
+
+
+class ContextTooLong(UserError):
+    """Prompt and answer do not fit the context of the chain."""
+
+    code = "context_length_exceeded"
+    message = (
+        "this model's maximum context length is {limit} tokens; the request asks for "
+        "{total} ({prompt} in the messages, {completion} in the completion)"
+    )
+    hint_template = "shorten the messages or lower `max_tokens`"
+
+
+# --- peers ---------------------------------------------------------------------------
+
+
+class NoChain(PeerError):
+    """No set of reachable shards covers every layer."""
+
+    code = "PALS-NO-CHAIN"
+    message = "no chain covers `{model}`: layers {missing} are served by nobody reachable"
+    hint_template = "start one with `pals shard {model} --layers {missing}`"
+
+
+class PeerUnreachable(PeerError):
+    """A member could not be dialled, or went away."""
+
+    code = "PALS-PEER-UNREACHABLE"
+    message = "peer {peer} is unreachable: {problem}"
+    hint_template = "check that it runs, and its address and firewall"
+
+
+class ShardLost(PeerError):
+    """A shard of a running session went away."""
+
+    code = "PALS-SHARD-LOST"
+    message = "lost the peer {peer} that serves layers {layers}: {problem}"
+    hint_template = "send the request again when another peer serves these layers"
+
+
+class StepTimeout(PeerError):
+    """No token came within the deadline of a step."""
+
+    code = "PALS-STEP-TIMEOUT"
+    message = "no token within {deadline_s} s from the chain {chain}"
+    hint_template = "look at `pals peers list` and the logs of these peers"
+
+
+class WireVersionMismatch(ProtocolError):
+    """The two sides speak different versions of the link protocol."""
+
+    code = "PALS-WIRE-VERSION"
+    message = "peer {peer} speaks wire version {theirs}, this machine speaks {ours}"
+    hint_template = "install the same version of pals on both machines"
+
+
+class LinkRefused(ProtocolError):
+    """The link handshake failed: another swarm, epoch or secret."""
+
+    code = "PALS-LINK-REFUSED"
+    message = "link with peer {peer} refused: {problem}"
+    hint_template = "check that both machines joined the same swarm; run `pals login` again if the secret was rotated"
+
+
+class InvalidFrame(ProtocolError):
+    """A frame that is not the expected one or does not open; the link is dropped."""
+
+    code = "PALS-FRAME-INVALID"
+    message = "frame from peer {peer} refused: {problem}"
+
+
+class SessionRefused(PeerError):
+    """A shard does not take the session."""
+
+    code = "PALS-SESSION-REFUSED"
+    message = "peer {peer} refused the session: {problem}"
+    hint_template = "try again when it is less busy, or start another shard"
+
+
+class ShardFull(CapacityError):
+    """Every session slot of a shard is taken."""
+
+    code = "PALS-SHARD-FULL"
+    message = "all {slots} session slots of the shard are taken"
+    hint_template = "try again in a moment"
+
+
+class QueueFull(CapacityError):
+    """A bounded queue is full."""
+
+    code = "PALS-QUEUE-FULL"
+    message = "the {queue} queue is full: {limit}"
+    hint_template = "try again in a moment"

@@ -1,0 +1,95 @@
+"""Frozen values and ids that every part of Pals shares.
+
+Nothing here imports a heavy package. Shape letters are those of the glossary in
+docs/concepts.md: ``T`` query tokens, ``D`` hidden_size, ``V`` vocab_size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NewType
+
+from pals.errors import InvalidLayerRange
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id in base58 (``12D3Koo…``)."""
+
+SwarmId = NewType("SwarmId", bytes)
+"""SHA-256 of the swarm's genesis record, 32 bytes."""
+
+SessionId = NewType("SessionId", bytes)
+"""One sequence's life over a chain, 16 random bytes."""
+
+Dtype = Literal["bf16", "f32"]
+"""Compute dtype of a shard; activations travel in the same dtype."""
+
+DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "f32": 4}
+
+_RANGE = re.compile(r"^(\d{1,5}):(\d{1,5})$")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerRange:
+    """The half-open range of decoder layers ``[start, stop)`` that one shard holds."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise InvalidLayerRange(text=f"{self.start}:{self.stop}")
+
+    @classmethod
+    def parse(cls, text: str) -> LayerRange:
+        """Read ``"a:b"``.
+
+        Raises:
+            InvalidLayerRange: ``text`` is not two numbers with ``a < b``.
+        """
+        match = _RANGE.match(text)
+        if match is None:
+            raise InvalidLayerRange(text=text)
+        return cls(int(match[1]), int(match[2]))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the tail turns logits into one token for one session.
+
+    Attributes:
+        temperature: 0 is greedy; otherwise logits are divided by it. Range 0 to 2.
+        top_p: Smallest probability mass to sample from, in (0, 1].
+        seed: Start of the session's random stream. The token at a position depends on
+            ``(seed, position)`` and the logits only, never on what else is in the batch.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What one shard reserves and compiles for.
+
+    Attributes:
+        max_sessions: Sessions that hold KV cache at one time (one slot each).
+        max_context_tokens: Tokens (prompt and answer) one session may reach.
+        max_chunk_tokens: Tokens of one prefill step; a power of two.
+    """
+
+    max_sessions: int = 4
+    max_context_tokens: int = 2048
+    max_chunk_tokens: int = 256
+
+
+def short_id(value: str | bytes) -> str:
+    """Return the 8-character form used in logs and tables."""
+    return value.hex()[:8] if isinstance(value, bytes) else value[-8:]
