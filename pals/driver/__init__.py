@@ -1,0 +1,1 @@
+"""Sessions of one user: messages in, text out, over a chain of shards."""

@@ -1,0 +1,32 @@
+"""What every test shares: no network, no profile and no cache of the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pals import config
+
+
+@pytest.fixture(autouse=True)
+def isolated_environment(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Point every folder at a fresh one, and keep the hub and inherited secrets out."""
+    for variable in (config.SWARM_SECRET_VARIABLE, config.INVITE_VARIABLE, config.API_KEY_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(
+        config.CONFIG_DIR_VARIABLE, str(tmp_path_factory.mktemp("profile", numbered=True))
+    )
+    monkeypatch.setenv(
+        config.CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache", numbered=True))
+    )
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the cache folder of models that are imported once for the whole run."""
+    return tmp_path_factory.mktemp("shared-cache")
