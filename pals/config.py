@@ -46,6 +46,7 @@ INVITE_VARIABLE = "PALS_INVITE"
 API_KEY_VARIABLE = "PALS_API_KEY"
 CONFIG_DIR_VARIABLE = "PALS_CONFIG_DIR"
 CACHE_DIR_VARIABLE = "PALS_CACHE_DIR"
+DEBUG_VARIABLE = "PALS_DEBUG"
 
 
 # --- environment ---------------------------------------------------------------------
@@ -61,6 +62,11 @@ def config_dir(option: Path | None = None) -> Path:
 def cache_dir() -> Path:
     """Return the folder of imported models and compiled programs."""
     return Path(os.environ.get(CACHE_DIR_VARIABLE) or platformdirs.user_cache_path("pals"))
+
+
+def debug_enabled() -> bool:
+    """Return whether ``PALS_DEBUG`` asks for tracebacks of expected and unexpected errors."""
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def take_environment(variable: str) -> str | None:

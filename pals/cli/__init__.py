@@ -1,0 +1,1 @@
+"""The `pals` command: one file per noun; `console` alone prints."""

@@ -1,0 +1,142 @@
+"""The `pals` application: which command lives where, and how failures end it.
+
+Commands are registered by import path, so that each start loads only its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn, cast
+
+from cyclopts import App, CycloptsError, UnknownCommandError
+
+from pals import __version__, config
+from pals.cli import console
+from pals.errors import PalsError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_OUTPUT_CLOSED = 141
+
+GROUPS = {
+    "swarm": "Make and look at the private group of machines.",
+    "invite": "Let another machine in.",
+    "peers": "See and remove members.",
+    "models": "See and import models on this machine.",
+}
+
+COMMANDS = {
+    "demo": ("pals.cli.demo:demo", "Run the whole product on this machine with a small model."),
+    "init": ("pals.cli.init:init", "Make this machine's profile and identity."),
+    "swarm create": ("pals.cli.swarm:create", "Make a swarm and become its operator."),
+    "swarm show": ("pals.cli.swarm:show", "Show the swarm that the profile belongs to."),
+    "invite create": ("pals.cli.invite:create", "Make an invite for another machine."),
+    "login": ("pals.cli.login:login", "Join a swarm with an invite."),
+    "peers list": ("pals.cli.peers:list_peers", "List the members of the swarm."),
+    "peers kick": ("pals.cli.peers:kick", "Remove a member from the swarm."),
+    "shard": ("pals.cli.shard:shard", "Serve a slice of a model's layers to the swarm."),
+    "serve": ("pals.cli.serve:serve", "Serve an OpenAI-compatible endpoint on this machine."),
+    "backend": ("pals.cli.backend:backend", "Run the membership backend."),
+    "models list": ("pals.cli.models:list_models", "List the models on this machine."),
+    "models import": ("pals.cli.models:import_model", "Import a model from a GGUF file."),
+    "doctor": ("pals.cli.doctor:doctor", "Check this machine and say what to mend."),
+}
+"""Command -> where its function is, and its line in the help."""
+
+
+def build_app() -> App:
+    """Return the application with every command registered by its import path."""
+    app = App(
+        name="pals",
+        help="Pool machines you trust and run one model across them.",
+        version=__version__,
+        backend="trio",
+        result_action="return_value",
+        exit_on_error=False,
+        print_error=False,
+        suppress_keyboard_interrupt=False,
+    )
+    groups = {name: App(name=name, help=summary) for name, summary in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
+    for name, (target, summary) in COMMANDS.items():
+        noun, _, verb = name.partition(" ")
+        parent = groups[noun] if verb else app
+        parent.command(target, name=verb or noun, help=summary)
+    return app
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Run one command line and return its exit status; failures end up on stderr."""
+    try:
+        status = build_app()(list(tokens))
+    except CycloptsError as error:
+        return _report_usage(error)
+    except console.OutputClosed:
+        return EXIT_OUTPUT_CLOSED
+    except SystemExit:
+        raise
+    # The outermost frame of the program: whatever gets here becomes an exit status.
+    except BaseException as error:
+        return _report(error)
+    return status if isinstance(status, int) else 0
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit with its status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _report_usage(error: CycloptsError) -> int:
+    advice = "run `pals --help` to see the commands and options"
+    if isinstance(error, UnknownCommandError):
+        # Its own text would import every command to find the nearest name.
+        typed = " ".join([*(error.command_chain or ()), *(error.unused_tokens or ())[:1]])
+        nearest = get_close_matches(typed, [*COMMANDS, *GROUPS], n=1)
+        hint = f"did you mean `pals {nearest[0]}`?" if nearest else advice
+        console.error(f"unknown command: `pals {typed}`", hint=hint)
+    else:
+        text = str(error).strip().removesuffix(".")
+        console.error(text[:1].lower() + text[1:], hint=advice)
+    return EXIT_USAGE
+
+
+def _report(error: BaseException) -> int:
+    """Print what ended the command and return the exit status it stands for."""
+    causes = list(_leaves(error))
+    known = next((cause for cause in causes if isinstance(cause, PalsError)), None)
+    if known is not None:
+        _print_traceback(error)
+        console.error(known)
+        return known.exit_code
+    if all(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        return EXIT_INTERRUPTED
+    if any(isinstance(cause, console.OutputClosed) for cause in causes):
+        return EXIT_OUTPUT_CLOSED
+    return _report_unexpected(error)
+
+
+def _report_unexpected(error: BaseException) -> int:
+    _print_traceback(error)
+    console.error(
+        f"internal error: {type(error).__name__}",
+        hint="run it again with `PALS_DEBUG=1` and report the traceback",
+    )
+    return EXIT_FAILURE
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """Return the exceptions inside nested groups, which a trio nursery makes."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return [leaf for inner in group.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+def _print_traceback(error: BaseException) -> None:
+    if config.debug_enabled():
+        console.note("".join(traceback.format_exception(error)))
