@@ -1,0 +1,157 @@
+"""The compute thread: the only one that touches JAX.
+
+Rows come in through a bounded queue and results go out through a callback, so that a
+step, or a compile of minutes, never holds the network up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pals.engine.scheduler import Scheduler, WorkItem
+from pals.errors import PalsError
+from pals.types import EngineLimits, Sampling
+
+_log = logging.getLogger(__name__)
+
+MAX_QUEUED_BYTES = 256 << 20
+_NOT_SAMPLED = Sampling()
+
+
+class StepRunner(Protocol):
+    """What the compute thread needs of `pals.engine.shard.Shard`."""
+
+    limits: EngineLimits
+
+    def prefill(
+        self,
+        *,
+        slot: int,
+        position: int,
+        inputs: npt.NDArray[np.generic],
+        sampling: Sampling | None,
+    ) -> npt.NDArray[np.generic]: ...
+
+    def decode(
+        self,
+        *,
+        slots: list[int],
+        positions: list[int],
+        inputs: npt.NDArray[np.generic],
+        samplings: list[Sampling],
+    ) -> npt.NDArray[np.generic]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """A finished step.
+
+    Attributes:
+        items: The rows that ran together.
+        outputs: One array for each item: ``[T, D]``, or at the tail ``int32[0 or 1]``.
+        started_s: When the step began, seconds of `time.perf_counter`.
+        finished_s: When its outputs were on the host.
+        error: Set when the step failed; `outputs` is then empty.
+    """
+
+    items: list[WorkItem]
+    outputs: list[npt.NDArray[np.generic]]
+    started_s: float
+    finished_s: float
+    error: Exception | None = None
+
+
+class ComputeThread:
+    """Runs steps of one shard until closed; `deliver` is called on the thread."""
+
+    def __init__(self, shard: StepRunner, deliver: Callable[[StepResult], None]) -> None:
+        self._shard = shard
+        self._deliver = deliver
+        self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=MAX_QUEUED_BYTES)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="pals-compute", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, items: list[WorkItem]) -> None:
+        """Queue the rows of one frame.
+
+        Raises:
+            QueueFull: They do not fit; those before the first that does not are queued.
+        """
+        with self._changed:
+            try:
+                for item in items:
+                    self._scheduler.add(item)
+            finally:
+                self._changed.notify()
+
+    def drop(self, session: Hashable) -> None:
+        """Forget the waiting rows of a session; the step that runs now is not touched."""
+        with self._changed:
+            self._scheduler.drop(session)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """End the thread after the step it is in, waiting at most ``timeout_s``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (step := self._wait_for_step()) is not None:
+            self._deliver(self._run_step(step))
+
+    def _wait_for_step(self) -> list[WorkItem] | None:
+        with self._changed:
+            while not self._closing:
+                if step := self._scheduler.next_step():
+                    return step
+                self._changed.wait()
+        return None
+
+    def _run_step(self, items: list[WorkItem]) -> StepResult:
+        started_s = time.perf_counter()
+        outputs: list[npt.NDArray[np.generic]] = []
+        error: Exception | None = None
+        try:
+            outputs = self._decode(items) if items[0].is_decode else [self._prefill(items[0])]
+        except PalsError as refused:
+            error = refused
+        except Exception as failure:  # one bad step must not end every other session
+            _log.exception("a step of %d rows failed", len(items))
+            error = failure
+        return StepResult(
+            items=items,
+            outputs=outputs,
+            started_s=started_s,
+            finished_s=time.perf_counter(),
+            error=error,
+        )
+
+    def _prefill(self, item: WorkItem) -> npt.NDArray[np.generic]:
+        return self._shard.prefill(
+            slot=item.slot, position=item.position, inputs=item.inputs, sampling=item.sampling
+        )
+
+    def _decode(self, items: list[WorkItem]) -> list[npt.NDArray[np.generic]]:
+        inputs = items[0].inputs
+        if len(items) > 1:
+            inputs = np.concatenate([item.inputs for item in items])
+        outputs = self._shard.decode(
+            slots=[item.slot for item in items],
+            positions=[item.position for item in items],
+            inputs=inputs,
+            samplings=[item.sampling or _NOT_SAMPLED for item in items],
+        )
+        return [outputs[i : i + 1] for i in range(len(items))]

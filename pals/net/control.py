@@ -1,0 +1,125 @@
+"""Control messages: they open, end and observe sessions; the control lane carries them sealed.
+
+Encoded as MessagePack by msgspec, one tagged struct a frame.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from pals.errors import InvalidFrame
+from pals.types import PeerId, SessionId
+
+MAX_HOPS = 256
+MAX_ADDRESSES = 16
+MAX_STOP_TOKENS = 64
+MAX_CONTEXT = 1 << 20
+
+_Session = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+_Text = Annotated[str, msgspec.Meta(max_length=512)]
+_Name = Annotated[str, msgspec.Meta(max_length=128)]
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_CONTEXT)]
+_Layer = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class Hop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One shard of a chain and where to dial it."""
+
+    peer: _Name
+    start: _Layer
+    stop: _Layer
+    addresses: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=MAX_ADDRESSES)] = ()
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Driver to every shard of the chain: keep a slot for this session.
+
+    The sender is the session's driver. Only the tail uses the sampling fields.
+    """
+
+    session: _Session
+    chain: Annotated[tuple[Hop, ...], msgspec.Meta(min_length=1, max_length=MAX_HOPS)]
+    prompt_tokens: _Tokens
+    max_new_tokens: _Tokens
+    stop_token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_STOP_TOKENS)] = ()
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 0.0
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
+
+
+class Opened(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Shard to driver: the slot is kept and the next shard can be reached."""
+
+    session: _Session
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Shard to driver: the session is not taken."""
+
+    session: _Session
+    code: _Name
+    problem: _Text
+
+
+class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Driver to every shard: the session is over, free its slot at once."""
+
+    session: _Session
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Shard to driver: the session ended here, and why."""
+
+    session: _Session
+    code: _Name
+    problem: _Text
+
+
+class StatsRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Driver to shard: say how long your steps take."""
+
+    request: int
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Shard to driver: medians over the last decode steps, in milliseconds.
+
+    ``queue_ms`` is from the frame's arrival to the step's start, ``codec_ms`` opening
+    and sealing, ``turn_ms`` from one decode row of a session to its next.
+    """
+
+    request: int
+    steps: int
+    step_ms: float
+    queue_ms: float
+    codec_ms: float
+    turn_ms: float
+
+
+Control = Open | Opened | Refused | Close | Failed | StatsRequest | Stats
+
+_decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+
+
+def encode_control(message: Control) -> bytes:
+    """Return the body of a control frame."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_control(peer: PeerId, payload: memoryview) -> Control:
+    """Read the body of a control frame.
+
+    Raises:
+        InvalidFrame: It is no message of this wire version.
+    """
+    try:
+        return _decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        raise InvalidFrame(peer=peer, problem=f"control message: {error}") from None
+
+
+def session_of(message: Open | Opened | Refused | Close | Failed) -> SessionId:
+    """Return the message's session id under its own type."""
+    return SessionId(message.session)

@@ -1,0 +1,208 @@
+"""The sessions of one shard: who may send what, at which position, and where it goes next.
+
+Pure: no clock, no sockets, no arrays. The shell asks this table about every message
+and every row before any tensor is built, and does what it answers. `now` is seconds on
+a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pals.errors import InvalidFrame, SessionRefused, ShardFull
+from pals.net.control import Hop, Open
+from pals.net.wire import Lane, Row
+from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
+
+
+@dataclass(slots=True, kw_only=True)
+class ShardSession:
+    """One session as this shard sees it.
+
+    Attributes:
+        session: Its id.
+        driver: The peer that opened it and alone may close it.
+        upstream: The peer whose prompt chunks are taken.
+        ring_upstream: The peer whose decode rows are taken: at the head, the tail.
+        downstream: The next hop; None at the tail.
+        head: The first hop, where the tail sends each sampled token.
+        slot: Its place in the KV cache.
+        prompt_tokens: Length of the prompt.
+        max_new_tokens: Most tokens that the tail samples.
+        stop_token_ids: Ids after which the tail stops.
+        sampling: How the tail samples.
+        position: Tokens taken so far, which is the position the next row must state.
+        sampled_tokens: Tokens that the tail has sampled so far.
+        last_seen: When the last row or message of the session came.
+    """
+
+    session: SessionId
+    driver: PeerId
+    upstream: PeerId
+    ring_upstream: PeerId
+    downstream: Hop | None
+    head: Hop
+    slot: int
+    prompt_tokens: int
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    sampling: Sampling
+    last_seen: float
+    position: int = 0
+    sampled_tokens: int = 0
+
+    @property
+    def peers(self) -> frozenset[PeerId]:
+        """The peers without whom the session cannot go on here."""
+        neighbours = {self.driver, self.upstream, self.ring_upstream}
+        if self.downstream is not None:
+            neighbours.add(PeerId(self.downstream.peer))
+        return frozenset(neighbours)
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionTable:
+    """All sessions of one shard, within its limits."""
+
+    local: PeerId
+    layers: LayerRange
+    num_layers: int
+    limits: EngineLimits
+    idle_s: float
+    _sessions: dict[SessionId, ShardSession] = field(default_factory=dict[SessionId, ShardSession])
+    _free_slots: list[int] = field(default_factory=list[int])
+
+    def __post_init__(self) -> None:
+        self._free_slots = list(range(self.limits.max_sessions))
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def open(self, driver: PeerId, message: Open, now: float) -> ShardSession:
+        """Take a session and reserve its slot.
+
+        Raises:
+            SessionRefused: The chain does not fit this shard, or the context its limit.
+            ShardFull: Every slot is taken.
+        """
+        session = SessionId(message.session)
+        if session in self._sessions:
+            raise self._refusal("a session of this id is open")
+        index = self._check_chain(message)
+        wanted = message.prompt_tokens + message.max_new_tokens
+        if wanted > self.limits.max_context_tokens:
+            limit = self.limits.max_context_tokens
+            raise self._refusal(f"{wanted} tokens, the shard takes {limit} a session")
+        if not self._free_slots:
+            raise ShardFull(slots=self.limits.max_sessions)
+        opened = self._build(session, driver, message, index, now)
+        self._sessions[session] = opened
+        return opened
+
+    def _check_chain(self, message: Open) -> int:
+        """Return this shard's place in the chain; every layer must be covered once."""
+        expected = 0
+        places: list[int] = []
+        for index, hop in enumerate(message.chain):
+            if hop.start != expected or hop.stop <= hop.start:
+                raise self._refusal(f"the chain has a gap at layer {expected}")
+            expected = hop.stop
+            if hop.peer == self.local and LayerRange(hop.start, hop.stop) == self.layers:
+                places.append(index)
+        if expected != self.num_layers:
+            raise self._refusal(f"the chain ends at layer {expected} of {self.num_layers}")
+        if len(places) != 1:
+            raise self._refusal(f"the chain does not hold this shard's layers {self.layers}")
+        return places[0]
+
+    def _build(
+        self, session: SessionId, driver: PeerId, message: Open, index: int, now: float
+    ) -> ShardSession:
+        chain = message.chain
+        is_head, is_tail = index == 0, index == len(chain) - 1
+        previous = driver if is_head else PeerId(chain[index - 1].peer)
+        return ShardSession(
+            session=session,
+            driver=driver,
+            upstream=previous,
+            ring_upstream=PeerId(chain[-1].peer) if is_head else previous,
+            downstream=None if is_tail else chain[index + 1],
+            head=chain[0],
+            slot=self._free_slots.pop(),
+            prompt_tokens=message.prompt_tokens,
+            max_new_tokens=message.max_new_tokens,
+            stop_token_ids=frozenset(message.stop_token_ids),
+            sampling=Sampling(
+                temperature=message.temperature, top_p=message.top_p, seed=message.seed
+            ),
+            last_seen=now,
+        )
+
+    def take_row(self, sender: PeerId, lane: Lane, row: Row, now: float) -> ShardSession | None:
+        """Admit one row, or return None when the session is over (a late row is no fault).
+
+        Raises:
+            InvalidFrame: The row is from the wrong peer or lane, or at the wrong position.
+        """
+        session = self._sessions.get(row.session)
+        if session is None:
+            return None
+        prefilling = session.position < session.prompt_tokens
+        allowed = session.upstream if prefilling else session.ring_upstream
+        lane_wanted = Lane.PREFILL if prefilling else Lane.DECODE
+        if sender != allowed or lane != lane_wanted:
+            raise InvalidFrame(peer=sender, problem="a row of a session that is not its own")
+        if row.position != session.position:
+            problem = f"a row at position {row.position}, expected {session.position}"
+            raise InvalidFrame(peer=sender, problem=problem)
+        end = session.prompt_tokens if prefilling else session.position + 1
+        if row.position + row.num_tokens > end or end > self.limits.max_context_tokens:
+            raise InvalidFrame(peer=sender, problem=f"a row of {row.num_tokens} tokens")
+        if row.num_tokens > self.limits.max_chunk_tokens:
+            raise InvalidFrame(peer=sender, problem=f"a chunk of {row.num_tokens} tokens")
+        session.position += row.num_tokens
+        session.last_seen = now
+        return session
+
+    def take_sample(self, session: ShardSession, token: int) -> bool:
+        """Count a token that the tail sampled; return whether it was the last one."""
+        session.sampled_tokens += 1
+        return token in session.stop_token_ids or session.sampled_tokens >= session.max_new_tokens
+
+    def get(self, session: SessionId) -> ShardSession | None:
+        return self._sessions.get(session)
+
+    def close(self, session: SessionId, sender: PeerId) -> None:
+        """Free a session if ``sender`` is its driver; anything else is ignored."""
+        found = self._sessions.get(session)
+        if found is not None and found.driver == sender:
+            self.remove(found)
+
+    def remove(self, session: ShardSession) -> None:
+        """Free a session's slot."""
+        if self._sessions.pop(session.session, None) is not None:
+            self._free_slots.append(session.slot)
+
+    def remove_peer(self, peer: PeerId) -> list[ShardSession]:
+        """Free and return the sessions that cannot go on without ``peer``."""
+        return self._remove_all(s for s in self._sessions.values() if peer in s.peers)
+
+    def remove_idle(self, now: float) -> list[ShardSession]:
+        """Free and return the sessions without traffic for longer than `idle_s`."""
+        return self._remove_all(
+            s for s in self._sessions.values() if now - s.last_seen > self.idle_s
+        )
+
+    def _remove_all(self, sessions: Iterable[ShardSession]) -> list[ShardSession]:
+        found = list(sessions)
+        for session in found:
+            self.remove(session)
+        return found
+
+    def _refusal(self, problem: str) -> SessionRefused:
+        return SessionRefused(peer=self.local, problem=problem)

@@ -1,0 +1,255 @@
+"""The bytes of a frame: a fixed header that is the whole AAD, and a sealed body.
+
+The header states everything a receiver can know beforehand; the receiver builds the
+header it expects and compares before anything is decrypted. The sealed body starts
+with the row table, one `Row` for each session that travels in the frame, followed by
+the payload: token ids, or hidden states of all rows one after another.
+
+Pure functions over bytes; `InvalidFrame` is the only error they raise on bad input.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from pals.errors import InvalidFrame
+from pals.types import PeerId, SessionId
+
+WIRE_VERSION = 1
+MAGIC = b"PALS"
+TAG_BYTES = 16
+MAX_ROWS = 256
+MAX_ROW_TOKENS = 512
+MAX_BODY_BYTES = 64 << 20
+MAX_CONTROL_BYTES = 1 << 20
+NO_MANIFEST = bytes(32)
+
+_HEADER = struct.Struct(">4sBBBBB16sQ16sQ32sHHI")
+_ROW = struct.Struct(">16sIHH")
+HEADER_BYTES = _HEADER.size
+ROW_BYTES = _ROW.size
+
+
+class Lane(IntEnum):
+    """The stream a frame travels on; each lane has its own key and counter."""
+
+    CONTROL = 0
+    DECODE = 1
+    PREFILL = 2
+
+
+class Kind(IntEnum):
+    """What the payload is."""
+
+    CONTROL = 0
+    """A control message; there is no row table."""
+    TOKENS = 1
+    """Token ids on their way into the head."""
+    HIDDEN = 2
+    """Hidden states ``[sum(num_tokens), D]`` between two shards."""
+    SAMPLED = 3
+    """Token ids that the tail sampled, on their way to the driver."""
+
+
+class WireDtype(IntEnum):
+    """Element type of the payload, little-endian."""
+
+    NONE = 0
+    INT32 = 1
+    BF16 = 2
+    F32 = 3
+
+
+WIRE_DTYPE_BYTES = {WireDtype.INT32: 4, WireDtype.BF16: 2, WireDtype.F32: 4}
+CODEC_RAW = 0
+FLAG_LAST = 1
+"""Set on a sampled row after which the tail stops the session by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameShape:
+    """What the payload of a frame is and where it enters the model.
+
+    Attributes:
+        kind: What the payload is.
+        dtype: Element type of the payload.
+        boundary: The first layer that the payload enters: 0 for token ids, the
+            receiving shard's ``start`` for hidden states, ``num_layers`` for sampled ids.
+        manifest: The model's manifest, 32 bytes; zeros for control frames.
+        width: Elements of one token: ``D`` for hidden states, 1 for ids, 0 for control.
+    """
+
+    kind: Kind
+    dtype: WireDtype
+    boundary: int
+    manifest: bytes
+    width: int
+
+    @property
+    def token_bytes(self) -> int:
+        return self.width * WIRE_DTYPE_BYTES.get(self.dtype, 0)
+
+
+CONTROL_SHAPE = FrameShape(
+    kind=Kind.CONTROL, dtype=WireDtype.NONE, boundary=0, manifest=NO_MANIFEST, width=0
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One session's part of a frame: ``num_tokens`` tokens from ``position`` on."""
+
+    session: SessionId
+    position: int
+    num_tokens: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An opened frame. ``payload`` is a view into the decrypted body."""
+
+    lane: Lane
+    shape: FrameShape
+    rows: tuple[Row, ...]
+    payload: memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkAddress:
+    """The header fields that are fixed for a link: swarm (16 bytes), epoch, link id."""
+
+    swarm: bytes
+    epoch: int
+    link: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FrameHead:
+    """What a checked header says about the bytes that follow it."""
+
+    shape: FrameShape
+    row_count: int
+    body_bytes: int
+
+
+def pack_header(
+    address: LinkAddress, lane: Lane, counter: int, shape: FrameShape, row_count: int, body: int
+) -> bytes:
+    """Return the header of a frame, which is also its AAD."""
+    return _HEADER.pack(
+        MAGIC,
+        WIRE_VERSION,
+        lane,
+        shape.kind,
+        shape.dtype,
+        CODEC_RAW,
+        address.swarm,
+        address.epoch,
+        address.link,
+        counter,
+        shape.manifest,
+        shape.boundary,
+        row_count,
+        body,
+    )
+
+
+def check_header(
+    data: bytes,
+    *,
+    peer: PeerId,
+    address: LinkAddress,
+    lane: Lane,
+    counter: int,
+    accepted: Sequence[FrameShape],
+) -> FrameHead:
+    """Compare a received header with the ones this lane may carry now.
+
+    Args:
+        data: Exactly `HEADER_BYTES` bytes.
+        peer: The sender, named in errors.
+        address: The link's own fields.
+        lane: The lane that the bytes came on.
+        counter: The number of frames received on this lane so far.
+        accepted: The shapes that this process takes on this lane.
+
+    Raises:
+        InvalidFrame: The header is not an expected one, or states an impossible size.
+    """
+    *_, row_count, body_bytes = _HEADER.unpack(data)
+    for shape in accepted:
+        if data == pack_header(address, lane, counter, shape, row_count, body_bytes):
+            _check_size(peer, shape, row_count, body_bytes)
+            return FrameHead(shape, row_count, body_bytes)
+    raise InvalidFrame(peer=peer, problem=_describe_mismatch(data, address, lane, counter))
+
+
+def _check_size(peer: PeerId, shape: FrameShape, row_count: int, body_bytes: int) -> None:
+    if shape.kind is Kind.CONTROL:
+        lowest, highest = 1, MAX_CONTROL_BYTES
+        rows_ok = row_count == 0
+    else:
+        lowest = row_count * (ROW_BYTES + shape.token_bytes)
+        highest = row_count * (ROW_BYTES + MAX_ROW_TOKENS * shape.token_bytes)
+        rows_ok = 1 <= row_count <= MAX_ROWS
+    if not rows_ok or not lowest <= body_bytes <= min(highest, MAX_BODY_BYTES):
+        raise InvalidFrame(peer=peer, problem=f"{row_count} rows in {body_bytes} bytes")
+
+
+def _describe_mismatch(data: bytes, address: LinkAddress, lane: Lane, counter: int) -> str:
+    magic, version, got_lane, kind, dtype, codec, swarm, epoch, link, got_counter, *rest = (
+        _HEADER.unpack(data)
+    )
+    expected = {
+        "magic": (magic, MAGIC),
+        "version": (version, WIRE_VERSION),
+        "lane": (got_lane, int(lane)),
+        "codec": (codec, CODEC_RAW),
+        "swarm": (swarm.hex(), address.swarm.hex()),
+        "epoch": (epoch, address.epoch),
+        "link": (link.hex(), address.link.hex()),
+        "counter": (got_counter, counter),
+    }
+    for name, (got, wanted) in expected.items():
+        if got != wanted:
+            return f"{name} is {got!r}, expected {wanted!r}"
+    return (
+        f"kind {kind}, dtype {dtype}, boundary {rest[1]} or the manifest is not what is served here"
+    )
+
+
+def pack_rows(rows: Sequence[Row]) -> bytes:
+    """Return the row table that leads a sealed body."""
+    return b"".join(_ROW.pack(r.session, r.position, r.num_tokens, r.flags) for r in rows)
+
+
+def parse_body(peer: PeerId, lane: Lane, head: FrameHead, body: bytes) -> Frame:
+    """Split a decrypted body into rows and payload.
+
+    Raises:
+        InvalidFrame: The row table and the payload do not add up.
+    """
+    table_bytes = head.row_count * ROW_BYTES
+    rows = tuple(Row(SessionId(s), p, n, f) for s, p, n, f in _ROW.iter_unpack(body[:table_bytes]))
+    payload = memoryview(body)[table_bytes:]
+    if head.shape.kind is not Kind.CONTROL:
+        check_rows(peer, head.shape, rows, len(payload))
+    return Frame(lane, head.shape, rows, payload)
+
+
+def check_rows(peer: PeerId, shape: FrameShape, rows: Sequence[Row], payload_bytes: int) -> None:
+    """Raise `InvalidFrame` unless every row is possible and the payload is theirs exactly."""
+    for row in rows:
+        if not 1 <= row.num_tokens <= MAX_ROW_TOKENS or row.flags & ~FLAG_LAST:
+            raise InvalidFrame(peer=peer, problem=f"a row of {row.num_tokens} tokens")
+    if len({row.session for row in rows}) != len(rows):
+        raise InvalidFrame(peer=peer, problem="two rows of one session")
+    wanted = sum(row.num_tokens for row in rows) * shape.token_bytes
+    if payload_bytes != wanted:
+        raise InvalidFrame(
+            peer=peer, problem=f"{payload_bytes} payload bytes, the rows need {wanted}"
+        )
