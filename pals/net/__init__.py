@@ -1,0 +1,1 @@
+"""The network between members: wire protocol machines, routing, and the libp2p shells."""

@@ -1,0 +1,309 @@
+"""The py-libp2p swarm, with its unsafe defaults replaced.
+
+`MemberSwarm` overrides what py-libp2p 0.8.1 gets wrong for a long-lived private host:
+
+- an accepted connection keeps its slot for ever, so a host refuses everybody after 250;
+- an exception in one stream handler ends the whole host;
+- dialling waits 250 ms, tries one address, and blocks a peer that failed for 60 s;
+- limits per peer are absent or evict the connection that is in use.
+
+Only this package sees libp2p types; everything above works with `pals.net.host`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import trio
+from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
+from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.basic_host import BasicHost
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from pals.net.noise import Allow, NoiseSession, NoiseTransport
+from pals.types import PeerId
+
+log = logging.getLogger(__name__)
+
+NOISE_PROTOCOL = TProtocol("/noise")
+MAX_DIALS = 32
+MAX_ADDRESSES_PER_DIAL = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostLimits:
+    """What one host spends on others.
+
+    Attributes:
+        max_connections: Connections in all, both directions.
+        max_connections_per_peer: Connections with one peer; a further one is refused.
+        max_streams_per_peer: Streams that one peer holds open at this host.
+        max_handshakes: Inbound handshakes in flight; the oldest makes room for a new one.
+        handshake_s: Seconds for one handshake, and for one dial.
+        write_s: Seconds in which a peer must take what is written to it.
+    """
+
+    max_connections: int = 512
+    max_connections_per_peer: int = 4
+    max_streams_per_peer: int = 64
+    max_handshakes: int = 32
+    handshake_s: float = 5.0
+    write_s: float = 10.0
+
+
+class MemberSwarm(Swarm):
+    """A swarm that only members may join, and that outlives what its peers do."""
+
+    def __init__(self, key_pair: KeyPair, *, allow: Allow, limits: HostLimits) -> None:
+        peer_id = ID.from_pubkey(key_pair.public_key)
+        peerstore = PeerStore()
+        peerstore.add_key_pair(peer_id, key_pair)
+        noise = NoiseTransport(key_pair, allow=allow, write_deadline_s=limits.write_s)
+        super().__init__(
+            peer_id,
+            peerstore,
+            TransportUpgrader({NOISE_PROTOCOL: noise}, {TProtocol(YAMUX_PROTOCOL): Yamux}),
+            [TCP()],
+            RetryConfig(max_retries=0),
+            _connection_config(limits),
+        )
+        self._allow = allow
+        self._limits = limits
+        self._handshakes: OrderedDict[int, trio.CancelScope] = OrderedDict()
+        self._inbound_streams: defaultdict[ID, int] = defaultdict(int)
+        self._dial_locks: WeakValueDictionary[ID, trio.Lock] = WeakValueDictionary()
+        self._dials = trio.CapacityLimiter(MAX_DIALS)
+        self.on_connect: list[Callable[[PeerId], None]] = []
+        self.on_disconnect: list[Callable[[PeerId], None]] = []
+
+    def live_connections(self, peer: ID) -> list[INetConn]:
+        return [conn for conn in self.get_connections(peer) if not conn.is_closed]
+
+    # --- dialling --------------------------------------------------------------------
+
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """Return the connections to a member, dialling all its addresses at once.
+
+        Replaces the stock method, which is what every part of libp2p calls to dial.
+
+        Raises:
+            SwarmException: The peer is no member, or no address answers in time.
+        """
+        if not self._allow(PeerId(peer_id.to_base58())):
+            raise SwarmException(f"{peer_id} is not a live member")
+        with trio.move_on_after(self._limits.handshake_s):
+            async with self._dial_locks.setdefault(peer_id, trio.Lock()):
+                if not self.live_connections(peer_id):
+                    await self._dial_addresses(peer_id, self._known_addresses(peer_id))
+        connections = self.live_connections(peer_id)
+        if not connections:
+            raise SwarmException(f"no address of {peer_id} answers")
+        return connections
+
+    def _known_addresses(self, peer: ID) -> list[Multiaddr]:
+        try:
+            return self.peerstore.addrs(peer)[-MAX_ADDRESSES_PER_DIAL:]
+        except PeerStoreError:
+            return []
+
+    async def _dial_addresses(self, peer: ID, addresses: Sequence[Multiaddr]) -> None:
+        async with trio.open_nursery() as nursery:
+
+            async def dial(address: Multiaddr) -> None:
+                async with self._dials:
+                    try:
+                        await self.dial_addr(address, peer)
+                    except BaseLibp2pError as error:
+                        log.debug("dialling %s failed: %s", address, error)
+                    else:
+                        nursery.cancel_scope.cancel()
+
+            for address in addresses:
+                nursery.start_soon(dial, address)
+
+    # --- connections -----------------------------------------------------------------
+
+    async def upgrade_inbound_raw_conn(
+        self, raw_conn: IRawConnection, maddr: Multiaddr
+    ) -> IMuxedConn:
+        """Secure an accepted connection, and hold its slot only while it lives.
+
+        The stock caller keeps slot and task until the swarm stops unless this raises.
+
+        Raises:
+            SwarmException: The handshake failed, or the connection has ended.
+        """
+        muxed: IMuxedConn | None = None
+        try:
+            with self._handshake():
+                muxed = await super().upgrade_inbound_raw_conn(raw_conn, maddr)
+        finally:
+            if muxed is None:
+                with trio.CancelScope(shield=True):
+                    await raw_conn.close()
+        if muxed is None:
+            raise SwarmException("too many handshakes in flight")
+        assert isinstance(muxed, Yamux)
+        await muxed.event_closed.wait()
+        raise SwarmException("connection closed")
+
+    @contextmanager
+    def _handshake(self) -> Iterator[None]:
+        """Count a handshake; one too many ends the oldest, which a flood fills first."""
+        if len(self._handshakes) >= self._limits.max_handshakes:
+            self._handshakes.popitem(last=False)[1].cancel()
+        with trio.CancelScope() as scope:
+            self._handshakes[id(scope)] = scope
+            try:
+                yield
+            finally:
+                self._handshakes.pop(id(scope), None)
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """Register a connection unless the peer was removed meanwhile or has too many.
+
+        Raises:
+            SwarmException: The connection was refused, and is closed.
+        """
+        peer = muxed_conn.peer_id
+        refusal = self._refusal(peer)
+        if refusal:
+            abort(muxed_conn)
+            raise SwarmException(refusal)
+        first = not self.live_connections(peer)
+        connection = await super().add_conn(muxed_conn, direction)
+        if first:
+            for callback in self.on_connect:
+                callback(PeerId(peer.to_base58()))
+        return connection
+
+    def _refusal(self, peer: ID) -> str:
+        if not self._allow(PeerId(peer.to_base58())):
+            return f"{peer} is not a live member"
+        if len(self.live_connections(peer)) >= self._limits.max_connections_per_peer:
+            return f"{peer} has too many connections"
+        return ""
+
+    def remove_conn(self, swarm_conn: SwarmConn) -> None:
+        """Forget a connection, and tell when it was the last one to its peer."""
+        peer = swarm_conn.muxed_conn.peer_id
+        had = peer in self.connections
+        super().remove_conn(swarm_conn)
+        if had and peer not in self.connections:
+            for callback in self.on_disconnect:
+                callback(PeerId(peer.to_base58()))
+
+    async def drop(self, peer: ID) -> None:
+        """Close every connection to ``peer``: the sockets at once, the rest behind them."""
+        connections = self.get_connections(peer)
+        for connection in connections:
+            assert isinstance(connection, SwarmConn)
+            abort(connection.muxed_conn)
+            self.remove_conn(connection)
+        with trio.move_on_after(1.0, shield=True):
+            async with trio.open_nursery() as nursery:
+                for connection in connections:
+                    nursery.start_soon(connection.close)
+
+    # --- streams ---------------------------------------------------------------------
+
+    def set_stream_handler(self, stream_handler: StreamHandlerFn) -> None:
+        """Guard the handler that negotiates and serves every inbound stream."""
+
+        async def guarded(stream: INetStream) -> None:
+            peer = stream.muxed_conn.peer_id
+            if self._inbound_streams[peer] >= self._limits.max_streams_per_peer:
+                await _reset_quietly(stream)
+                return
+            self._inbound_streams[peer] += 1
+            try:
+                await stream_handler(stream)
+            except Exception:  # a fault while serving one stream must not end the host
+                log.warning("a stream of peer %s failed", peer, exc_info=True)
+                await _reset_quietly(stream)
+            finally:
+                self._release_stream(peer)
+
+        super().set_stream_handler(guarded)
+
+    def _release_stream(self, peer: ID) -> None:
+        self._inbound_streams[peer] -= 1
+        if not self._inbound_streams[peer]:
+            del self._inbound_streams[peer]
+
+
+def abort(muxed_conn: IMuxedConn) -> None:
+    """Close the socket under a muxed connection without waiting."""
+    assert isinstance(muxed_conn, Yamux)
+    assert isinstance(muxed_conn.secured_conn, NoiseSession)
+    muxed_conn.secured_conn.abort()
+
+
+def is_cut(stream: INetStream) -> bool:
+    """Return whether an end of ``stream`` means reset or a lost connection, not a FIN."""
+    connection = stream.muxed_conn
+    assert isinstance(connection, Yamux)
+    muxed = getattr(stream, "muxed_stream", None)
+    return connection.event_shutting_down.is_set() or bool(getattr(muxed, "reset_received", False))
+
+
+def build_host(seed: bytes, *, allow: Allow, limits: HostLimits) -> tuple[BasicHost, MemberSwarm]:
+    """Return a host for the Ed25519 key ``seed`` (32 bytes), not yet running."""
+    swarm = MemberSwarm(create_new_key_pair(seed), allow=allow, limits=limits)
+    return BasicHost(swarm, disable_identify_address_discovery=True), swarm
+
+
+def parse_address(text: str) -> Multiaddr:
+    """Read a multiaddr and drop its ``/p2p/`` part; the peer id is known apart.
+
+    Raises:
+        ValueError: ``text`` is not a TCP multiaddr.
+    """
+    address = Multiaddr(text)
+    names = [protocol.name for protocol in address.protocols()]
+    if len(names) < 2 or names[0] not in ("ip4", "ip6", "dns", "dns4", "dns6"):
+        raise ValueError("not a TCP address")
+    if names[1:] not in (["tcp"], ["tcp", "p2p"]):
+        raise ValueError("not a TCP address")
+    return address.decapsulate_code(_P2P_CODE) if names[-1] == "p2p" else address
+
+
+_P2P_CODE = 0x01A5
+
+
+def _connection_config(limits: HostLimits) -> ConnectionConfig:
+    return ConnectionConfig(
+        max_connections=limits.max_connections,
+        min_connections=0,
+        low_watermark=0,
+        high_watermark=limits.max_connections,
+        max_connections_per_peer=limits.max_connections_per_peer,
+        dial_timeout=limits.handshake_s,
+        inbound_upgrade_timeout=limits.handshake_s,
+        outbound_upgrade_timeout=limits.handshake_s,
+        outbound_stream_protocol_negotiation_timeout=limits.handshake_s,
+        inbound_stream_protocol_negotiation_timeout=limits.handshake_s,
+    )
+
+
+async def _reset_quietly(stream: INetStream) -> None:
+    with suppress(BaseLibp2pError):
+        await stream.reset()

@@ -1,0 +1,294 @@
+"""The libp2p host as the rest of Pals sees it: members, streams of bytes, typed errors."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import trio
+from libp2p.abc import INetStream
+from libp2p.custom_types import TProtocol
+from libp2p.exceptions import BaseLibp2pError
+from libp2p.host.basic_host import BasicHost
+from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+from multiaddr.utils import get_network_addrs
+
+from pals.errors import InvalidConfig, PalsError, PeerUnreachable, PortInUse
+from pals.net._libp2p import HostLimits, MemberSwarm, abort, build_host, is_cut, parse_address
+from pals.swarm.identity import Identity
+from pals.types import PeerId
+
+__all__ = ["Host", "HostLimits", "Stream", "StreamHandler", "open_host"]
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 3.0
+ADDRESS_TTL_S = 3600
+
+
+class Stream:
+    """One ordered, reliable stream of bytes with a member.
+
+    One task reads and any number write; writes do not mix. A cancelled read may have
+    taken bytes with it: `reset` the stream after it.
+    """
+
+    def __init__(self, stream: INetStream, *, write_s: float) -> None:
+        self._stream = stream
+        self._write_s = write_s
+        self._write_lock = trio.Lock()
+        self.peer_id = PeerId(stream.muxed_conn.peer_id.to_base58())
+
+    async def read_some(self, limit: int) -> bytes:
+        """Return 1 to ``limit`` bytes, or ``b""`` when the peer has closed its side.
+
+        Raises:
+            PeerUnreachable: The stream was reset or the connection is gone.
+        """
+        try:
+            return await self._stream.read(limit)
+        except StreamEOF as error:
+            if is_cut(self._stream):
+                raise self._unreachable("the stream was cut") from error
+            return b""
+        except (BaseLibp2pError, ValueError) as error:
+            raise self._unreachable("the stream was reset") from error
+
+    async def read_exactly(self, n: int) -> bytes:
+        """Return exactly ``n`` bytes, however many reads that takes.
+
+        Raises:
+            PeerUnreachable: The stream ended before that.
+        """
+        received = bytearray()
+        while len(received) < n:
+            part = await self.read_some(n - len(received))
+            if not part:
+                raise self._unreachable(f"the stream ended after {len(received)} of {n} bytes")
+            received += part
+        return bytes(received)
+
+    async def write(self, data: bytes) -> None:
+        """Write all of ``data``; a cancellation takes effect before or after, never within.
+
+        Raises:
+            PeerUnreachable: The stream is closed, or the peer did not take the bytes in
+                time; then its connection is closed, since half a message is on the wire.
+        """
+        async with self._write_lock:
+            with trio.move_on_after(self._write_s, shield=True) as scope:
+                try:
+                    await self._stream.write(data)
+                except (BaseLibp2pError, ValueError) as error:
+                    raise self._unreachable("the stream is closed") from error
+            if scope.cancelled_caught:
+                abort(self._stream.muxed_conn)
+                raise self._unreachable(f"took no bytes for {self._write_s} s")
+
+    async def close(self) -> None:
+        """Tell the peer that nothing more will be written."""
+        with suppress(BaseLibp2pError, ValueError):
+            await self._stream.close()
+
+    async def reset(self) -> None:
+        """End both directions at once."""
+        with suppress(BaseLibp2pError, ValueError):
+            await self._stream.reset()
+
+    def _unreachable(self, problem: str) -> PeerUnreachable:
+        return PeerUnreachable(peer=self.peer_id, problem=problem)
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+class Host:
+    """A running libp2p node; `open_host` makes it."""
+
+    def __init__(self, host: BasicHost, swarm: MemberSwarm, limits: HostLimits) -> None:
+        self._host = host
+        self._swarm = swarm
+        self._limits = limits
+        self.peer_id = PeerId(host.get_id().to_base58())
+
+    def addresses(self) -> tuple[str, ...]:
+        """Return the multiaddrs that others can dial, each with ``/p2p/`` and this id."""
+        bound = (a for listener in self._swarm.listeners.values() for a in listener.get_addrs())
+        dialable = dict.fromkeys(address for a in bound for address in expand_wildcard(a))
+        return tuple(f"{address}/p2p/{self.peer_id}" for address in dialable)
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Serve ``protocol``: one call of ``handler`` for each stream a member opens.
+
+        The stream is closed when the handler returns and reset when it raises.
+        """
+
+        async def serve(net_stream: INetStream) -> None:
+            stream = Stream(net_stream, write_s=self._limits.write_s)
+            try:
+                await handler(stream)
+            except PalsError as error:
+                log.info("%s with peer %s ended: %r", protocol, stream.peer_id, error)
+                await stream.reset()
+            else:
+                await stream.close()
+
+        self._host.set_stream_handler(TProtocol(protocol), serve)
+
+    async def connect(
+        self, peer: PeerId, addresses: Sequence[str], *, deadline_s: float = 5.0
+    ) -> None:
+        """Connect to a member, trying all ``addresses`` and those already known at once.
+
+        Raises:
+            PeerUnreachable: It is no member, no address is usable, or none answers.
+        """
+        target = ID.from_base58(peer)
+        self._remember(target, addresses)
+        with trio.move_on_after(deadline_s):
+            try:
+                await self._swarm.dial_peer(target)
+            except BaseLibp2pError as error:
+                raise PeerUnreachable(peer=peer, problem=str(error)) from error
+            return
+        raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s} s")
+
+    async def open_stream(self, peer: PeerId, protocol: str, *, deadline_s: float = 5.0) -> Stream:
+        """Open a stream to a member, connecting first where needed.
+
+        Raises:
+            PeerUnreachable: It cannot be reached or does not serve ``protocol``.
+        """
+        target = ID.from_base58(peer)
+        with trio.move_on_after(deadline_s):
+            try:
+                await self._swarm.dial_peer(target)
+                stream = await self._host.new_stream(target, [TProtocol(protocol)])
+            except BaseLibp2pError as error:
+                raise PeerUnreachable(peer=peer, problem=str(error)) from error
+            return Stream(stream, write_s=self._limits.write_s)
+        raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s} s")
+
+    async def drop_peer(self, peer: PeerId) -> None:
+        """Close every connection to ``peer`` at once, as after its removal."""
+        await self._swarm.drop(ID.from_base58(peer))
+
+    def connected_peers(self) -> frozenset[PeerId]:
+        peers = self._swarm.connections
+        return frozenset(PeerId(p.to_base58()) for p in peers if self._swarm.live_connections(p))
+
+    def on_connect(self, callback: Callable[[PeerId], None]) -> None:
+        """Call back on the first connection with a peer; it must not block or raise."""
+        self._swarm.on_connect.append(callback)
+
+    def on_disconnect(self, callback: Callable[[PeerId], None]) -> None:
+        """Call back when the last connection to a peer ends; it must not block or raise."""
+        self._swarm.on_disconnect.append(callback)
+
+    def _remember(self, peer: ID, addresses: Sequence[str]) -> None:
+        usable: list[Multiaddr] = []
+        for text in addresses:
+            try:
+                usable.append(parse_address(text))
+            except (MultiaddrError, ValueError) as error:
+                log.debug("address %r of peer %s is not usable: %s", text, peer, error)
+        if usable:
+            self._swarm.peerstore.add_addrs(peer, usable, ADDRESS_TTL_S)
+
+
+@asynccontextmanager
+async def open_host(
+    identity: Identity,
+    *,
+    listen: str,
+    allow: Callable[[PeerId], bool],
+    limits: HostLimits | None = None,
+) -> AsyncIterator[Host]:
+    """Run a host that speaks Noise over TCP with members only.
+
+    Args:
+        identity: This machine's Ed25519 identity.
+        listen: Multiaddr to listen on, such as ``/ip4/0.0.0.0/tcp/0``.
+        allow: Says whether a peer is a live member; asked at every handshake and dial.
+        limits: What the host spends on others.
+
+    Raises:
+        InvalidConfig: ``listen`` is not a TCP multiaddr.
+        PortInUse: The address cannot be bound.
+    """
+    limits = limits or HostLimits()
+    address = _listen_address(listen)
+    host, swarm = build_host(identity.reveal_seed(), allow=allow, limits=limits)
+    async with host.run([address]):
+        try:
+            if not swarm.listeners:
+                raise _port_in_use(address, "the address cannot be bound")
+            yield Host(host, swarm, limits)
+        finally:
+            with trio.move_on_after(CLOSE_S, shield=True):
+                await _close(host, swarm)
+
+
+async def _close(host: BasicHost, swarm: MemberSwarm) -> None:
+    """Close all connections at the same time: one after another costs 0.2 s each."""
+    async with trio.open_nursery() as nursery:
+        for peer in list(swarm.connections):
+            nursery.start_soon(swarm.drop, peer)
+    await host.close()
+
+
+def _listen_address(listen: str) -> Multiaddr:
+    try:
+        address = parse_address(listen)
+    except (MultiaddrError, ValueError) as error:
+        raise InvalidConfig(
+            source=f"listen address `{listen}`",
+            problem="not a TCP multiaddr",
+            advice="write it as `/ip4/0.0.0.0/tcp/4001`",
+        ) from error
+    _probe_port(address)
+    return address
+
+
+def _probe_port(address: Multiaddr) -> None:
+    """Refuse a port that another process serves: libp2p binds with SO_REUSEPORT.
+
+    Two processes would then share the port, and each get half of the connections.
+    """
+    host, port = _host_and_port(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise _port_in_use(address, error.strerror or str(error)) from error
+
+
+def _port_in_use(address: Multiaddr, problem: str) -> PortInUse:
+    host, port = _host_and_port(address)
+    return PortInUse(host=host, port=port, problem=problem)
+
+
+def _host_and_port(address: Multiaddr) -> tuple[str, int]:
+    _, host, _, port = str(address).strip("/").split("/")
+    return host, int(port)
+
+
+def expand_wildcard(address: Multiaddr) -> list[str]:
+    """Replace ``0.0.0.0`` or ``::`` by the addresses of this machine's interfaces.
+
+    Loopback is given only by a machine that has nothing else.
+    """
+    host, port = _host_and_port(address)
+    ip = ipaddress.ip_address(host)
+    if not ip.is_unspecified:
+        return [str(address)]
+    found = get_network_addrs(ip.version) or ["127.0.0.1" if ip.version == 4 else "::1"]
+    return [f"/ip{ip.version}/{host}/tcp/{port}" for host in found]
