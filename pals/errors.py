@@ -122,7 +122,9 @@ class ProfileExposed(UserError):
 
     code = "PALS-USER-PROFILE-EXPOSED"
     message = "`{path}` can be read by other users: mode {mode:o}"
-    hint_template = "run `chmod {wanted:o} {path}`, and rotate the secret if others use this machine"
+    hint_template = (
+        "run `chmod {wanted:o} {path}`, and rotate the secret if others use this machine"
+    )
 
 
 class ProfileInUse(UserError):
@@ -225,6 +227,40 @@ class BackendRefused(PeerError):
     retryable = False
 
 
+class AlreadyMember(UserError):
+    """The profile belongs to a swarm already; its credentials are never overwritten."""
+
+    code = "PALS-USER-ALREADY-MEMBER"
+    message = "the profile at `{path}` already belongs to swarm {swarm}"
+    hint_template = "use another profile for another swarm with `--config-dir`"
+
+
+class RosterRefused(ProtocolError):
+    """The backend served an older or another member list than one already verified."""
+
+    code = "PALS-ROSTER-REFUSED"
+    message = "the backend's member list was refused: {problem}"
+    hint_template = (
+        "the last verified list stays in force; look at the backend, it may be compromised"
+    )
+
+
+class BackendFull(CapacityError):
+    """A limit of the membership backend is reached."""
+
+    code = "PALS-BACKEND-FULL"
+    message = "the backend holds {count} {what}, the most it may"
+    hint_template = "run another backend, or clean this one"
+
+
+class TooManyAttempts(CapacityError):
+    """An address tries to redeem invites too often."""
+
+    code = "PALS-BACKEND-RATE"
+    message = "more than {limit} attempts within a minute"
+    hint_template = "wait a minute and try again"
+
+
 class UnknownPeer(UserError):
     """A peer id that is not on the roster."""
 
@@ -247,7 +283,9 @@ class RosterUnavailable(PeerError):
 
     code = "PALS-ROSTER-NONE"
     message = "no verified member list: {problem}"
-    hint_template = "start when the backend at {url} can be reached; nothing is served without a list"
+    hint_template = (
+        "start when the backend at {url} can be reached; nothing is served without a list"
+    )
 
 
 class SwarmFull(CapacityError):
@@ -266,7 +304,9 @@ class ModelNotFound(ModelError):
 
     code = "PALS-MODEL-NOT-FOUND"
     message = "no model `{model}`: {problem}"
-    hint_template = "check the name, the network, or import a file with `pals models import FILE.gguf`"
+    hint_template = (
+        "check the name, the network, or import a file with `pals models import FILE.gguf`"
+    )
     http_status = 404
 
 
@@ -363,6 +403,14 @@ class InvalidFrame(ProtocolError):
     message = "frame from peer {peer} refused: {problem}"
 
 
+class FrameKeyExhausted(ProtocolError):
+    """A frame key was used as often as it may be; the link has to be keyed anew."""
+
+    code = "PALS-FRAME-KEY-EXHAUSTED"
+    message = "the frame key of peer {peer} has reached its limit of {limit} frames"
+    retryable = True
+
+
 class SessionRefused(PeerError):
     """A shard does not take the session."""
 
@@ -385,3 +433,103 @@ class QueueFull(CapacityError):
     code = "PALS-QUEUE-FULL"
     message = "the {queue} queue is full: {limit}"
     hint_template = "try again in a moment"
+
+
+# --- requests over HTTP --------------------------------------------------------------
+
+
+class InvalidRequest(UserError):
+    """A request that is malformed or has a value out of range."""
+
+    code = "invalid_value"
+    message = "{problem}"
+
+
+class UnsupportedParameter(InvalidRequest):
+    """A parameter that exists but that this version does not implement."""
+
+    code = "unsupported_parameter"
+    message = "`{param}` is not supported: {problem}"
+
+
+class UnknownParameter(InvalidRequest):
+    """A parameter that no version knows."""
+
+    code = "unknown_parameter"
+    message = "unrecognized parameter: `{param}`"
+
+
+class UnknownModel(InvalidRequest):
+    """A request for another model than the one that is served."""
+
+    code = "model_not_found"
+    message = "the model `{model}` is not served here"
+    hint_template = "this endpoint serves `{served}`"
+    http_status = 404
+
+
+class InvalidApiKey(InvalidRequest):
+    """A request without the endpoint's API key."""
+
+    code = "invalid_api_key"
+    message = "missing or wrong API key"
+    hint_template = "send the endpoint's key as `Authorization: Bearer KEY`"
+    http_status = 401
+
+
+class HostRefused(InvalidRequest):
+    """A request for a host name that is not this endpoint's (DNS rebinding)."""
+
+    code = "misdirected_request"
+    message = "this endpoint does not answer for that host name"
+    hint_template = "use the address it printed when it started"
+    http_status = 421
+
+
+class OriginRefused(InvalidRequest):
+    """A request that a web page of another site made."""
+
+    code = "origin_refused"
+    message = "requests from web pages of other sites are refused"
+    http_status = 403
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """A body that is not of a type the endpoint reads."""
+
+    code = "unsupported_media_type"
+    message = "unsupported {header}"
+    hint_template = "send `{expected}`"
+    http_status = 415
+
+
+class BodyTooLarge(InvalidRequest):
+    """A request body over the limit."""
+
+    code = "body_too_large"
+    message = "the request body is larger than {limit_bytes} bytes"
+    http_status = 413
+
+
+class ReceiveTimeout(InvalidRequest):
+    """A request body that did not arrive in time."""
+
+    code = "receive_timeout"
+    message = "the request body did not arrive within {deadline_s:g} s"
+    http_status = 408
+
+
+class NoSuchRoute(InvalidRequest):
+    """A path that the endpoint does not have."""
+
+    code = "unknown_url"
+    message = "unknown request URL: {method} {path}"
+    http_status = 404
+
+
+class MethodNotAllowed(InvalidRequest):
+    """A path that exists, with a method it does not take."""
+
+    code = "method_not_allowed"
+    message = "{method} is not allowed on {path}"
+    http_status = 405
