@@ -16,6 +16,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from pals.errors import InvalidRecord
+from pals.swarm.encoding import decode_strict
 from pals.swarm.identity import KEY_BYTES, SIGNATURE_BYTES, Identity, verify
 from pals.swarm.kdf import VERSION
 from pals.types import SwarmId
@@ -189,9 +190,7 @@ def decode_record(data: bytes) -> Record:
     Raises:
         InvalidRecord: Too long, malformed, not canonical, or a field out of its range.
     """
-    if len(data) > MAX_RECORD_BYTES:
-        raise InvalidRecord(kind="record", problem=f"longer than {MAX_RECORD_BYTES} bytes")
-    record: Record = _strict(data, _RECORD_DECODER, "record")
+    record = decode_strict(_RECORD_DECODER, data, kind="record", max_bytes=MAX_RECORD_BYTES)
     for text in _texts(record):
         if not text.isprintable():
             raise InvalidRecord(kind=kind_of(record), problem="a text holds control characters")
@@ -204,9 +203,7 @@ def decode_entry(data: bytes) -> Entry:
     Raises:
         InvalidRecord: Too long, malformed or not canonical.
     """
-    if len(data) > MAX_ENTRY_BYTES:
-        raise InvalidRecord(kind="entry", problem=f"longer than {MAX_ENTRY_BYTES} bytes")
-    return _strict(data, _ENTRY_DECODER, "entry")
+    return decode_strict(_ENTRY_DECODER, data, kind="entry", max_bytes=MAX_ENTRY_BYTES)
 
 
 def kind_of(record: Record) -> str:
@@ -261,17 +258,6 @@ def check_join(join: Join, swarm_id: SwarmId) -> None:
 
 _RECORD_DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 _ENTRY_DECODER = msgspec.msgpack.Decoder(Entry)
-_T = TypeVar("_T", Record, Entry)
-
-
-def _strict(data: bytes, decoder: msgspec.msgpack.Decoder[_T], kind: str) -> _T:
-    try:
-        value = decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise InvalidRecord(kind=kind, problem=str(error)) from error
-    if encode(value) != data:
-        raise InvalidRecord(kind=kind, problem="not in its canonical form")
-    return value
 
 
 def _texts(record: Record) -> tuple[str, ...]:
