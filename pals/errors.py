@@ -334,6 +334,14 @@ class TemplateError(ModelError):
     hint_template = "check the roles and their order"
 
 
+class InvalidText(UserError):
+    """A text that cannot be turned into tokens."""
+
+    code = "PALS-USER-TEXT"
+    message = "the text cannot be tokenized: {problem}"
+    hint_template = "send valid Unicode, in smaller parts"
+
+
 class ContextTooLong(UserError):
     """Prompt and answer do not fit the context of the chain."""
 
@@ -349,11 +357,19 @@ class ContextTooLong(UserError):
 
 
 class NoChain(PeerError):
-    """No set of reachable shards covers every layer."""
+    """No set of reachable shards covers every layer.
+
+    ``missing`` lists the ranges that nobody serves, separated by commas.
+    """
 
     code = "PALS-NO-CHAIN"
     message = "no chain covers `{model}`: layers {missing} are served by nobody reachable"
-    hint_template = "start one with `pals shard {model} --layers {missing}`"
+
+    @property
+    def hint(self) -> str:
+        """Name the command for the first missing range."""
+        first = str(self.fields["missing"]).partition(",")[0]
+        return f"start one with `pals shard {self.fields['model']} --layers {first}`"
 
 
 class PeerUnreachable(PeerError):
@@ -533,3 +549,11 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
     message = "{method} is not allowed on {path}"
     http_status = 405
+
+
+class InternalStepError(PalsError):
+    """A step of a shard failed for a reason that is Pals's own fault."""
+
+    code = "PALS-STEP-FAILED"
+    message = "a step of layers {layers} failed"
+    hint_template = "look at the log of the shard that serves these layers"

@@ -51,7 +51,8 @@ class TextDelta:
 class Completion(Protocol):
     """One running completion.
 
-    Iterate once. Iteration raises `PalsError` when the session fails on the way.
+    Iterate once; each step may run in another task of the same loop, and cancelling a
+    step ends the iteration. It raises `PalsError` when the session fails on the way.
     `aclose` frees the session on every shard; it may be called at any time and twice.
     """
 

@@ -1,0 +1,184 @@
+"""The routes of the OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+from litestar import Litestar, Request, Response, get, post
+from litestar.background_tasks import BackgroundTask
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.handlers import HTTPRouteHandler
+from litestar.response import Stream
+
+from pals.api.gate import JSON_TYPE, MAX_BODY_BYTES, Gate, GateSettings
+from pals.api.openai.parse import conversation, generate_params, parse_request
+from pals.api.openai.schema import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    Chunk,
+    Model,
+    ModelList,
+)
+from pals.api.openai.stream import (
+    HEARTBEAT_S,
+    ChunkWriter,
+    ClientGone,
+    closing,
+    primed,
+    unless_disconnected,
+    usage_of,
+    with_heartbeats,
+)
+from pals.api.problems import problem_headers, problem_json
+from pals.driver.interface import Completion, Driver, TextDelta
+from pals.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    NoSuchRoute,
+    PalsError,
+    UnknownModel,
+)
+
+CLIENT_CLOSED_REQUEST = 499
+
+_LOG = logging.getLogger(__name__)
+
+ApiRequest = Request[None, None, State]
+
+
+def build_openai_app(driver: Driver, *, gate: GateSettings) -> Litestar:
+    """Return the ASGI application that serves ``driver`` behind ``gate``."""
+    app = Litestar(
+        route_handlers=[*_model_routes(driver), _chat_route(driver), health],
+        exception_handlers={Exception: _answer_error},
+        request_max_body_size=MAX_BODY_BYTES,
+        openapi_config=None,
+        logging_config=None,
+    )
+    # Litestar's own middleware runs after routing; a refused request must not get that far.
+    app.asgi_handler = Gate(app.asgi_handler, gate)
+    return app
+
+
+@get(["/health", "/healthz"])
+async def health() -> dict[str, str]:
+    """Say that the process answers; nothing about the swarm."""
+    return {"status": "ok"}
+
+
+def _model_routes(driver: Driver) -> Sequence[HTTPRouteHandler]:
+    model = Model(id=driver.model_id, created=driver.created)
+
+    @get("/v1/models")
+    async def list_models() -> ModelList:
+        return ModelList(data=[model])
+
+    @get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> Model:
+        _check_model(model_id.removeprefix("/"), driver)
+        return model
+
+    return list_models, get_model
+
+
+def _chat_route(driver: Driver) -> HTTPRouteHandler:
+    @post("/v1/chat/completions", status_code=200)
+    async def create_chat_completion(request: ApiRequest) -> Response[bytes] | Stream:
+        chat = parse_request(await request.body())
+        _check_model(chat.model, driver)
+        if chat.stream:
+            return await unless_disconnected(request.receive, _start_stream(driver, chat))
+        answer = await unless_disconnected(request.receive, _whole_answer(driver, chat))
+        return Response(msgspec.json.encode(answer), media_type=JSON_TYPE)
+
+    return create_chat_completion
+
+
+def _check_model(name: str, driver: Driver) -> None:
+    if name != driver.model_id:
+        raise UnknownModel(model=name[:200], served=driver.model_id, param="model")
+
+
+async def _whole_answer(driver: Driver, chat: ChatRequest) -> ChatCompletion:
+    completion = await driver.chat(conversation(chat), generate_params(chat))
+    async with closing(completion):
+        deltas = [delta async for delta in completion]
+    text = "".join(delta.text for delta in deltas)
+    reason = next((d.finish_reason for d in deltas if d.finish_reason is not None), "stop")
+    return ChatCompletion(
+        id=_completion_id(),
+        created=int(time.time()),
+        model=driver.model_id,
+        choices=[Choice(message=AnswerMessage(content=text), finish_reason=reason)],
+        usage=usage_of(completion),
+    )
+
+
+async def _start_stream(driver: Driver, chat: ChatRequest) -> Stream:
+    """Return the response once the first text is there, or its failure is known."""
+    completion = await driver.chat(conversation(chat), generate_params(chat))
+    try:
+        deltas = await primed(aiter(completion), wait_s=HEARTBEAT_S)
+    except BaseException:
+        async with closing(completion):
+            raise
+    options = chat.stream_options
+    include_usage = options is not None and bool(options.include_usage)
+    return _stream_response(driver, completion, deltas, include_usage=include_usage)
+
+
+def _stream_response(
+    driver: Driver, completion: Completion, deltas: AsyncIterator[TextDelta], *, include_usage: bool
+) -> Stream:
+    head = Chunk(id=_completion_id(), created=int(time.time()), model=driver.model_id, choices=[])
+    writer = ChunkWriter(completion, head, include_usage=include_usage)
+    return Stream(
+        with_heartbeats(writer.events(deltas)),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        # A generator that was never begun has no `finally`: the client left too early.
+        background=BackgroundTask(completion.aclose),
+    )
+
+
+def _completion_id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def _answer_error(request: ApiRequest, error: Exception) -> Response[bytes]:
+    """Answer any failure with OpenAI's error object and its status."""
+    if isinstance(error, ClientGone):
+        return Response(b"", status_code=CLIENT_CLOSED_REQUEST)
+    problem = _to_problem(request, error)
+    return Response(
+        problem_json(problem),
+        status_code=problem.http_status,
+        headers=problem_headers(problem),
+        media_type=JSON_TYPE,
+    )
+
+
+def _to_problem(request: ApiRequest, error: Exception) -> PalsError:
+    if isinstance(error, PalsError):
+        return error
+    route = {"method": request.method, "path": request.url.path[:200]}
+    match error.status_code if isinstance(error, HTTPException) else None:
+        case 404:
+            return NoSuchRoute(**route)
+        case 405:
+            return MethodNotAllowed(**route)
+        case status if status is not None and status < 500:
+            return InvalidRequest(problem="the request is malformed")
+        case _:
+            # Without the exception's text, which may quote the conversation.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("internal error: %s\n%s", type(error).__name__, frames)
+            return PalsError()

@@ -1,0 +1,46 @@
+"""Errors as OpenAI's error object, which every HTTP surface of Pals answers with.
+
+Source: `ErrorResponse` in OpenAI's published OpenAPI schema.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from pals.errors import PalsError
+
+RETRY_AFTER_S = 1
+
+
+def problem_object(error: PalsError) -> dict[str, dict[str, str | None]]:
+    """Return ``{"error": {message, type, param, code}}`` for an error."""
+    param = error.fields.get("param")
+    return {
+        "error": {
+            "message": f"{error}; {error.hint}" if error.hint else str(error),
+            "type": _problem_type(error.http_status),
+            "param": param if isinstance(param, str) else None,
+            "code": error.code,
+        }
+    }
+
+
+def problem_json(error: PalsError) -> bytes:
+    """Return the error object as JSON."""
+    return msgspec.json.encode(problem_object(error))
+
+
+def problem_headers(error: PalsError) -> dict[str, str]:
+    """Return the headers that go with an error's status."""
+    headers: dict[str, str] = {}
+    if error.http_status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.retryable:
+        headers["retry-after"] = str(RETRY_AFTER_S)
+    return headers
+
+
+def _problem_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"

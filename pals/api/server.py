@@ -1,0 +1,147 @@
+"""One HTTP server: what it may listen on, and uvicorn run without its own opinions.
+
+The address is resolved once and exactly that address is checked and bound, so that a
+name cannot mean loopback for the check and something else for the bind.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import uvicorn
+from litestar.types import ASGIApp
+
+from pals.errors import PortInUse, PublicBindWithoutKey
+
+BACKLOG = 128
+MAX_CONNECTIONS = 512
+MAX_HEAD_BYTES = 16 << 10
+KEEP_ALIVE_S = 30
+GRACEFUL_SHUTDOWN_S = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """A bound, listening socket.
+
+    Attributes:
+        socket: Owned by whoever holds the listener until a server runs on it.
+        host: The address literal it is bound to, without brackets.
+        port: The port it is bound to, never 0.
+    """
+
+    socket: socket.socket
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{name}:{self.port}"
+
+
+def listen(host: str, port: int, *, api_key: str | None) -> Listener:
+    """Bind and listen; port 0 takes a free one.
+
+    Raises:
+        PublicBindWithoutKey: Other machines could reach it and there is no API key.
+        PortInUse: The address cannot be resolved or bound.
+    """
+    try:
+        family, address = _resolve(host, port)
+    except (OSError, ValueError) as error:
+        if api_key is None:
+            raise PublicBindWithoutKey(host=host) from error
+        raise PortInUse(host=host, port=port, problem=str(error)) from error
+    if api_key is None and not _is_loopback(address[0]):
+        raise PublicBindWithoutKey(host=host)
+    try:
+        bound = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise PortInUse(host=host, port=port, problem=error.strerror) from error
+    return Listener(socket=bound, host=address[0], port=bound.getsockname()[1])
+
+
+def check_public_bind(host: str, api_key: str | None) -> None:
+    """Refuse a bind that other machines can reach, unless there is an API key.
+
+    Raises:
+        PublicBindWithoutKey: ``host``, however it is spelled, is not loopback.
+    """
+    if api_key is not None:
+        return
+    try:
+        _, address = _resolve(host, 0)
+    except (OSError, ValueError) as error:
+        raise PublicBindWithoutKey(host=host) from error
+    if not _is_loopback(address[0]):
+        raise PublicBindWithoutKey(host=host)
+
+
+class HttpServer:
+    """Run an ASGI application over one listener with uvicorn.
+
+    `run` blocks until `stop` is called from any thread or, on the main thread, until
+    SIGINT or SIGTERM; requests in flight get `GRACEFUL_SHUTDOWN_S` to end.
+    """
+
+    def __init__(
+        self, app: ASGIApp, listener: Listener, *, on_ready: Callable[[str], None] | None = None
+    ) -> None:
+        self._listener = listener
+        self._server = _Server(app, on_ready=lambda: on_ready(listener.url) if on_ready else None)
+
+    def run(self) -> None:
+        with self._listener.socket as bound:
+            self._server.run(sockets=[bound])
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(_uvicorn_config(app))
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        interface="asgi3",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        # X-Forwarded-For is anybody's claim; nothing here may believe it.
+        proxy_headers=False,
+        server_header=False,
+        backlog=BACKLOG,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+    )
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    name = host.removeprefix("[").removesuffix("]")
+    found = socket.getaddrinfo(name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+    return family, (str(address[0]), int(address[1]))
+
+
+def _is_loopback(literal: str) -> bool:
+    address = ipaddress.ip_address(literal)
+    # Python versions disagree on mapped addresses, and no one needs to bind to one.
+    mapped = isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None
+    return address.is_loopback and not mapped
