@@ -261,6 +261,25 @@ class TooManyAttempts(CapacityError):
     hint_template = "wait a minute and try again"
 
 
+class UnknownSwarm(UserError):
+    """A swarm that the backend does not hold."""
+
+    code = "PALS-SWARM-UNKNOWN"
+    message = "the backend holds no swarm `{swarm}`"
+    hint_template = "check the backend's address, or make a swarm with `pals swarm create`"
+    http_status = 404
+
+
+class StorageFailed(PalsError):
+    """The backend's database did not answer in time, or failed."""
+
+    code = "PALS-BACKEND-STORAGE"
+    message = "the backend's database failed: {problem}"
+    hint_template = "try again; if it persists, check the disk of the machine that runs the backend"
+    http_status = 503
+    retryable = True
+
+
 class UnknownPeer(UserError):
     """A peer id that is not on the roster."""
 

@@ -1,0 +1,171 @@
+"""Text to token ids and back, over the `tokenizers` library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import tokenizers
+from tokenizers import decoders
+
+from pals.errors import CorruptModel, InvalidText, PalsError
+from pals.text.files import load_settings, load_special_tokens, load_text
+
+MAX_TOKENIZER_BYTES = 128 << 20
+MAX_TEXT_CHARACTERS = 4 << 20
+MAX_TOKEN_ID = 1 << 32
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+class Tokenizer:
+    """The tokenizer of one model folder; immutable, and safe to use from any thread.
+
+    Attributes:
+        special_tokens: Token text by role, as chat templates name them (``bos_token``, …).
+        special_ids: Ids that `decode` skips by default: control tokens, not text.
+        eos_token_ids: Ids that end an answer, from every file that names some.
+        is_byte_level: Each token stands for fixed bytes, see `token_bytes`.
+        vocab_size: Number of tokens; the model's embedding may have more rows.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str],
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self._inner = inner
+        self.special_tokens = special_tokens
+        added = inner.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.is_byte_level = isinstance(inner.decoder, decoders.ByteLevel)
+        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json and the settings beside it.
+
+        Raises:
+            CorruptModel: A file is missing, too large, or does not make a tokenizer.
+        """
+        path = folder / "tokenizer.json"
+        text = load_text(path, maximum=MAX_TOKENIZER_BYTES)
+        if text is None:
+            raise CorruptModel(source=path, problem="there is no such file")
+        with _library_errors_as(lambda problem: CorruptModel(source=path, problem=problem)):
+            inner = tokenizers.Tokenizer.from_str(text)
+            # a padded or truncated prompt would be another prompt
+            inner.no_padding()
+            inner.no_truncation()
+        special_tokens = load_special_tokens(folder)
+        eos_token_ids = _load_eos_token_ids(folder)
+        named = special_tokens.get("eos_token")
+        if named is not None and (eos := inner.token_to_id(named)) is not None:
+            eos_token_ids.add(eos)
+        return cls(inner, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of ``text``.
+
+        Args:
+            text: A rendered chat prompt or plain text.
+            add_special_tokens: Let the tokenizer put its BOS first. False for a rendered
+                chat prompt, where the template has written it already.
+
+        Raises:
+            InvalidText: ``text`` is too long or holds half a surrogate pair.
+            CorruptModel: The tokenizer's own pattern fails on this text.
+        """
+        if len(text) > MAX_TEXT_CHARACTERS:
+            raise InvalidText(problem=f"{len(text)} characters, at most {MAX_TEXT_CHARACTERS} fit")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidText(problem=f"no Unicode text at character {error.start}") from None
+        with _library_errors_as(_pattern_failed):
+            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of ``ids``; ids that the tokenizer does not know are skipped.
+
+        Bytes that are not UTF-8 become U+FFFD.
+        """
+        known = [i for i in ids if 0 <= i < MAX_TOKEN_ID]
+        return self._inner.decode(known, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token of a byte-level vocabulary stands for.
+
+        Special and unknown ids stand for none, as in `decode`.
+        """
+        assert self.is_byte_level
+        token = "" if token_id in self.special_ids else self._token(token_id)
+        if all(character in _BYTE_OF_CHARACTER for character in token):
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        # an added token that holds characters outside of the byte alphabet, such as a space
+        return token.encode()
+
+    def is_byte_token(self, token_id: int) -> bool:
+        """Return whether a token is one byte (``<0x0A>``) of a SentencePiece vocabulary."""
+        return _BYTE_TOKEN.fullmatch(self._token(token_id)) is not None
+
+    def _token(self, token_id: int) -> str:
+        known = 0 <= token_id < MAX_TOKEN_ID
+        return (self._inner.id_to_token(token_id) if known else None) or ""
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Return GPT-2's alphabet: printable Latin-1 as itself, other bytes from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _load_eos_token_ids(folder: Path) -> set[int]:
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        value = load_settings(folder / name).get("eos_token_id")
+        ids = cast("list[object]", value) if isinstance(value, list) else [value]
+        found |= {i for i in ids if isinstance(i, int) and i >= 0}
+    return found
+
+
+def _pattern_failed(problem: str) -> CorruptModel:
+    return CorruptModel(source="tokenizer.json", problem=problem)
+
+
+@contextmanager
+def _library_errors_as(make: Callable[[str], PalsError]) -> Generator[None]:
+    """Turn what `tokenizers` raises into one of our errors.
+
+    It raises plain `Exception`, and a Rust panic arrives as a `BaseException` of a class
+    that cannot be imported: hence the two broad clauses, of which the second lets
+    everything but the panic through.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise make(f"the tokenizer library refuses it: {error}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise make(f"the tokenizer library panicked: {error}") from error
