@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import anyio
 
@@ -13,13 +14,16 @@ from pals.errors import PalsError
 class FakeCompletion:
     """Plays a script: text pieces, then a finish reason, an error, or silence for ever."""
 
-    def __init__(self, pieces: Sequence[str], *, end: PalsError | str | None) -> None:
+    def __init__(
+        self, pieces: Sequence[str], *, end: PalsError | str | None, on_close: Callable[[], None]
+    ) -> None:
         self.prompt_tokens = 7
         self.completion_tokens = 0
         self.route = ("peer-a 0:2", "peer-b 2:4")
-        self.closed = anyio.Event()
+        self.closed = threading.Event()
         self._pieces = pieces
         self._end = end
+        self._on_close = on_close
 
     async def __aiter__(self) -> AsyncIterator[TextDelta]:
         for piece in self._pieces:
@@ -33,6 +37,7 @@ class FakeCompletion:
 
     async def aclose(self) -> None:
         self.closed.set()
+        self._on_close()
 
 
 class FakeDriver:
@@ -46,7 +51,9 @@ class FakeDriver:
     ) -> None:
         self.pieces = pieces
         self.end = end
-        self.refusal: PalsError | None = None
+        self.refusal: Exception | None = None
+        self.asked = threading.Event()
+        self.on_close: Callable[[], None] = lambda: None
         self.calls: list[tuple[tuple[Message, ...], GenerateParams]] = []
         self.completions: list[FakeCompletion] = []
 
@@ -54,6 +61,7 @@ class FakeDriver:
         self.calls.append((tuple(messages), params))
         if self.refusal is not None:
             raise self.refusal
-        completion = FakeCompletion(self.pieces, end=self.end)
+        completion = FakeCompletion(self.pieces, end=self.end, on_close=self.on_close)
         self.completions.append(completion)
+        self.asked.set()
         return completion

@@ -82,8 +82,8 @@ def _model_routes(driver: Driver) -> Sequence[HTTPRouteHandler]:
         return ModelList(data=[model])
 
     @get("/v1/models/{model_id:path}")
-    async def get_model(model_id: str) -> Model:
-        _check_model(model_id.removeprefix("/"), driver)
+    async def get_model(request: ApiRequest) -> Model:
+        _check_model(str(request.path_params["model_id"]).removeprefix("/"), driver)
         return model
 
     return list_models, get_model
