@@ -29,7 +29,7 @@ URL = "http://127.0.0.1:8470"
 
 
 def identity(number: int) -> Identity:
-    return Identity.from_seed(number.to_bytes(32, "big"))
+    return Identity.from_seed(digest(number.to_bytes(32, "big")))
 
 
 def exchange(peer: Identity) -> bytes:
@@ -73,7 +73,10 @@ class Chain:
 
     def invite(self) -> Invite:
         return Invite.generate(
-            swarm_id=self.swarm_id, backend_url=URL, epoch=0, secret=SwarmSecret(bytes(32))
+            swarm_id=self.swarm_id,
+            backend_url=URL,
+            epoch=0,
+            secret=SwarmSecret(digest(b"swarm secret")),
         )
 
     def certificate(

@@ -1,0 +1,1 @@
+"""Alembic's migrations of the membership database; they run when the backend starts."""
