@@ -5,13 +5,15 @@
 - an accepted connection keeps its slot for ever, so a host refuses everybody after 250;
 - an exception in one stream handler ends the whole host;
 - dialling waits 250 ms, tries one address, and blocks a peer that failed for 60 s;
-- limits per peer are absent or evict the connection that is in use.
+- limits per peer are absent or evict the connection that is in use;
+- it dials every peer it ever heard of until it has half its limit of connections.
 
 Only this package sees libp2p types; everything above works with `pals.net.host`.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import StreamHandlerFn, TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
@@ -37,6 +40,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
+from multiaddr.utils import get_network_addrs
 
 from pals.net.noise import Allow, NoiseSession, NoiseTransport
 from pals.types import PeerId
@@ -69,6 +73,13 @@ class HostLimits:
     write_s: float = 10.0
 
 
+class _NeverConnects(AutoConnector):
+    """Stands in for the part of a swarm that dials peers on its own account."""
+
+    async def maybe_connect(self) -> None:
+        return
+
+
 class MemberSwarm(Swarm):
     """A swarm that only members may join, and that outlives what its peers do."""
 
@@ -85,6 +96,7 @@ class MemberSwarm(Swarm):
             RetryConfig(max_retries=0),
             _connection_config(limits),
         )
+        self.auto_connector = _NeverConnects(self)
         self._allow = allow
         self._limits = limits
         self._handshakes: OrderedDict[int, trio.CancelScope] = OrderedDict()
@@ -244,6 +256,9 @@ class MemberSwarm(Swarm):
 
         super().set_stream_handler(guarded)
 
+    def inbound_streams(self) -> dict[PeerId, int]:
+        return {PeerId(p.to_base58()): count for p, count in self._inbound_streams.items()}
+
     def _release_stream(self, peer: ID) -> None:
         self._inbound_streams[peer] -= 1
         if not self._inbound_streams[peer]:
@@ -267,8 +282,15 @@ def is_cut(stream: INetStream) -> bool:
 
 def build_host(seed: bytes, *, allow: Allow, limits: HostLimits) -> tuple[BasicHost, MemberSwarm]:
     """Return a host for the Ed25519 key ``seed`` (32 bytes), not yet running."""
+    # It logs every refused stranger and every closed stream as an error, with values
+    # that a peer chose; what matters reaches the caller as an exception.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
     swarm = MemberSwarm(create_new_key_pair(seed), allow=allow, limits=limits)
-    return BasicHost(swarm, disable_identify_address_discovery=True), swarm
+    host = BasicHost(
+        swarm, addrs_factory=_expand_wildcards, disable_identify_address_discovery=True
+    )
+    return host, swarm
 
 
 def parse_address(text: str) -> Multiaddr:
@@ -287,6 +309,27 @@ def parse_address(text: str) -> Multiaddr:
 
 
 _P2P_CODE = 0x01A5
+
+
+def host_and_port(address: Multiaddr) -> tuple[str, int]:
+    _, host, _, port = str(address).strip("/").split("/")
+    return host, int(port)
+
+
+def _expand_wildcards(addresses: list[Multiaddr]) -> list[Multiaddr]:
+    """Replace ``0.0.0.0`` and ``::`` by the addresses of this machine's interfaces.
+
+    Loopback is given only by a machine that has nothing else.
+    """
+    expanded: dict[str, None] = {}
+    for address in addresses:
+        host, port = host_and_port(address)
+        ip = ipaddress.ip_address(host)
+        hosts = [host]
+        if ip.is_unspecified:
+            hosts = get_network_addrs(ip.version) or ["127.0.0.1" if ip.version == 4 else "::1"]
+        expanded |= dict.fromkeys(f"/ip{ip.version}/{h}/tcp/{port}" for h in hosts)
+    return [Multiaddr(text) for text in expanded]
 
 
 def _connection_config(limits: HostLimits) -> ConnectionConfig:

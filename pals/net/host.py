@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import trio
 from libp2p.abc import INetStream
@@ -17,14 +17,21 @@ from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
-from multiaddr.utils import get_network_addrs
 
 from pals.errors import InvalidConfig, PalsError, PeerUnreachable, PortInUse
-from pals.net._libp2p import HostLimits, MemberSwarm, abort, build_host, is_cut, parse_address
+from pals.net._libp2p import (
+    HostLimits,
+    MemberSwarm,
+    abort,
+    build_host,
+    host_and_port,
+    is_cut,
+    parse_address,
+)
 from pals.swarm.identity import Identity
 from pals.types import PeerId
 
-__all__ = ["Host", "HostLimits", "Stream", "StreamHandler", "open_host"]
+__all__ = ["Host", "HostLimits", "Stream", "StreamHandler", "open_host", "ungrouped_errors"]
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +124,14 @@ class Host:
         self._limits = limits
         self.peer_id = PeerId(host.get_id().to_base58())
 
+    @property
+    def libp2p_host(self) -> BasicHost:
+        """The host beneath, for the protocols of libp2p itself (discovery)."""
+        return self._host
+
     def addresses(self) -> tuple[str, ...]:
         """Return the multiaddrs that others can dial, each with ``/p2p/`` and this id."""
-        bound = (a for listener in self._swarm.listeners.values() for a in listener.get_addrs())
-        dialable = dict.fromkeys(address for a in bound for address in expand_wildcard(a))
-        return tuple(f"{address}/p2p/{self.peer_id}" for address in dialable)
+        return tuple(map(str, self._host.get_addrs()))
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Serve ``protocol``: one call of ``handler`` for each stream a member opens.
@@ -183,6 +193,10 @@ class Host:
         peers = self._swarm.connections
         return frozenset(PeerId(p.to_base58()) for p in peers if self._swarm.live_connections(p))
 
+    def streams_held(self) -> dict[PeerId, int]:
+        """Return how many streams each peer holds open at this host."""
+        return self._swarm.inbound_streams()
+
     def on_connect(self, callback: Callable[[PeerId], None]) -> None:
         """Call back on the first connection with a peer; it must not block or raise."""
         self._swarm.on_connect.append(callback)
@@ -225,14 +239,38 @@ async def open_host(
     limits = limits or HostLimits()
     address = _listen_address(listen)
     host, swarm = build_host(identity.reveal_seed(), allow=allow, limits=limits)
-    async with host.run([address]):
-        try:
-            if not swarm.listeners:
-                raise _port_in_use(address, "the address cannot be bound")
-            yield Host(host, swarm, limits)
-        finally:
-            with trio.move_on_after(CLOSE_S, shield=True):
-                await _close(host, swarm)
+    with ungrouped_errors():
+        async with host.run([address]):
+            try:
+                if not swarm.listeners:
+                    raise _port_in_use(address, "the address cannot be bound")
+                yield Host(host, swarm, limits)
+            finally:
+                with trio.move_on_after(CLOSE_S, shield=True):
+                    await _close(host, swarm)
+
+
+@contextmanager
+def ungrouped_errors() -> Iterator[None]:
+    """Raise the one typed error of a group instead of the group.
+
+    A nursery wraps whatever its block raises in an ``ExceptionGroup``, even when nothing
+    else failed; a caller of a context manager that holds one expects the typed error.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        leaves = _leaves(group)
+        if len(leaves) == 1 and isinstance(leaves[0], PalsError):
+            raise leaves[0] from leaves[0].__cause__
+        raise
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
 
 
 async def _close(host: BasicHost, swarm: MemberSwarm) -> None:
@@ -246,6 +284,7 @@ async def _close(host: BasicHost, swarm: MemberSwarm) -> None:
 def _listen_address(listen: str) -> Multiaddr:
     try:
         address = parse_address(listen)
+        ipaddress.ip_address(host_and_port(address)[0])
     except (MultiaddrError, ValueError) as error:
         raise InvalidConfig(
             source=f"listen address `{listen}`",
@@ -261,7 +300,7 @@ def _probe_port(address: Multiaddr) -> None:
 
     Two processes would then share the port, and each get half of the connections.
     """
-    host, port = _host_and_port(address)
+    host, port = host_and_port(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -272,23 +311,5 @@ def _probe_port(address: Multiaddr) -> None:
 
 
 def _port_in_use(address: Multiaddr, problem: str) -> PortInUse:
-    host, port = _host_and_port(address)
+    host, port = host_and_port(address)
     return PortInUse(host=host, port=port, problem=problem)
-
-
-def _host_and_port(address: Multiaddr) -> tuple[str, int]:
-    _, host, _, port = str(address).strip("/").split("/")
-    return host, int(port)
-
-
-def expand_wildcard(address: Multiaddr) -> list[str]:
-    """Replace ``0.0.0.0`` or ``::`` by the addresses of this machine's interfaces.
-
-    Loopback is given only by a machine that has nothing else.
-    """
-    host, port = _host_and_port(address)
-    ip = ipaddress.ip_address(host)
-    if not ip.is_unspecified:
-        return [str(address)]
-    found = get_network_addrs(ip.version) or ["127.0.0.1" if ip.version == 4 else "::1"]
-    return [f"/ip{ip.version}/{host}/tcp/{port}" for host in found]

@@ -1,0 +1,246 @@
+"""Finding shards: the swarm's own Kademlia network, which holds one record per peer.
+
+The key is ``/pals/<peer id>``, the value a record of `pals.net.announce`, verified when
+it is stored and again when it is read. What is here beside py-libp2p 0.8.1's KadDHT
+works round it: its protocol id ignores every prefix, a read returns the local copy
+without asking anybody, it does not know the peers that are connected, and one silent
+peer costs each operation 10 s.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import ModuleType
+
+import trio
+from libp2p.custom_types import TProtocol
+from libp2p.kad_dht import common, kad_dht, peer_routing, provider_store, value_store
+from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.peer.id import ID
+from libp2p.records.validator import NamespacedValidator, Validator
+from libp2p.tools.anyio_service import background_trio_service
+
+from pals.errors import InvalidRecord, PalsError
+from pals.net.announce import Announcement, newest, open_announcement
+from pals.net.host import Host
+from pals.types import PeerId, SwarmId, short_id
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "pals"
+LOOKUPS_AT_ONCE = 16
+ANNOUNCE_DEADLINE_S = 10.0
+QUERY_DEADLINE_S = 3.0
+INBOUND_QUERIES = 64
+FOLLOW_INTERVAL_S = 1.0
+
+_MODULES: tuple[ModuleType, ...] = (common, kad_dht, peer_routing, provider_store, value_store)
+
+
+class Discovery:
+    """Announces this machine's shard, and finds those of other members.
+
+    Args:
+        host: The running host; its gate keeps strangers off the DHT too.
+        swarm_id: Names the private protocol.
+        is_member: Says whether a peer is a live member.
+        now_unix: Unix time in seconds, by which records expire.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        swarm_id: SwarmId,
+        is_member: Callable[[PeerId], bool],
+        *,
+        now_unix: Callable[[], float] = time.time,
+    ) -> None:
+        self._host = host
+        self._swarm_id = swarm_id
+        self._is_member = is_member
+        self._now_unix = now_unix
+        self._running: KadDHT | None = None
+        self._lookups = trio.CapacityLimiter(LOOKUPS_AT_ONCE)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part in the DHT until cancelled; the other methods need this running."""
+        validator = _AnnouncementValidator(self._open)
+        with _private_protocol(self._swarm_id):
+            self._running = dht = _make_dht(self._host, validator)
+            self._host.on_disconnect(self._forget)
+            async with background_trio_service(dht):
+                task_status.started()
+                while True:
+                    await self._learn_connected()
+                    await trio.sleep(FOLLOW_INTERVAL_S)
+
+    async def bootstrap(self, addresses: Iterable[str], *, deadline_s: float = 5.0) -> int:
+        """Connect to the members at ``addresses`` and return how many answered.
+
+        Args:
+            addresses: Multiaddrs that end in ``/p2p/<peer id>``.
+            deadline_s: Seconds for each.
+        """
+        reached: list[str] = []
+
+        async def try_one(address: str) -> None:
+            peer = PeerId(address.rpartition("/p2p/")[2])
+            try:
+                await self._host.connect(peer, [address], deadline_s=deadline_s)
+                reached.append(address)
+            except PalsError as error:
+                log.info("bootstrap peer %s: %s", short_id(peer), error)
+
+        async with trio.open_nursery() as nursery:
+            for address in addresses:
+                nursery.start_soon(try_one, address)
+        await self._learn_connected()
+        return len(reached)
+
+    async def announce(self, record: bytes) -> None:
+        """Store this machine's signed record at the members closest to its key.
+
+        It stays until it expires, so announce again well before that.
+
+        Raises:
+            InvalidRecord: The record does not verify, or is older than one stored before.
+        """
+        announcement = self._open(record)
+        with trio.move_on_after(ANNOUNCE_DEADLINE_S):
+            try:
+                await self._dht.put_value(_key(announcement.peer), record)
+            except ValueError as error:
+                raise InvalidRecord(kind="announcement", problem=str(error)) from error
+
+    async def find(
+        self, peers: Iterable[PeerId], *, deadline_s: float
+    ) -> dict[PeerId, Announcement]:
+        """Return what those of ``peers`` that announce anything announce now.
+
+        Never raises because of what peers say or fail to say: those that are silent are
+        left out, and what was found by ``deadline_s`` seconds is returned.
+        """
+        found: dict[PeerId, Announcement] = {}
+
+        async def look_up(peer: PeerId) -> None:
+            async with self._lookups:
+                announcement = await self._find_one(peer)
+            if announcement is not None:
+                found[peer] = announcement
+
+        with trio.move_on_after(deadline_s):
+            async with trio.open_nursery() as nursery:
+                for peer in frozenset(peers):
+                    nursery.start_soon(look_up, peer)
+        return found
+
+    async def _find_one(self, peer: PeerId) -> Announcement | None:
+        """Ask the network, since the local copy would be returned however old."""
+        key = _key(peer)
+        local = self._dht.value_store.get(key.encode())
+        self._dht.value_store.remove(key.encode())
+        candidates = [local.value] if local is not None else []
+        try:
+            fetched = await self._dht.get_value(key)
+            candidates += [fetched] if fetched is not None else []
+        finally:
+            self._restore(key, candidates)
+        opened = self._open_all(peer, candidates)
+        return opened[newest(opened)] if opened else None
+
+    def _restore(self, key: str, candidates: list[bytes]) -> None:
+        """Keep the newest copy that is known: this machine may be one that must hold it."""
+        if candidates:
+            best = candidates[_AnnouncementValidator(self._open).select(key, candidates)]
+            self._dht.value_store.put(key.encode(), best)
+
+    def _open_all(self, peer: PeerId, records: Iterable[bytes]) -> list[Announcement]:
+        opened: list[Announcement] = []
+        for record in records:
+            with suppress(InvalidRecord):  # an expired copy says nothing
+                opened.append(self._open(record))
+        return [a for a in opened if a.peer == peer]
+
+    def _open(self, record: bytes) -> Announcement:
+        return open_announcement(record, now_unix=self._now_unix(), is_member=self._is_member)
+
+    @property
+    def _dht(self) -> KadDHT:
+        assert self._running is not None, "Discovery.run is not running"
+        return self._running
+
+    async def _learn_connected(self) -> None:
+        table = self._dht.routing_table
+        for peer in map(ID.from_base58, self._host.connected_peers()):
+            if not table.peer_in_table(peer):
+                await self._dht.add_peer(peer, skip_server_mode_check=True)
+
+    def _forget(self, peer: PeerId) -> None:
+        self._dht.routing_table.remove_peer(ID.from_base58(peer))
+
+
+class _AnnouncementValidator(Validator):
+    """What KadDHT asks before it stores a value and after it fetched one."""
+
+    def __init__(self, open_record: Callable[[bytes], Announcement]) -> None:
+        self._open = open_record
+
+    def validate(self, key: str, value: bytes) -> None:
+        """Raise `InvalidRecord` unless ``value`` is a valid record under its own key."""
+        announcement = self._open(value)
+        if key != _key(announcement.peer):
+            raise InvalidRecord(kind="announcement", problem=f"stored under {key!r}")
+
+    def select(self, key: str, values: list[bytes]) -> int:
+        """Return the index of the newest valid value; the first if none is valid."""
+        valid: list[tuple[int, Announcement]] = []
+        for index, value in enumerate(values):
+            with suppress(InvalidRecord):
+                valid.append((index, self._open(value)))
+        return valid[newest([a for _, a in valid])][0] if valid else 0
+
+
+def _key(peer: PeerId) -> str:
+    return f"/{NAMESPACE}/{peer}"
+
+
+def _make_dht(host: Host, validator: Validator) -> KadDHT:
+    dht = KadDHT(
+        host.libp2p_host,
+        DHTMode.SERVER,
+        validator=NamespacedValidator({NAMESPACE: validator}, strict_validation=True),
+        validator_changed=True,
+        strict_validation=True,
+        enable_providers=False,
+        # Members often share one subnet, and each was invited: no Sybils to spread out.
+        max_peers_per_subnet=0,
+    )
+    # Stock resets every query beyond 12 at once; the host limits streams per peer.
+    dht._inbound_limiter = trio.CapacityLimiter(INBOUND_QUERIES)
+    return dht
+
+
+_protocols_in_use: list[TProtocol] = []
+
+
+@contextmanager
+def _private_protocol(swarm_id: SwarmId) -> Iterator[None]:
+    """Give KadDHT the swarm's own protocol id and a short query deadline.
+
+    ``KadDHT(protocol_prefix=…)`` changes nothing on the wire in 0.8.1: its modules read
+    these as globals. So all hosts of one process are of one swarm.
+    """
+    protocol = TProtocol(f"/pals/{short_id(swarm_id)}/kad/1.0.0")
+    assert set(_protocols_in_use) <= {protocol}, "one process serves one swarm"
+    for module in _MODULES:
+        for name, value in (("PROTOCOL_ID", protocol), ("QUERY_TIMEOUT", QUERY_DEADLINE_S)):
+            if hasattr(module, name):
+                setattr(module, name, value)
+    _protocols_in_use.append(protocol)
+    try:
+        yield
+    finally:
+        _protocols_in_use.remove(protocol)

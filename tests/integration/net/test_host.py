@@ -1,0 +1,273 @@
+"""The host over real sockets: each test fails on py-libp2p 0.8.1's defaults."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from pals.errors import InvalidConfig, PeerUnreachable, PortInUse
+from pals.net.host import Host, HostLimits, open_host
+from tests.integration.net.harness import ECHO, LISTEN, ask_echo, identity, open_hosts, until
+
+pytestmark = pytest.mark.trio
+
+DEAD_ADDRESS = "/ip4/127.0.0.1/tcp/1"
+
+
+async def ask(client: Host, server: Host, protocol: str) -> bytes:
+    """Open a stream and read; a refusal may show at either."""
+    stream = await client.open_stream(server.peer_id, protocol)
+    return await stream.read_some(1)
+
+
+async def test_a_stream_carries_bytes_both_ways_and_ends_cleanly():
+    async with open_hosts(2) as (_, (a, b)):
+        await a.connect(b.peer_id, b.addresses())
+        stream = await a.open_stream(b.peer_id, ECHO)
+        await stream.write(b"hello")
+        assert await stream.read_exactly(5) == b"hello"
+        await stream.close()
+        assert await stream.read_some(1) == b""
+        assert stream.peer_id == b.peer_id
+        assert a.connected_peers() == {b.peer_id}
+        assert b.connected_peers() == {a.peer_id}
+
+
+async def test_connections_in_a_host_s_life_are_not_limited(monkeypatch):
+    """B1: stock keeps the slot of every accepted connection until the host stops."""
+    limits = HostLimits(max_connections=5)
+    async with open_hosts(2, limits=limits) as (_, (a, b)):
+        for _ in range(15):
+            await a.connect(b.peer_id, b.addresses())
+            await a.drop_peer(b.peer_id)
+            await until(lambda: not b.connected_peers())
+        await a.connect(b.peer_id, b.addresses())
+        assert await ask_echo(a, b) == b"hello"
+
+
+async def test_a_handler_that_raises_ends_its_stream_and_nothing_else():
+    """B2: stock ends the whole host."""
+
+    async def boom(stream):
+        raise RuntimeError("boom")
+
+    async with open_hosts(2) as (_, (a, b)):
+        b.handle("/test/boom/1", boom)
+        await a.connect(b.peer_id, b.addresses())
+        with pytest.raises(PeerUnreachable):
+            await ask(a, b, "/test/boom/1")
+        assert await ask_echo(a, b) == b"hello"
+
+
+async def test_connecting_does_not_sleep(monkeypatch):
+    """B4: stock waits 250 ms for a second transport after each connection."""
+    async with open_hosts(2) as (_, (a, b)):
+        slept = []
+        sleep = trio.sleep
+
+        async def record(seconds):
+            slept.append(seconds)
+            await sleep(seconds)
+
+        monkeypatch.setattr(trio, "sleep", record)
+        await a.connect(b.peer_id, b.addresses())
+        assert 0.25 not in slept
+
+
+async def test_all_addresses_are_tried():
+    """B5: stock dials one address for each transport."""
+    async with open_hosts(2) as (_, (a, b)):
+        addresses = [DEAD_ADDRESS, "not an address", "/ip4/127.0.0.1/udp/9/quic-v1", *b.addresses()]
+        await a.connect(b.peer_id, addresses)
+        assert await ask_echo(a, b) == b"hello"
+
+
+async def test_a_peer_that_failed_can_be_reached_as_soon_as_it_runs():
+    """B6: stock blocks a peer that failed for 60 s."""
+    async with open_hosts(2) as (_, (a, b)):
+        with pytest.raises(PeerUnreachable) as caught:
+            await a.connect(b.peer_id, [DEAD_ADDRESS])
+        assert caught.value.fields["peer"] == b.peer_id
+        await a.connect(b.peer_id, b.addresses())
+
+
+async def test_a_message_arrives_whole_in_more_than_100_short_reads():
+    """B9: stock gives up after 100 short reads."""
+    message = bytes(range(256)) * 4096
+
+    async def send_slowly(stream):
+        for start in range(0, len(message), 8192):
+            await stream.write(message[start : start + 8192])
+
+    async with open_hosts(2) as (_, (a, b)):
+        b.handle("/test/send/1", send_slowly)
+        await a.connect(b.peer_id, b.addresses())
+        stream = await a.open_stream(b.peer_id, "/test/send/1")
+        assert await stream.read_exactly(len(message)) == message
+
+
+async def test_a_cancelled_write_leaves_the_connection_whole():
+    """B10: stock leaves half a frame on the wire, and every stream hangs."""
+    reading = trio.Event()
+    received = []
+
+    async def drain(stream):
+        received.append(len(await stream.read_some(1)))
+        await reading.wait()
+        while data := await stream.read_some(65536):
+            received.append(len(data))
+
+    async with open_hosts(2) as (_, (a, b)):
+        b.handle("/test/drain/1", drain)
+        await a.connect(b.peer_id, b.addresses())
+        stream = await a.open_stream(b.peer_id, "/test/drain/1")
+        size = 16 << 20  # more than the window and the sockets hold: it stops half-way
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.write, bytes(size))
+            await until(lambda: received == [1])
+            nursery.cancel_scope.cancel()
+            reading.set()
+        assert await ask_echo(a, b) == b"hello"
+        await stream.close()
+        await until(lambda: sum(received) == size)
+
+
+async def test_a_peer_that_takes_nothing_costs_its_connection():
+    async def never_read(stream):
+        await trio.sleep_forever()
+
+    async with open_hosts(2, limits=HostLimits(write_s=0.2)) as (_, (a, b)):
+        b.handle("/test/deaf/1", never_read)
+        await a.connect(b.peer_id, b.addresses())
+        stream = await a.open_stream(b.peer_id, "/test/deaf/1")
+        with pytest.raises(PeerUnreachable, match=r"took no bytes for 0\.2 s"):
+            await stream.write(bytes(16 << 20))
+        await until(lambda: not a.connected_peers() and not b.connected_peers())
+
+
+async def test_a_host_that_leaves_closes_its_connections():
+    """B11: stock leaves ghost peers behind."""
+    async with open_hosts(1) as (members, (a,)):
+        gone = []
+        a.on_disconnect(gone.append)
+        leaver = identity(9)
+        members.add(leaver.peer_id)
+        async with open_host(leaver, listen=LISTEN, allow=members.allow) as b:
+            await b.connect(a.peer_id, a.addresses())
+        await until(lambda: gone == [leaver.peer_id])
+        assert not a.connected_peers()
+
+
+async def test_reading_from_a_peer_that_vanished_raises():
+    async with open_hosts(2) as (_, (a, b)):
+        await a.connect(b.peer_id, b.addresses())
+        stream = await a.open_stream(b.peer_id, ECHO)
+        await b.drop_peer(a.peer_id)
+        with trio.fail_after(5), pytest.raises(PeerUnreachable):
+            await stream.read_exactly(1)
+
+
+async def test_a_reset_is_not_read_as_an_end():
+    async def reset(stream):
+        await stream.reset()
+
+    async with open_hosts(2) as (_, (a, b)):
+        b.handle("/test/reset/1", reset)
+        await a.connect(b.peer_id, b.addresses())
+        with pytest.raises(PeerUnreachable):
+            await ask(a, b, "/test/reset/1")
+
+
+async def test_a_protocol_that_nobody_serves_is_unreachable():
+    async with open_hosts(2) as (_, (a, b)):
+        await a.connect(b.peer_id, b.addresses())
+        with pytest.raises(PeerUnreachable):
+            await a.open_stream(b.peer_id, "/test/none/1")
+
+
+async def test_an_address_with_another_peer_behind_it_is_refused():
+    async with open_hosts(3) as (_, (a, b, c)):
+        with pytest.raises(PeerUnreachable):
+            await a.connect(b.peer_id, [c.addresses()[0].partition("/p2p/")[0]])
+        assert not a.connected_peers()
+
+
+async def test_streams_of_one_peer_are_limited():
+    limits = HostLimits(max_streams_per_peer=3)
+    held = []
+
+    async def hold(stream):
+        held.append(stream.peer_id)
+        await stream.write(b"x")
+        await stream.read_some(1)
+
+    async with open_hosts(3, limits=limits) as (_, (a, b, c)):
+        b.handle("/test/hold/1", hold)
+        await a.connect(b.peer_id, b.addresses())
+        await c.connect(b.peer_id, b.addresses())
+        await until(lambda: a.peer_id not in b.streams_held())
+        for _ in range(3):
+            await ask(a, b, "/test/hold/1")
+        with pytest.raises(PeerUnreachable):
+            await ask(a, b, "/test/hold/1")
+        assert held == [a.peer_id] * 3
+        assert await ask_echo(c, b) == b"hello"
+        await b.drop_peer(a.peer_id)
+        await until(lambda: a.peer_id not in b.streams_held())
+
+
+async def test_half_open_handshakes_do_not_keep_a_good_peer_out():
+    limits = HostLimits(max_handshakes=4)
+    async with open_hosts(2, limits=limits) as (_, (a, b)):
+        port = int(b.addresses()[0].split("/")[4])
+        silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(20)]
+        with trio.fail_after(2):
+            await a.connect(b.peer_id, b.addresses())
+        for stream in silent:
+            await stream.aclose()
+
+
+async def test_garbage_and_endless_bytes_are_survived():
+    async with open_hosts(2) as (_, (a, b)):
+        port = int(b.addresses()[0].split("/")[4])
+        for junk in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            bytes(100_000),
+            b"\x13/multistream/1.0.0\n\xff\xff\xff",
+        ):
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            await stream.send_all(junk)
+            await stream.aclose()
+        await a.connect(b.peer_id, b.addresses())
+        assert await ask_echo(a, b) == b"hello"
+
+
+async def test_both_sides_may_dial_at_once():
+    async with open_hosts(2) as (_, (a, b)):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.connect, b.peer_id, b.addresses())
+            nursery.start_soon(b.connect, a.peer_id, a.addresses())
+        assert await ask_echo(a, b) == b"hello"
+        assert await ask_echo(b, a) == b"hello"
+
+
+@pytest.mark.parametrize("listen", ["", "/ip4/127.0.0.1", "/ip4/127.0.0.1/udp/1", "127.0.0.1:80"])
+async def test_a_listen_address_that_is_no_tcp_multiaddr_is_refused(listen):
+    with pytest.raises(InvalidConfig):
+        async with open_host(identity(1), listen=listen, allow=lambda _: True):
+            pass
+
+
+async def test_a_port_that_another_host_serves_is_refused():
+    async with open_hosts(1) as (_, (a,)):
+        taken = a.addresses()[0].partition("/p2p/")[0]
+        with pytest.raises(PortInUse):
+            async with open_host(identity(2), listen=taken, allow=lambda _: True):
+                pass
+
+
+async def test_wildcard_addresses_are_expanded():
+    async with open_host(identity(1), listen="/ip4/0.0.0.0/tcp/0", allow=lambda _: True) as host:
+        assert host.addresses()
+        assert all(f"/p2p/{host.peer_id}" in address for address in host.addresses())
+        assert not any("0.0.0.0" in address for address in host.addresses())
