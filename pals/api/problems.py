@@ -5,11 +5,35 @@ Source: `ErrorResponse` in OpenAI's published OpenAPI schema.
 
 from __future__ import annotations
 
-import msgspec
+import logging
+import traceback
 
-from pals.errors import PalsError
+import msgspec
+from litestar.exceptions import HTTPException
+
+from pals.errors import InvalidRequest, MethodNotAllowed, NoSuchRoute, PalsError
 
 RETRY_AFTER_S = 1
+
+_LOG = logging.getLogger(__name__)
+
+
+def problem_of(method: str, path: str, error: Exception) -> PalsError:
+    """Return the error that a failed request is answered with, and log what nobody expects."""
+    if isinstance(error, PalsError):
+        return error
+    match error.status_code if isinstance(error, HTTPException) else None:
+        case 404:
+            return NoSuchRoute(method=method, path=path[:200])
+        case 405:
+            return MethodNotAllowed(method=method, path=path[:200])
+        case status if status is not None and status < 500:
+            return InvalidRequest(problem="the request is malformed")
+        case _:
+            # Without the exception's text, which may quote what people wrote.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            _LOG.error("internal error: %s\n%s", type(error).__name__, frames)
+            return PalsError()
 
 
 def problem_object(error: PalsError) -> dict[str, dict[str, str | None]]:

@@ -58,11 +58,20 @@ def listen(host: str, port: int, *, api_key: str | None) -> Listener:
         raise PortInUse(host=host, port=port, problem=str(error)) from error
     if api_key is None and not _is_loopback(address[0]):
         raise PublicBindWithoutKey(host=host)
+    return _bind(family, address)
+
+
+def listen_anywhere(host: str, port: int) -> Listener:
+    """Bind and listen, also where others can reach it; for services whose requests are signed.
+
+    Raises:
+        PortInUse: The address cannot be resolved or bound.
+    """
     try:
-        bound = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise PortInUse(host=host, port=port, problem=error.strerror) from error
-    return Listener(socket=bound, host=address[0], port=bound.getsockname()[1])
+        family, address = _resolve(host, port)
+    except (OSError, ValueError) as error:
+        raise PortInUse(host=host, port=port, problem=str(error)) from error
+    return _bind(family, address)
 
 
 def check_public_bind(host: str, api_key: str | None) -> None:
@@ -131,6 +140,15 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
     )
+
+
+def _bind(family: socket.AddressFamily, address: tuple[str, int]) -> Listener:
+    host, port = address
+    try:
+        bound = socket.create_server(address, family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise PortInUse(host=host, port=port, problem=error.strerror) from error
+    return Listener(socket=bound, host=host, port=bound.getsockname()[1])
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int]]:

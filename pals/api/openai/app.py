@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import traceback
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
@@ -12,7 +10,6 @@ import msgspec
 from litestar import Litestar, Request, Response, get, post
 from litestar.background_tasks import BackgroundTask
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.response import Stream
 
@@ -37,19 +34,11 @@ from pals.api.openai.stream import (
     usage_of,
     with_heartbeats,
 )
-from pals.api.problems import problem_headers, problem_json
+from pals.api.problems import problem_headers, problem_json, problem_of
 from pals.driver.interface import Completion, Driver, TextDelta
-from pals.errors import (
-    InvalidRequest,
-    MethodNotAllowed,
-    NoSuchRoute,
-    PalsError,
-    UnknownModel,
-)
+from pals.errors import UnknownModel
 
 CLIENT_CLOSED_REQUEST = 499
-
-_LOG = logging.getLogger(__name__)
 
 ApiRequest = Request[None, None, State]
 
@@ -157,28 +146,10 @@ def _answer_error(request: ApiRequest, error: Exception) -> Response[bytes]:
     """Answer any failure with OpenAI's error object and its status."""
     if isinstance(error, ClientGone):
         return Response(b"", status_code=CLIENT_CLOSED_REQUEST)
-    problem = _to_problem(request, error)
+    problem = problem_of(request.method, request.url.path, error)
     return Response(
         problem_json(problem),
         status_code=problem.http_status,
         headers=problem_headers(problem),
         media_type=JSON_TYPE,
     )
-
-
-def _to_problem(request: ApiRequest, error: Exception) -> PalsError:
-    if isinstance(error, PalsError):
-        return error
-    route = {"method": request.method, "path": request.url.path[:200]}
-    match error.status_code if isinstance(error, HTTPException) else None:
-        case 404:
-            return NoSuchRoute(**route)
-        case 405:
-            return MethodNotAllowed(**route)
-        case status if status is not None and status < 500:
-            return InvalidRequest(problem="the request is malformed")
-        case _:
-            # Without the exception's text, which may quote the conversation.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            _LOG.error("internal error: %s\n%s", type(error).__name__, frames)
-            return PalsError()

@@ -1,0 +1,1 @@
+"""The HTTP applications: the OpenAI endpoint and the membership service."""
