@@ -446,6 +446,13 @@ class FrameKeyExhausted(ProtocolError):
     retryable = True
 
 
+class InvalidStep(ProtocolError):
+    """A step that asks a shard for something outside its model, slots or context."""
+
+    code = "PALS-STEP-INVALID"
+    message = "step refused: {problem}"
+
+
 class SessionRefused(PeerError):
     """A shard does not take the session."""
 

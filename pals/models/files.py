@@ -1,0 +1,100 @@
+"""Reads files of a model folder, none of which is trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from pals.errors import CorruptModel
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 1 << 26
+MAX_INDEX_BYTES = 1 << 26
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+
+def contained_path(folder: Path, name: str) -> Path:
+    """Return the real path of a file in ``folder``, which need not exist.
+
+    A link may lead to the ``blobs`` folder of the hub's own cache layout and nowhere else.
+
+    Raises:
+        CorruptModel: ``name`` is not a plain file name, or leads out of the folder.
+    """
+    if not _FILE_NAME.fullmatch(name):
+        raise CorruptModel(source=folder, problem=f"{name[:200]!r} is not a plain file name")
+    real_folder = folder.resolve()
+    real = (folder / name).resolve()
+    allowed = {real_folder}
+    if real_folder.parent.name == "snapshots":
+        allowed.add(real_folder.parents[1] / "blobs")
+    if real.parent not in allowed:
+        raise CorruptModel(source=folder / name, problem="it is a link out of the model's folder")
+    return real
+
+
+def open_regular(path: Path) -> int:
+    """Open a resolved path for reading and return its descriptor.
+
+    Raises:
+        CorruptModel: It cannot be opened, or is not a regular file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise CorruptModel(source=path, problem=error.strerror or "cannot be opened") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CorruptModel(source=path, problem="it is not a regular file")
+    return handle
+
+
+def read_file(folder: Path, name: str, *, most: int) -> bytes:
+    """Return a whole file of at most ``most`` bytes.
+
+    Raises:
+        CorruptModel: It is missing, too large, or leads out of the folder.
+    """
+    path = contained_path(folder, name)
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise CorruptModel(source=path, problem=f"it is larger than {most} bytes")
+    return data
+
+
+def parse_json_object(data: bytes, source: Path) -> dict[str, object]:
+    """Parse a JSON object whose keys are all different.
+
+    Raises:
+        CorruptModel: ``data`` is something else.
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(source=source, problem=f"not valid JSON: {error}") from error
+    return json_object(value, source)
+
+
+def json_object(value: object, source: Path) -> dict[str, object]:
+    """Return ``value`` as a JSON object.
+
+    Raises:
+        CorruptModel: It is not one.
+    """
+    if not isinstance(value, Mapping):
+        raise CorruptModel(source=source, problem="a JSON object was expected")
+    return dict(cast("Mapping[str, object]", value))
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return values

@@ -1,0 +1,106 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# (jax annotates its functions with types that pyright sees as partially unknown)
+"""Layers that model families share.
+
+Modules follow the subset of Flax NNX that its tree mode keeps: no shared `Param`, no
+mutation in ``__call__``. Attribute names are those of the Hugging Face checkpoints, so
+that a parameter's path is its weight's name. Matrices keep their ``(out, in)`` layout.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
+    """Return the precision that keeps float32 exact on devices that would round it."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiply rows by a matrix in its checkpoint layout.
+
+    Args:
+        x: Rows [M, in].
+        matrix: [out, in].
+
+    Returns:
+        [M, out] in float32.
+    """
+    rows = x.shape[0]
+    if rows == 1:
+        # XLA's CPU matrix-vector loop has no bf16 path and writes the whole matrix out in
+        # float32 at each call; two rows reach its matrix-matrix kernels (10x faster).
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    product = lax.dot_general(
+        x,
+        matrix,
+        (((1,), (1,)), ((), ())),
+        precision=matmul_precision(matrix.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return product[:rows]
+
+
+class Linear(nnx.Module):
+    """An affine map whose matrix is stored as ``(out, in)``."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((out_size, in_size), dtype))
+        self.bias = nnx.Param(jnp.zeros((out_size,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, T, in] to [B, T, out]."""
+        matrix = self.weight[...]
+        product = matmul_transposed(x.reshape(-1, x.shape[-1]), matrix)
+        if self.bias is not None:
+            product = product + self.bias[...]
+        return product.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[0])
+
+
+class Embedding(nnx.Module):
+    """The token embedding, which is also the LM head of models that tie the two."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), dtype))
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """Look up [B, T] ids; returns [B, T, D]."""
+        return self.weight[...][token_ids]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Score [M, D] against every token; returns float32 logits [M, V]."""
+        return matmul_transposed(x, self.weight[...])
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis of [..., D], with the statistics in float32."""
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.weight[...]
+
+
+class GatedMLP(nnx.Module):
+    """The SwiGLU feed-forward block (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype
+    ) -> None:
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map [B, T, D] to [B, T, D]."""
+        with jax.named_scope("mlp"):
+            return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

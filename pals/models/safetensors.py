@@ -1,0 +1,229 @@
+"""Reads single tensors of safetensors files by byte range.
+
+The format's rules are checked again here (https://github.com/huggingface/safetensors):
+the library's own reader maps whole files, and a shard needs only its layers' bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+import ml_dtypes
+import numpy as np
+
+from pals.errors import CorruptModel, UnsupportedModel
+from pals.models.files import (
+    MAX_INDEX_BYTES,
+    contained_path,
+    json_object,
+    open_regular,
+    parse_json_object,
+    read_file,
+)
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 1 << 17
+MAX_DIMENSIONS = 8
+
+ITEM_BYTES = MappingProxyType(
+    {
+        "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+        "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+        "I32": 4, "U32": 4, "F32": 4,
+        "I64": 8, "U64": 8, "F64": 8,
+    }
+)  # fmt: skip
+
+NUMPY_DTYPES = MappingProxyType(
+    {
+        "F32": np.dtype("<f4"),
+        "F16": np.dtype("<f2"),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor stands: ``size_bytes`` bytes at ``offset`` of the file."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+    def read(self) -> np.ndarray:
+        """Return the tensor in the dtype of the file.
+
+        Raises:
+            UnsupportedModel: The dtype is not one of F32, F16 and BF16.
+            CorruptModel: The file became shorter.
+        """
+        dtype = NUMPY_DTYPES.get(self.dtype)
+        if dtype is None:
+            raise UnsupportedModel(
+                source=self.path, problem=f"weight `{self.name}` has dtype {self.dtype}"
+            )
+        data = np.empty(self.size_bytes, np.uint8)
+        handle = open_regular(self.path)
+        try:
+            _read_range(handle, data.data, self.offset, self.path)
+        finally:
+            os.close(handle)
+        return data.view(dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weight files of a model folder: which tensor stands in which file."""
+
+    folder: Path
+    file_of: MappingProxyType[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> WeightFiles:
+        """Read the index, or the header of the single file.
+
+        Raises:
+            CorruptModel: There are no weights, or the index or header is malformed.
+        """
+        if (folder / INDEX_NAME).is_file():
+            return cls(folder, MappingProxyType(read_index(folder)))
+        names = read_header(contained_path(folder, SINGLE_NAME))
+        return cls(folder, MappingProxyType(dict.fromkeys(names, SINGLE_NAME)))
+
+    def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
+        """Return where the named tensors stand; reads the headers of their files only.
+
+        Raises:
+            CorruptModel: A file is missing or malformed, or lacks a tensor of the index.
+        """
+        wanted = set(names)
+        found: dict[str, TensorEntry] = {}
+        for file_name in sorted({self.file_of[name] for name in wanted}):
+            path = contained_path(self.folder, file_name)
+            header = read_header(path)
+            here = {name for name in wanted if self.file_of[name] == file_name}
+            lacking = sorted(here - header.keys())
+            if lacking:
+                raise CorruptModel(
+                    source=path, problem=f"the index puts {', '.join(lacking[:4])} here"
+                )
+            found |= {name: header[name] for name in here}
+        return found
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return the file name of each tensor of a sharded checkpoint.
+
+    Raises:
+        CorruptModel: The index is malformed, or names a file outside the folder.
+    """
+    path = folder / INDEX_NAME
+    index = parse_json_object(read_file(folder, INDEX_NAME, most=MAX_INDEX_BYTES), path)
+    weight_map = json_object(index.get("weight_map"), path)
+    if len(weight_map) > MAX_TENSORS:
+        raise CorruptModel(source=path, problem=f"it names {len(weight_map)} tensors")
+    for file_name in set(map(str, weight_map.values())):
+        if not file_name.endswith(".safetensors"):
+            raise CorruptModel(source=path, problem=f"{file_name[:200]!r} is no safetensors file")
+        contained_path(folder, file_name)
+    return {name: str(file_name) for name, file_name in weight_map.items()}
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one file, having checked that they tile its data.
+
+    Raises:
+        CorruptModel: The header is too large or malformed, sizes and shapes disagree, or
+            tensors overlap, leave gaps or end elsewhere than the file does.
+    """
+    handle = open_regular(path)
+    try:
+        file_bytes = os.fstat(handle).st_size
+        prefix = bytearray(8)
+        _read_range(handle, memoryview(prefix), 0, path)
+        header_bytes = int.from_bytes(prefix, "little")
+        if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise CorruptModel(source=path, problem=f"its header claims {header_bytes} bytes")
+        header = bytearray(header_bytes)
+        _read_range(handle, memoryview(header), 8, path)
+    finally:
+        os.close(handle)
+    values = parse_json_object(bytes(header), path)
+    values.pop("__metadata__", None)
+    if len(values) > MAX_TENSORS:
+        raise CorruptModel(source=path, problem=f"it holds {len(values)} tensors")
+    start = 8 + header_bytes
+    entries = [_parse_entry(name, value, path, start) for name, value in values.items()]
+    _check_tiling(entries, path, start, file_bytes)
+    return {entry.name: entry for entry in entries}
+
+
+def _parse_entry(name: str, value: object, path: Path, start: int) -> TensorEntry:
+    entry = json_object(value, path)
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise UnsupportedModel(source=path, problem=f"weight `{name}` has dtype {dtype!r:.40}")
+    shape = _integers(entry.get("shape"), MAX_DIMENSIONS)
+    offsets = _integers(entry.get("data_offsets"), 2)
+    if shape is None or offsets is None or len(offsets) != 2:
+        raise CorruptModel(source=path, problem=f"weight `{name}` has no shape or no offsets")
+    size_bytes = offsets[1] - offsets[0]
+    if math.prod(shape) * ITEM_BYTES[dtype] != size_bytes:
+        raise CorruptModel(
+            source=path,
+            problem=f"weight `{name}` of {dtype} {list(shape)} takes {size_bytes} bytes",
+        )
+    return TensorEntry(
+        name=name,
+        path=path,
+        dtype=dtype,
+        shape=shape,
+        offset=start + offsets[0],
+        size_bytes=size_bytes,
+    )
+
+
+def _integers(value: object, most: int) -> tuple[int, ...] | None:
+    """Return a JSON list of at most ``most`` sane sizes, or None."""
+    items = cast("list[object]", value) if isinstance(value, list) else None
+    if items is None or len(items) > most:
+        return None
+    numbers = tuple(item for item in items if type(item) is int and 0 <= item < 1 << 48)
+    return numbers if len(numbers) == len(items) else None
+
+
+def _check_tiling(entries: list[TensorEntry], path: Path, start: int, file_bytes: int) -> None:
+    end = start
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size_bytes)):
+        if entry.offset != end:
+            raise CorruptModel(
+                source=path, problem=f"weight `{entry.name}` overlaps another or leaves a gap"
+            )
+        end += entry.size_bytes
+    if end != file_bytes:
+        raise CorruptModel(
+            source=path, problem=f"its tensors end at byte {end}, the file at {file_bytes}"
+        )
+
+
+def _read_range(handle: int, target: memoryview, offset: int, path: Path) -> None:
+    """Fill ``target`` from ``offset`` on; one read may return less than asked for."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(handle, [target[done:]], offset + done)
+        if count == 0:
+            raise CorruptModel(source=path, problem=f"it ends at byte {offset + done}, too early")
+        done += count
