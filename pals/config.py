@@ -19,7 +19,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from pals.errors import (
     ProfileMissing,
     SwarmSecretInvalid,
 )
+from pals.types import Dtype
 
 SECRET_BYTES = 32
 MAX_CONFIG_BYTES = 1 << 20
@@ -264,7 +265,7 @@ class Profile:
             ) from error
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Generator[None]:
         """Hold the identity: two processes with one libp2p identity confuse every peer.
 
         Raises:
@@ -315,7 +316,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a shard reserves."""
 
-    dtype: str = "bf16"
+    dtype: Dtype = "bf16"
     max_sessions: int = 4
     max_context_tokens: int = 2048
     max_chunk_tokens: int = 256

@@ -48,6 +48,29 @@ class TextDelta:
     finish_reason: FinishReason | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopReport:
+    """How one shard of a chain did lately; times are medians in milliseconds.
+
+    Attributes:
+        peer: The shard's peer.
+        layers: Its layers, ``a:b``.
+        steps: Decode steps since it started.
+        step_ms: One decode step.
+        queue_ms: From a frame's arrival to its step.
+        codec_ms: Opening, sealing and shaping frames.
+        wire_ms: The rest of a turn of the ring, shared equally by its hops.
+    """
+
+    peer: str
+    layers: str
+    steps: int
+    step_ms: float
+    queue_ms: float
+    codec_ms: float
+    wire_ms: float
+
+
 class Completion(Protocol):
     """One running completion.
 

@@ -80,8 +80,6 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown
 class StatsRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Driver to shard: say how long your steps take."""
 
-    request: int
-
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Shard to driver: medians over the last decode steps, in milliseconds.
@@ -90,7 +88,6 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
     and sealing, ``turn_ms`` from one decode row of a session to its next.
     """
 
-    request: int
     steps: int
     step_ms: float
     queue_ms: float

@@ -36,6 +36,7 @@ from pals.net.wire import (
 from pals.swarm.keys import Role, frame_key, key_confirmation, link_id, link_prk
 from pals.types import PeerId, SwarmId
 
+NONCE_BYTES = 16
 CONFIRMATION_BYTES = 32
 _PROPOSAL = struct.Struct(">16sQ16s32s")
 _SHARE = slice(24, 72)

@@ -163,8 +163,6 @@ class SessionTable:
         end = session.prompt_tokens if prefilling else session.position + 1
         if row.position + row.num_tokens > end or end > self.limits.max_context_tokens:
             raise InvalidFrame(peer=sender, problem=f"a row of {row.num_tokens} tokens")
-        if row.num_tokens > self.limits.max_chunk_tokens:
-            raise InvalidFrame(peer=sender, problem=f"a chunk of {row.num_tokens} tokens")
         session.position += row.num_tokens
         session.last_seen = now
         return session

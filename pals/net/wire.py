@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from pals.errors import InvalidFrame
-from pals.types import PeerId, SessionId
+from pals.types import Dtype, PeerId, SessionId
 
 WIRE_VERSION = 1
 MAGIC = b"PALS"
@@ -63,6 +63,7 @@ class WireDtype(IntEnum):
     F32 = 3
 
 
+_WIRE_DTYPES: dict[Dtype, WireDtype] = {"bf16": WireDtype.BF16, "f32": WireDtype.F32}
 WIRE_DTYPE_BYTES = {WireDtype.INT32: 4, WireDtype.BF16: 2, WireDtype.F32: 4}
 CODEC_RAW = 0
 FLAG_LAST = 1
@@ -96,6 +97,35 @@ class FrameShape:
 CONTROL_SHAPE = FrameShape(
     kind=Kind.CONTROL, dtype=WireDtype.NONE, boundary=0, manifest=NO_MANIFEST, width=0
 )
+
+
+def tokens_shape(manifest: bytes) -> FrameShape:
+    """Return the shape of token ids on their way into the head."""
+    return FrameShape(
+        kind=Kind.TOKENS, dtype=WireDtype.INT32, boundary=0, manifest=manifest, width=1
+    )
+
+
+def hidden_shape(manifest: bytes, boundary: int, dtype: Dtype, hidden_size: int) -> FrameShape:
+    """Return the shape of hidden states that enter at layer ``boundary``."""
+    return FrameShape(
+        kind=Kind.HIDDEN,
+        dtype=_WIRE_DTYPES[dtype],
+        boundary=boundary,
+        manifest=manifest,
+        width=hidden_size,
+    )
+
+
+def sampled_shape(manifest: bytes, num_layers: int) -> FrameShape:
+    """Return the shape of what a tail sends to a driver."""
+    return FrameShape(
+        kind=Kind.SAMPLED,
+        dtype=WireDtype.INT32,
+        boundary=num_layers,
+        manifest=manifest,
+        width=1,
+    )
 
 
 @dataclass(frozen=True, slots=True)

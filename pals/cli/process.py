@@ -1,0 +1,143 @@
+"""What `pals shard` and `pals serve` share: they are servers that hold the swarm secret."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import msgspec
+from cyclopts import Parameter, validators
+
+from pals import config
+from pals.cli.options import ConfigDir
+from pals.config import Profile, Settings, SwarmEntry, SwarmSecret
+from pals.swarm.identity import Identity, load_or_create_identity
+
+if TYPE_CHECKING:
+    from pals.net.node import NodeOptions
+
+MALLOC_VARIABLE = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A profile that is ready to serve: its swarm, its secret, its identity."""
+
+    profile: Profile
+    entry: SwarmEntry
+    secret: SwarmSecret
+    identity: Identity
+
+
+def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType({})) -> Member:
+    """Return the profile's member, with the secret from `PALS_SWARM_SECRET`.
+
+    When the variable is not set, this process is replaced by one in which the profile's
+    secret is, so that the server gets it from the environment and never from argv; the
+    same step sets what must stand before a process starts.
+
+    Args:
+        profile: The profile to serve with.
+        keep: Secrets already taken from the environment that the new process needs too.
+
+    Raises:
+        SwarmSecretInvalid: The secret is missing or malformed; there is no plaintext mode.
+        NoSwarm: The profile belongs to no swarm.
+        ProfileMissing: There is no profile.
+        ProfileExposed: Others can read a secret of the profile.
+    """
+    entry = profile.load_swarm()
+    text = config.take_environment(config.SWARM_SECRET_VARIABLE)
+    if text is None:
+        secret = SwarmSecret.parse(entry.swarm_secret)
+        secrets = {config.SWARM_SECRET_VARIABLE: secret.to_text(), **keep}
+        replace_process(secrets, sys.argv[1:])
+    return Member(
+        profile=profile,
+        entry=entry,
+        secret=SwarmSecret.parse(text),
+        identity=load_or_create_identity(profile),
+    )
+
+
+def replace_process(secrets: Mapping[str, str], arguments: Sequence[str]) -> NoReturn:
+    """Become `pals` with ``arguments`` again, under the same process id."""
+    environment = config.child_environment(secrets)
+    if platform.libc_ver()[0] == "glibc":
+        # XLA's large temporaries are page-faulted anew in each call without huge pages.
+        environment.setdefault(MALLOC_VARIABLE, HUGE_PAGES)
+    sys.stdout.flush()
+    os.execve(  # noqa: S606: there is no shell, and the program is this one
+        sys.executable, [sys.executable, "-m", "pals", *arguments], environment
+    )
+
+
+def node_options(member: Member, settings: Settings) -> NodeOptions:
+    """Return what the member's node is made of."""
+    from pals.net.node import NodeOptions
+
+    return NodeOptions(
+        profile=member.profile,
+        entry=member.entry,
+        secret=member.secret,
+        identity=member.identity,
+        settings=settings.node,
+    )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Options of every command that runs a member of the swarm."""
+
+    listen: Annotated[
+        str | None, Parameter(help="Multiaddr for members, such as `/ip4/0.0.0.0/tcp/4001`.")
+    ] = None
+    peer: Annotated[
+        tuple[str, ...],
+        Parameter(negative="", help="Address of a member to start from; may be repeated."),
+    ] = ()
+    preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
+    verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
+    config_dir: ConfigDir = None
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(config.config_dir(self.config_dir))
+
+    def load_settings(self) -> Settings:
+        """Return the preset with these options over it."""
+        settings = config.load_settings(self.preset)
+        node = msgspec.structs.replace(
+            settings.node,
+            listen=self.listen or settings.node.listen,
+            peers=self.peer or settings.node.peers,
+        )
+        return msgspec.structs.replace(settings, node=node)
+
+
+NO_SERVER_OPTIONS = ServerOptions()
+
+Threads = Annotated[
+    int | None,
+    Parameter(
+        validator=validators.Number(gte=1), help="Compute threads; every core when left out."
+    ),
+]
+
+
+def configure_logging(*, verbose: bool) -> None:
+    """Log to stderr: warnings, or with ``verbose`` what happens; ids and times only."""
+    logging.basicConfig(
+        level=logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("pals").setLevel(logging.INFO if verbose else logging.WARNING)
+    # It logs whatever strangers send it as errors; the host reports what matters.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)

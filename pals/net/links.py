@@ -1,0 +1,353 @@
+"""Links over libp2p streams: who is linked to whom, and the tasks that move frames.
+
+A link is dialled by whoever first needs it and is used in both directions. It has one
+stream for each lane: the control lane runs on the stream of the handshake, the others
+name the link when they open. When any stream of a link ends, the whole link ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from pals.errors import InvalidFrame, PalsError, PeerUnreachable, QueueFull
+from pals.net.host import Host, Stream
+from pals.net.link import (
+    NONCE_BYTES,
+    Handshake,
+    LaneReceiver,
+    LaneSender,
+    LinkKeys,
+    LinkSecrets,
+)
+from pals.net.wire import Frame, FrameShape, Lane, Row, pack_rows
+from pals.swarm.keys import LINK_ID_BYTES, Role
+from pals.types import PeerId, short_id
+
+_log = logging.getLogger(__name__)
+
+LINK_PROTOCOL = "/pals/link"
+LANE_PROTOCOL = "/pals/lane"
+HANDSHAKE_DEADLINE_S = 10.0
+OUTBOX_FRAMES = 256
+MAX_LINKS_PER_PEER = 4
+READ_BYTES = 1 << 18
+SEAL_SAMPLES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A frame that waits for its lane."""
+
+    shape: FrameShape
+    rows: tuple[Row, ...]
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A received frame: when it came (`time.perf_counter`) and what opening it took."""
+
+    frame: Frame
+    arrived_s: float
+    codec_s: float
+
+
+class LinkEvents(Protocol):
+    """What the owner of the links answers and is told; all calls are on the trio thread."""
+
+    def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
+        """Return the shapes that ``peer`` may send on ``lane`` now."""
+        ...
+
+    def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
+        """Take a frame; raise `InvalidFrame` to drop the link."""
+        ...
+
+    def on_link_lost(self, peer: PeerId, problem: str) -> None:
+        """Learn that no link with ``peer`` is left."""
+        ...
+
+
+class _LaneQueue:
+    """The frames that wait to be written on one lane of one link."""
+
+    def __init__(self) -> None:
+        self.send, self.receive = trio.open_memory_channel[Outgoing](OUTBOX_FRAMES)
+
+
+class _Link:
+    """One live link: its keys, its outboxes, and the scopes of the tasks that serve it."""
+
+    def __init__(self, keys: LinkKeys) -> None:
+        self.keys = keys
+        self.outboxes = {lane: _LaneQueue() for lane in Lane}
+        self.attached: set[Lane] = set()
+        self.problem = ""
+        self._scopes: list[trio.CancelScope] = []
+
+    def enter(self, scope: trio.CancelScope) -> None:
+        self._scopes.append(scope)
+        if self.problem:
+            scope.cancel()
+
+    def end(self, problem: str) -> None:
+        """Stop every lane; the first reason is the one that is told."""
+        self.problem = self.problem or problem
+        for scope in self._scopes:
+            scope.cancel()
+
+
+class Links:
+    """All links of one process."""
+
+    def __init__(
+        self,
+        host: Host,
+        secrets: LinkSecrets,
+        events: LinkEvents,
+        *,
+        make_ephemeral: Callable[[], X25519PrivateKey] = X25519PrivateKey.generate,
+        make_nonce: Callable[[], bytes] = lambda: os.urandom(NONCE_BYTES),
+    ) -> None:
+        self._host = host
+        self._secrets = secrets
+        self._events = events
+        self._make_ephemeral = make_ephemeral
+        self._make_nonce = make_nonce
+        self._links: defaultdict[PeerId, list[_Link]] = defaultdict(list)
+        self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
+        self._nursery: trio.Nursery | None = None
+        self._local_send, self._local_receive = trio.open_memory_channel[Arrival](OUTBOX_FRAMES)
+        self.decode_seal_s: deque[float] = deque(maxlen=SEAL_SAMPLES)
+        """Seconds that sealing took, for the last frames of the decode lane."""
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve links until cancelled."""
+        self._host.handle(LINK_PROTOCOL, self._serve_link)
+        self._host.handle(LANE_PROTOCOL, self._serve_lane)
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._deliver_local)
+            task_status.started()
+
+    # --- sending ---------------------------------------------------------------------
+
+    async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Return when a link with ``peer`` is up, dialling it if there is none.
+
+        Raises:
+            PeerUnreachable: It cannot be dialled, or does not answer in time.
+            LinkRefused: It does not share this swarm's secret.
+            WireVersionMismatch: It speaks another wire version.
+        """
+        if peer == self._host.peer_id:
+            return
+        async with self._dialling[peer]:
+            if not self._links[peer]:
+                await self._dial(peer, addresses)
+
+    def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
+        """Queue a frame for ``peer``.
+
+        Raises:
+            PeerUnreachable: There is no link with it.
+            QueueFull: It reads too slowly; the link is ended.
+        """
+        if peer == self._host.peer_id:
+            self._send_local(lane, outgoing)
+            return
+        links = self._links[peer]
+        if not links:
+            raise PeerUnreachable(peer=peer, problem="no link")
+        try:
+            links[0].outboxes[lane].send.send_nowait(outgoing)
+        except trio.WouldBlock:
+            links[0].end("it reads too slowly")
+            raise QueueFull(queue=f"{lane.name.lower()} lane", limit=OUTBOX_FRAMES) from None
+
+    def drop(self, peer: PeerId, problem: str) -> None:
+        """End every link with ``peer``."""
+        for link in list(self._links[peer]):
+            link.end(problem)
+
+    def linked_peers(self) -> frozenset[PeerId]:
+        return frozenset(peer for peer, links in self._links.items() if links)
+
+    def _send_local(self, lane: Lane, outgoing: Outgoing) -> None:
+        """Hand a frame to this same process, which has no link to itself."""
+        frame = Frame(lane, outgoing.shape, outgoing.rows, memoryview(outgoing.payload))
+        try:
+            self._local_send.send_nowait(Arrival(frame, time.perf_counter(), 0.0))
+        except trio.WouldBlock:
+            raise QueueFull(queue="local", limit=OUTBOX_FRAMES) from None
+
+    async def _deliver_local(self) -> None:
+        async for arrival in self._local_receive:
+            self._events.on_frame(self._host.peer_id, arrival)
+
+    # --- making links ----------------------------------------------------------------
+
+    async def _dial(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        assert self._nursery is not None
+        streams: dict[Lane, Stream] = {}
+        try:
+            with trio.fail_after(HANDSHAKE_DEADLINE_S):
+                if peer not in self._host.connected_peers():
+                    await self._host.connect(peer, addresses)
+                streams[Lane.CONTROL] = await self._host.open_stream(peer, LINK_PROTOCOL)
+                keys = await self._shake_hands("initiator", streams[Lane.CONTROL])
+                for lane in (Lane.DECODE, Lane.PREFILL):
+                    streams[lane] = await self._host.open_stream(peer, LANE_PROTOCOL)
+                    await streams[lane].write(keys.address.link + bytes([lane]))
+        except BaseException as error:
+            await _reset_all(streams.values())
+            if isinstance(error, trio.TooSlowError):
+                problem = f"no link within {HANDSHAKE_DEADLINE_S} s"
+                raise PeerUnreachable(peer=peer, problem=problem) from error
+            raise
+        link = _Link(keys)
+        self._add(link)
+        for lane, stream in streams.items():
+            self._nursery.start_soon(self._run_lane, link, lane, stream)
+
+    async def _serve_link(self, stream: Stream) -> None:
+        if len(self._links[stream.peer_id]) >= MAX_LINKS_PER_PEER:
+            await stream.reset()
+            return
+        try:
+            with trio.fail_after(HANDSHAKE_DEADLINE_S):
+                keys = await self._shake_hands("responder", stream)
+        except (PalsError, trio.TooSlowError) as error:
+            _log.warning("link from %s: %s", short_id(stream.peer_id), error)
+            await stream.close()
+            return
+        link = _Link(keys)
+        self._add(link)
+        await self._run_lane(link, Lane.CONTROL, stream)
+
+    async def _serve_lane(self, stream: Stream) -> None:
+        try:
+            with trio.fail_after(HANDSHAKE_DEADLINE_S):
+                preface = await stream.read_exactly(LINK_ID_BYTES + 1)
+        except (PalsError, trio.TooSlowError):
+            await stream.reset()
+            return
+        link = self._find(stream.peer_id, preface[:-1])
+        lane = preface[-1]
+        if link is None or lane not in (Lane.DECODE, Lane.PREFILL) or lane in link.attached:
+            _log.warning("lane of no link from %s", short_id(stream.peer_id))
+            await stream.reset()
+            return
+        await self._run_lane(link, Lane(lane), stream)
+
+    async def _shake_hands(self, role: Role, stream: Stream) -> LinkKeys:
+        handshake = Handshake(
+            role,
+            self._secrets,
+            stream.peer_id,
+            ephemeral=self._make_ephemeral(),
+            nonce=self._make_nonce(),
+        )
+        while handshake.keys is None:
+            await _write_outgoing(handshake, stream)
+            try:
+                handshake.receive(await stream.read_exactly(handshake.wanted))
+            except PalsError:
+                await _write_outgoing(handshake, stream)  # tells the other side why
+                raise
+        await _write_outgoing(handshake, stream)
+        return handshake.keys
+
+    def _add(self, link: _Link) -> None:
+        self._links[link.keys.remote].append(link)
+        _log.debug("= link with %s", short_id(link.keys.remote))
+
+    def _find(self, peer: PeerId, link_id: bytes) -> _Link | None:
+        return next((k for k in self._links[peer] if k.keys.address.link == link_id), None)
+
+    # --- moving frames ---------------------------------------------------------------
+
+    async def _run_lane(self, link: _Link, lane: Lane, stream: Stream) -> None:
+        link.attached.add(lane)
+        with trio.CancelScope() as scope:
+            link.enter(scope)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write_lane, link, lane, stream)
+                    await self._read_lane(link, lane, stream)
+                    nursery.cancel_scope.cancel()
+            except* PalsError as group:
+                self._end_for(link, group)
+            except* Exception:  # whatever one peer's bytes did, the others go on
+                _log.exception("link with %s failed", short_id(link.keys.remote))
+                link.end("internal error")
+        await self._end_lane(link, stream)
+
+    async def _read_lane(self, link: _Link, lane: Lane, stream: Stream) -> None:
+        receiver: LaneReceiver = link.keys.receiver(lane)
+        peer = link.keys.remote
+        while data := await stream.read_some(READ_BYTES):
+            arrived_s = time.perf_counter()
+            frames = receiver.receive(data, self._events.accepted(peer, lane))
+            codec_s = (time.perf_counter() - arrived_s) / max(1, len(frames))
+            for frame in frames:
+                self._events.on_frame(peer, Arrival(frame, arrived_s, codec_s))
+        link.end("it closed the link")
+
+    async def _write_lane(self, link: _Link, lane: Lane, stream: Stream) -> None:
+        sender: LaneSender = link.keys.sender(lane)
+        async for outgoing in link.outboxes[lane].receive:
+            started_s = time.perf_counter()
+            body = pack_rows(outgoing.rows) + outgoing.payload
+            sealed = sender.seal(outgoing.shape, len(outgoing.rows), body)
+            if lane is Lane.DECODE:
+                self.decode_seal_s.append(time.perf_counter() - started_s)
+            await stream.write(sealed)
+
+    async def _end_lane(self, link: _Link, stream: Stream) -> None:
+        """Close one stream of an ended link; the first to get here reports the loss."""
+        link.end("it closed the link")
+        peer = link.keys.remote
+        if link in self._links[peer]:
+            self._links[peer].remove(link)
+            _log.debug("= link with %s ended: %s", short_id(peer), link.problem)
+            if not self._links[peer]:
+                self._events.on_link_lost(peer, link.problem)
+        await _reset_all([stream])
+
+    def _end_for(self, link: _Link, group: ExceptionGroup[PalsError]) -> None:
+        error = _first_error(group)
+        level = logging.WARNING if isinstance(error, InvalidFrame) else logging.DEBUG
+        _log.log(level, "link with %s: %s", short_id(link.keys.remote), error)
+        link.end(str(error))
+
+
+def _first_error(group: ExceptionGroup[PalsError]) -> PalsError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, PalsError)
+    return error
+
+
+async def _write_outgoing(handshake: Handshake, stream: Stream) -> None:
+    if outgoing := handshake.take_outgoing():
+        await stream.write(outgoing)
+
+
+async def _reset_all(streams: Iterable[Stream]) -> None:
+    """Reset streams, even when the caller is being cancelled."""
+    with trio.move_on_after(1, shield=True):
+        for stream in streams:
+            with suppress(PalsError):
+                await stream.reset()

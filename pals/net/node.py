@@ -1,0 +1,261 @@
+"""One member machine on the network: host, links, discovery and the member list.
+
+`open_node` starts everything in one nursery and stops it in order. The roles of the
+process (a shard, a driver, or both) register with the node and are given the frames
+that are theirs. Runs on the trio thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
+from pals.errors import InvalidConfig, InvalidFrame, PalsError
+from pals.net.control import Control, decode_control
+from pals.net.discovery import Discovery
+from pals.net.host import Host, open_host
+from pals.net.link import LinkSecrets
+from pals.net.links import Arrival, Links
+from pals.net.membership import MembershipClient, first_roster, poll_roster
+from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane
+from pals.swarm.allowlist import AllowList
+from pals.swarm.hints import open_hint, sign_hint
+from pals.swarm.identity import Identity
+from pals.swarm.keys import epoch_prk
+from pals.types import PeerId, SwarmId, short_id
+
+_log = logging.getLogger(__name__)
+
+HINT_INTERVAL_S = 120.0
+BOOTSTRAP_DEADLINE_S = 5.0
+MAX_BOOTSTRAP_PEERS = 8
+
+
+class Role(Protocol):
+    """What a process does on the network; see `ShardService` and `SessionClient`."""
+
+    @property
+    def input_kind(self) -> Kind:
+        """The kind of rows that are this role's."""
+        ...
+
+    def accepted(self, lane: Lane) -> tuple[FrameShape, ...]: ...
+
+    def on_control(self, peer: PeerId, message: Control) -> None: ...
+
+    def on_rows(self, peer: PeerId, arrival: Arrival) -> None: ...
+
+    def on_peer_lost(self, peer: PeerId, problem: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """What a node is made of.
+
+    Attributes:
+        profile: Where the last verified roster is kept.
+        entry: The swarm, from the profile.
+        secret: The swarm secret of the current epoch.
+        identity: This machine's identity.
+        settings: Addresses, peers and intervals.
+        make_ephemeral: Source of the links' X25519 keys.
+    """
+
+    profile: Profile
+    entry: SwarmEntry
+    secret: SwarmSecret
+    identity: Identity
+    settings: NodeSettings
+    make_ephemeral: Callable[[], X25519PrivateKey] = X25519PrivateKey.generate
+
+    @property
+    def swarm_id(self) -> SwarmId:
+        return SwarmId(bytes.fromhex(self.entry.swarm_id))
+
+    def link_secrets(self) -> LinkSecrets:
+        return LinkSecrets(
+            swarm_id=self.swarm_id,
+            epoch=self.entry.epoch,
+            epoch_prk=epoch_prk(self.swarm_id, self.entry.epoch, self.secret.reveal()),
+            local=self.identity.peer_id,
+        )
+
+
+@dataclass(slots=True)
+class _Dispatch:
+    """Gives each frame to the role whose it is."""
+
+    roles: list[Role] = field(default_factory=list[Role])
+
+    def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
+        if lane is Lane.CONTROL:
+            return (CONTROL_SHAPE,)
+        return tuple(shape for role in self.roles for shape in role.accepted(lane))
+
+    def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
+        frame = arrival.frame
+        if frame.shape.kind is Kind.CONTROL:
+            message = decode_control(peer, frame.payload)
+            for role in self.roles:
+                role.on_control(peer, message)
+            return
+        for role in self.roles:
+            if role.input_kind is frame.shape.kind:
+                role.on_rows(peer, arrival)
+                return
+        raise InvalidFrame(peer=peer, problem=f"rows of kind {frame.shape.kind.name.lower()}")
+
+    def on_link_lost(self, peer: PeerId, problem: str) -> None:
+        for role in self.roles:
+            role.on_peer_lost(peer, problem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A running member; made by `open_node`."""
+
+    host: Host
+    links: Links
+    discovery: Discovery
+    allow_list: AllowList
+    nursery: trio.Nursery
+    _dispatch: _Dispatch
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.host.peer_id
+
+    def add_role(self, role: Role) -> None:
+        self._dispatch.roles.append(role)
+
+    def members(self) -> frozenset[PeerId]:
+        """Return the members that may be talked to now, this machine included."""
+        return self.allow_list.members(trio.current_time())
+
+
+@asynccontextmanager
+async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
+    """Run a node until the block ends.
+
+    Raises:
+        RosterUnavailable: There is no verified member list; nothing is served then.
+        PortInUse: The listening address is taken.
+    """
+    allow_list = AllowList()
+    client = MembershipClient(options.entry.backend_url)
+    await first_roster(client, options.swarm_id, allow_list, options.profile)
+
+    def allow(peer: PeerId) -> bool:
+        return allow_list.allows(peer, trio.current_time())
+
+    async with (
+        open_host(options.identity, listen=options.settings.listen, allow=allow) as host,
+        trio.open_nursery() as nursery,
+    ):
+        dispatch = _Dispatch()
+        links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
+        await nursery.start(links.run)
+        discovery = Discovery(host, options.swarm_id, allow)
+        await nursery.start(discovery.run)
+        node = Node(
+            host=host,
+            links=links,
+            discovery=discovery,
+            allow_list=allow_list,
+            nursery=nursery,
+            _dispatch=dispatch,
+        )
+        nursery.start_soon(_poll, node, client, options)
+        await _meet(node, client, options)
+        nursery.start_soon(_keep_meeting, node, client, options)
+        yield node
+        nursery.cancel_scope.cancel()
+
+
+async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> None:
+    """Follow the member list; whoever leaves it loses connections, links and sessions."""
+
+    def on_change(removed: frozenset[PeerId], _added: frozenset[PeerId]) -> None:
+        for peer in removed:
+            _log.info("peer %s is no longer a member", short_id(peer))
+            node.links.drop(peer, "it is no longer a member")
+            node.nursery.start_soon(node.host.drop_peer, peer)
+
+    await poll_roster(
+        client,
+        options.swarm_id,
+        node.allow_list,
+        options.profile,
+        interval=options.settings.poll_interval_s,
+        on_change=on_change,
+    )
+
+
+async def _keep_meeting(node: Node, client: MembershipClient, options: NodeOptions) -> None:
+    """Renew this machine's address hint, and look for members while it knows none."""
+    while True:
+        await trio.sleep(HINT_INTERVAL_S)
+        await _meet(node, client, options)
+
+
+async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> None:
+    """Say where this machine listens, and connect to a few members."""
+    now = int(time.time())
+    hint = sign_hint(
+        options.identity,
+        swarm_id=options.swarm_id,
+        addresses=node.host.addresses(),
+        issued_at=now,
+    )
+    found: dict[PeerId, tuple[str, ...]] = {}
+    try:
+        await client.put_hint(options.swarm_id, hint)
+        for data in await client.fetch_hints(options.swarm_id):
+            opened = open_hint(data, swarm_id=options.swarm_id, now_unix=now)
+            found[opened.peer] = opened.addresses
+    except PalsError as error:  # peers named by --peer still work without the backend
+        _log.info("no address hints: %s", error)
+    for address in options.settings.peers:
+        found.setdefault(peer_in(address), (address,))
+    await _connect_to_some(node, found)
+
+
+async def _connect_to_some(node: Node, found: dict[PeerId, tuple[str, ...]]) -> None:
+    members = node.members()
+    wanted = [p for p in found if p in members and p != node.peer_id]
+    async with trio.open_nursery() as nursery:
+        for peer in wanted[:MAX_BOOTSTRAP_PEERS]:
+            nursery.start_soon(_try_connect, node, peer, found[peer])
+
+
+async def _try_connect(node: Node, peer: PeerId, addresses: tuple[str, ...]) -> None:
+    if peer in node.host.connected_peers():
+        return
+    try:
+        await node.host.connect(peer, addresses, deadline_s=BOOTSTRAP_DEADLINE_S)
+    except PalsError as error:
+        _log.info("peer %s: %s", short_id(peer), error)
+
+
+def peer_in(address: str) -> PeerId:
+    """Return the peer id that ends a multiaddr.
+
+    Raises:
+        InvalidConfig: It does not end in ``/p2p/<peer id>``.
+    """
+    _, separator, peer = address.rpartition("/p2p/")
+    if not separator or "/" in peer or not peer:
+        raise InvalidConfig(
+            source=f"peer `{address}`",
+            problem="it does not end in `/p2p/<peer id>`",
+            advice="copy the whole address that `pals shard` prints on the other machine",
+        )
+    return PeerId(peer)

@@ -1,0 +1,122 @@
+"""One shard served to the swarm: the node, the service, the compute thread, the news."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from pals.engine.worker import ComputeThread, StepResult, StepRunner
+from pals.net.announce import Announcement, sign_announcement
+from pals.net.node import Node, NodeOptions, open_node
+from pals.net.ring import SessionTable
+from pals.net.shard_service import ModelShape, ShardService
+from pals.types import EngineLimits, LayerRange
+
+ANNOUNCE_INTERVAL_S = 60.0
+ANNOUNCE_SOON_S = 2.0
+ANNOUNCE_SOON_TIMES = 5
+ANNOUNCEMENT_LIFETIME_S = 180.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedShard:
+    """A loaded and compiled shard, and what the swarm is told about it."""
+
+    runner: StepRunner
+    model_id: str
+    model: ModelShape
+    layers: LayerRange
+    limits: EngineLimits
+
+
+async def serve_shard(
+    options: NodeOptions,
+    load: Callable[[], ServedShard],
+    *,
+    on_ready: Callable[[Node, ServedShard], None],
+) -> None:
+    """Serve a shard until cancelled.
+
+    Args:
+        options: The member that serves.
+        load: Loads and compiles the shard, in a thread. The network is up before, so
+            that a refused member or a taken port costs no minutes.
+        on_ready: Called once the shard is announced.
+
+    Raises:
+        RosterUnavailable: There is no verified member list.
+        PortInUse: The listening address is taken.
+        ModelError: The model cannot be loaded.
+    """
+    async with open_node(options) as node:
+        shard = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
+        table = SessionTable(
+            local=node.peer_id,
+            layers=shard.layers,
+            num_layers=shard.model.num_layers,
+            limits=shard.limits,
+            idle_s=options.settings.session_idle_s,
+        )
+        service = ShardService(node.links, table, shard.model, node.nursery)
+        compute = _start_compute(shard.runner, service)
+        try:
+            service.attach(compute)
+            node.add_role(service)
+            node.nursery.start_soon(service.expire_sessions)
+            await _announce_forever(node, options, shard, service, on_ready)
+        finally:
+            compute.close()
+
+
+def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
+    token = trio.lowlevel.current_trio_token()
+
+    def deliver(result: StepResult) -> None:
+        try:
+            token.run_sync_soon(service.on_step, result)
+        except trio.RunFinishedError:
+            return  # the process is leaving, and its sessions with it
+
+    compute = ComputeThread(runner, deliver)
+    compute.start()
+    return compute
+
+
+async def _announce_forever(
+    node: Node,
+    options: NodeOptions,
+    shard: ServedShard,
+    service: ShardService,
+    on_ready: Callable[[Node, ServedShard], None],
+) -> None:
+    """Announce often at first, while the members find each other, and then steadily."""
+    count = 0
+    while True:
+        announcement = _build_announcement(node, shard, service)
+        await node.discovery.announce(sign_announcement(options.identity, announcement))
+        if count == 0:
+            on_ready(node, shard)
+        count += 1
+        soon = count < ANNOUNCE_SOON_TIMES
+        await trio.sleep(ANNOUNCE_SOON_S if soon else ANNOUNCE_INTERVAL_S)
+
+
+def _build_announcement(node: Node, shard: ServedShard, service: ShardService) -> Announcement:
+    now = time.time()
+    return Announcement(
+        peer=node.peer_id,
+        model_id=shard.model_id,
+        manifest=shard.model.manifest,
+        layers=shard.layers,
+        num_layers=shard.model.num_layers,
+        dtype=shard.model.dtype,
+        free_sessions=service.free_sessions,
+        max_context_tokens=shard.limits.max_context_tokens,
+        step_ms=service.step_ms,
+        addresses=node.host.addresses(),
+        seq=int(now * 1000),
+        expires_at=now + ANNOUNCEMENT_LIFETIME_S,
+    )

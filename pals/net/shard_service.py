@@ -1,0 +1,386 @@
+"""The serving side of one shard: frames in, steps on the compute thread, frames out.
+
+Runs on the trio thread. Every decision about a session is `SessionTable`'s; every step
+is `ComputeThread`'s; this shell carries rows between them and keeps the timings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from pals.engine.scheduler import WorkItem
+from pals.engine.worker import ComputeThread, StepResult
+from pals.errors import InternalStepError, PalsError, ShardLost
+from pals.net.control import (
+    Close,
+    Control,
+    Failed,
+    Hop,
+    Open,
+    Opened,
+    Refused,
+    Stats,
+    StatsRequest,
+    encode_control,
+    session_of,
+)
+from pals.net.links import Arrival, Links, Outgoing
+from pals.net.ring import SessionTable, ShardSession
+from pals.net.wire import (
+    CONTROL_SHAPE,
+    FLAG_LAST,
+    FrameShape,
+    Kind,
+    Lane,
+    Row,
+    WireDtype,
+    hidden_shape,
+    sampled_shape,
+    tokens_shape,
+)
+from pals.types import Dtype, LayerRange, PeerId, SessionId, short_id
+
+_log = logging.getLogger(__name__)
+
+SAMPLES = 256
+EXPIRY_INTERVAL_S = 5.0
+
+_NUMPY_DTYPES = {
+    WireDtype.INT32: np.dtype("<i4"),
+    WireDtype.BF16: np.dtype(ml_dtypes.bfloat16),
+    WireDtype.F32: np.dtype("<f4"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the wire needs to know of a model.
+
+    Attributes:
+        manifest: SHA-256 of the model's files, 32 bytes.
+        num_layers: Decoder layers of the whole model.
+        hidden_size: Elements of one token's hidden state.
+        dtype: Compute dtype, which is also the dtype on the wire.
+    """
+
+    manifest: bytes
+    num_layers: int
+    hidden_size: int
+    dtype: Dtype
+
+    def input_of(self, start: int) -> FrameShape:
+        """Return the shape of what enters at layer ``start``: ids at 0, else hidden states."""
+        if start == 0:
+            return tokens_shape(self.manifest)
+        return hidden_shape(self.manifest, start, self.dtype, self.hidden_size)
+
+    def output_of(self, stop: int) -> FrameShape:
+        """Return the shape of what leaves before layer ``stop``; at the end, sampled ids."""
+        if stop == self.num_layers:
+            return sampled_shape(self.manifest, self.num_layers)
+        return self.input_of(stop)
+
+
+def _samples() -> deque[float]:
+    return deque(maxlen=SAMPLES)
+
+
+@dataclass(slots=True)
+class _Timings:
+    """Seconds of the last decode steps, by part."""
+
+    step_s: deque[float] = field(default_factory=_samples)
+    queue_s: deque[float] = field(default_factory=_samples)
+    codec_s: deque[float] = field(default_factory=_samples)
+    turn_s: deque[float] = field(default_factory=_samples)
+    steps: int = 0
+
+    def median_ms(self, name: str) -> float:
+        samples: deque[float] = getattr(self, name)
+        return 1000 * median(samples) if samples else 0.0
+
+
+class ShardService:
+    """One shard as the network sees it."""
+
+    def __init__(
+        self, links: Links, table: SessionTable, model: ModelShape, nursery: trio.Nursery
+    ) -> None:
+        self._links = links
+        self._table = table
+        self._model = model
+        self._nursery = nursery
+        self._is_tail = table.layers.stop == model.num_layers
+        self._input = model.input_of(table.layers.start)
+        self._output = model.output_of(table.layers.stop)
+        self._to_head = tokens_shape(model.manifest)
+        self._compute: ComputeThread | None = None
+        self._timings = _Timings()
+        self._last_arrival: dict[SessionId, float] = {}
+
+    @property
+    def layers(self) -> LayerRange:
+        return self._table.layers
+
+    @property
+    def input_kind(self) -> Kind:
+        return self._input.kind
+
+    @property
+    def free_sessions(self) -> int:
+        return self._table.free_slots
+
+    @property
+    def step_ms(self) -> float:
+        return self._timings.median_ms("step_s")
+
+    def attach(self, compute: ComputeThread) -> None:
+        self._compute = compute
+
+    async def expire_sessions(self) -> None:
+        """End sessions without traffic, until cancelled."""
+        while True:
+            await trio.sleep(EXPIRY_INTERVAL_S)
+            for session in self._table.remove_idle(trio.current_time()):
+                self._forget(session)
+                self._report(session, "PALS-SESSION-IDLE", f"idle for {self._table.idle_s} s")
+
+    # --- control ---------------------------------------------------------------------
+
+    def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
+        return (CONTROL_SHAPE,) if lane is Lane.CONTROL else (self._input,)
+
+    def on_control(self, peer: PeerId, message: Control) -> None:
+        """Take a control message; those that are not for a shard are ignored."""
+        match message:
+            case Open():
+                self._open(peer, message)
+            case Close():
+                self._close(peer, session_of(message))
+            case StatsRequest():
+                self._send_control(peer, self._stats())
+            case _:
+                pass
+
+    def on_peer_lost(self, peer: PeerId, problem: str) -> None:
+        """Fail the sessions that cannot go on without ``peer``."""
+        for session in self._table.remove_peer(peer):
+            self._forget(session)
+            lost = ShardLost(peer=short_id(peer), layers="next to it", problem=problem)
+            self._report(session, lost.code, f"lost peer {short_id(peer)}: {problem}")
+
+    def _open(self, driver: PeerId, message: Open) -> None:
+        try:
+            session = self._table.open(driver, message, trio.current_time())
+        except PalsError as error:
+            self._send_control(
+                driver, Refused(session=message.session, code=error.code, problem=str(error)[:512])
+            )
+            return
+        self._nursery.start_soon(self._link_onward, session)
+
+    async def _link_onward(self, session: ShardSession) -> None:
+        """Link with the hop that rows go to, then say that the session is open."""
+        onward: Hop = session.downstream or session.head
+        try:
+            await self._links.ensure(PeerId(onward.peer), onward.addresses)
+        except PalsError as error:
+            self._table.remove(session)
+            refusal = Refused(session=session.session, code=error.code, problem=str(error)[:512])
+            self._send_control(session.driver, refusal)
+            return
+        self._send_control(session.driver, Opened(session=session.session))
+
+    def _close(self, driver: PeerId, session_id: SessionId) -> None:
+        session = self._table.get(session_id)
+        if session is not None and session.driver == driver:
+            self._table.remove(session)
+            self._forget(session)
+
+    def _forget(self, session: ShardSession) -> None:
+        """Drop what waits for a session whose slot is free again."""
+        assert self._compute is not None
+        self._compute.drop(session.session)
+        self._last_arrival.pop(session.session, None)
+
+    def _fail(self, session: ShardSession, error: PalsError) -> None:
+        self._table.remove(session)
+        self._forget(session)
+        self._report(session, error.code, str(error))
+
+    def _report(self, session: ShardSession, code: str, problem: str) -> None:
+        message = Failed(session=session.session, code=code, problem=problem[:512])
+        self._send_control(session.driver, message)
+
+    def _send_control(self, peer: PeerId, message: Control) -> None:
+        try:
+            self._links.send(
+                peer, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), encode_control(message))
+            )
+        except PalsError as error:  # whoever asked is gone, and its sessions with it
+            _log.debug("no answer to %s: %s", short_id(peer), error)
+
+    def _stats(self) -> Stats:
+        seal_s = self._links.decode_seal_s
+        seal_ms = 1000 * median(seal_s) if seal_s else 0.0
+        return Stats(
+            steps=self._timings.steps,
+            step_ms=self._timings.median_ms("step_s"),
+            queue_ms=self._timings.median_ms("queue_s"),
+            codec_ms=self._timings.median_ms("codec_s") + seal_ms,
+            turn_ms=self._timings.median_ms("turn_s"),
+        )
+
+    # --- rows in ---------------------------------------------------------------------
+
+    def on_rows(self, peer: PeerId, arrival: Arrival) -> None:
+        """Check every row against its session and queue it for the compute thread.
+
+        Raises:
+            InvalidFrame: A row that its session does not allow.
+        """
+        assert self._compute is not None
+        frame = arrival.frame
+        values = np.frombuffer(frame.payload, _NUMPY_DTYPES[frame.shape.dtype])
+        inputs = values if frame.shape.width == 1 else values.reshape(-1, frame.shape.width)
+        offset = 0
+        for row in frame.rows:
+            session = self._table.take_row(peer, frame.lane, row, trio.current_time())
+            if session is not None:
+                part = inputs[offset : offset + row.num_tokens]
+                self._submit(session, self._build_items(session, frame.lane, row, part, arrival))
+            offset += row.num_tokens
+
+    def _submit(self, session: ShardSession, items: list[WorkItem]) -> None:
+        assert self._compute is not None
+        try:
+            self._compute.submit(items)
+        except PalsError as error:
+            self._fail(session, error)
+
+    def _build_items(
+        self,
+        session: ShardSession,
+        lane: Lane,
+        row: Row,
+        inputs: npt.NDArray[np.generic],
+        arrival: Arrival,
+    ) -> list[WorkItem]:
+        """Cut a row into steps of at most the chunk that this shard compiled for."""
+        if lane is Lane.DECODE:
+            self._note_turn(session.session, arrival.arrived_s)
+        chunk = self._table.limits.max_chunk_tokens
+        items: list[WorkItem] = []
+        for start in range(0, row.num_tokens, chunk):
+            part = inputs[start : start + chunk]
+            end = row.position + start + len(part)
+            samples = self._is_tail and end >= session.prompt_tokens
+            items.append(
+                WorkItem(
+                    session=session.session,
+                    slot=session.slot,
+                    position=row.position + start,
+                    inputs=part,
+                    sampling=session.sampling if samples else None,
+                    is_decode=lane is Lane.DECODE,
+                    arrived_s=arrival.arrived_s,
+                    codec_s=arrival.codec_s,
+                )
+            )
+        return items
+
+    def _note_turn(self, session: SessionId, arrived_s: float) -> None:
+        previous = self._last_arrival.get(session)
+        if previous is not None:
+            self._timings.turn_s.append(arrived_s - previous)
+        self._last_arrival[session] = arrived_s
+
+    # --- rows out --------------------------------------------------------------------
+
+    def on_step(self, result: StepResult) -> None:
+        """Send the outputs of a finished step on; called on the trio thread."""
+        if result.error is not None:
+            self._fail_step(result.items, result.error)
+            return
+        if result.items[0].is_decode:
+            self._note_step(result)
+        if self._is_tail:
+            self._send_samples(result)
+        else:
+            self._send_hidden(result)
+
+    def _fail_step(self, items: Iterable[WorkItem], error: Exception) -> None:
+        shown = error if isinstance(error, PalsError) else InternalStepError(layers=self.layers)
+        for item in items:
+            session = self._find(item)
+            if session is not None:
+                self._fail(session, shown)
+
+    def _note_step(self, result: StepResult) -> None:
+        timings = self._timings
+        timings.steps += 1
+        timings.step_s.append(result.finished_s - result.started_s)
+        for item in result.items:
+            timings.queue_s.append(result.started_s - item.arrived_s - item.codec_s)
+            timings.codec_s.append(item.codec_s)
+
+    def _find(self, item: WorkItem) -> ShardSession | None:
+        """Return the item's session unless it ended while the step ran."""
+        assert isinstance(item.session, bytes)
+        return self._table.get(SessionId(item.session))
+
+    def _send_hidden(self, result: StepResult) -> None:
+        lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, bytes]]] = defaultdict(list)
+        for item, output in zip(result.items, result.outputs, strict=True):
+            session = self._find(item)
+            if session is not None and session.downstream is not None:
+                row = Row(session.session, item.position, len(output))
+                batches[PeerId(session.downstream.peer)].append((session, row, output.tobytes()))
+        for peer, parts in batches.items():
+            self._send_rows(peer, lane, self._output, parts)
+
+    def _send_samples(self, result: StepResult) -> None:
+        """Send each sampled token to its driver and, unless it is the last, to the head."""
+        batches: defaultdict[tuple[PeerId, Kind], list[tuple[ShardSession, Row, bytes]]]
+        batches = defaultdict(list)
+        for item, output in zip(result.items, result.outputs, strict=True):
+            session = self._find(item)
+            if session is None or not len(output):
+                continue
+            is_last = self._table.take_sample(session, int(output[0]))
+            position = item.position + len(item.inputs)
+            token = output.astype("<i4").tobytes()
+            row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
+            if not is_last:  # the ring first: the driver only listens
+                to_head = (session, Row(session.session, position, 1), token)
+                batches[PeerId(session.head.peer), Kind.TOKENS].append(to_head)
+            row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
+            batches[session.driver, Kind.SAMPLED].append((session, row, token))
+        for (peer, kind), parts in batches.items():
+            shape = self._to_head if kind is Kind.TOKENS else self._output
+            self._send_rows(peer, Lane.DECODE, shape, parts)
+
+    def _send_rows(
+        self,
+        peer: PeerId,
+        lane: Lane,
+        shape: FrameShape,
+        parts: list[tuple[ShardSession, Row, bytes]],
+    ) -> None:
+        rows = tuple(row for _, row, _ in parts)
+        payload = b"".join(data for _, _, data in parts)
+        try:
+            self._links.send(peer, lane, Outgoing(shape, rows, payload))
+        except PalsError as error:
+            for session, _, _ in parts:
+                self._fail(session, error)
