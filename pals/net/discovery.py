@@ -2,15 +2,17 @@
 
 The key is ``/pals/<peer id>``, the value a record of `pals.net.announce`, verified when
 it is stored and again when it is read. What is here beside py-libp2p 0.8.1's KadDHT
-works round it: its protocol id ignores every prefix, a read returns the local copy
-without asking anybody, it does not know the peers that are connected, and one silent
-peer costs each operation 10 s.
+works round it: its protocol id ignores every prefix, a read returns the local copy without
+asking anybody, it does not know the peers that are connected, and one silent peer costs
+each operation 10 s. So KadDHT keeps the routing table and serves queries, and the
+look-ups are our own.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
@@ -19,6 +21,7 @@ import trio
 from libp2p.custom_types import TProtocol
 from libp2p.kad_dht import common, kad_dht, peer_routing, provider_store, value_store
 from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
+from libp2p.kad_dht.utils import sort_peer_ids_by_distance
 from libp2p.peer.id import ID
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
@@ -34,6 +37,9 @@ NAMESPACE = "pals"
 LOOKUPS_AT_ONCE = 16
 ANNOUNCE_DEADLINE_S = 10.0
 QUERY_DEADLINE_S = 3.0
+QUERIES_AT_ONCE = 10
+REPLICAS = 20
+SILENCE_S = 30.0
 INBOUND_QUERIES = 64
 FOLLOW_INTERVAL_S = 1.0
 
@@ -64,6 +70,7 @@ class Discovery:
         self._now_unix = now_unix
         self._running: KadDHT | None = None
         self._lookups = trio.CapacityLimiter(LOOKUPS_AT_ONCE)
+        self._silent_until: dict[ID, float] = {}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part in the DHT until cancelled; the other methods need this running."""
@@ -81,22 +88,24 @@ class Discovery:
         """Connect to the members at ``addresses`` and return how many answered.
 
         Args:
-            addresses: Multiaddrs that end in ``/p2p/<peer id>``.
-            deadline_s: Seconds for each.
+            addresses: Multiaddrs that end in ``/p2p/<peer id>``; a member may have several.
+            deadline_s: Seconds for each member.
         """
-        reached: list[str] = []
+        by_peer: defaultdict[PeerId, list[str]] = defaultdict(list)
+        for address in addresses:
+            by_peer[PeerId(address.rpartition("/p2p/")[2])].append(address)
+        reached: list[PeerId] = []
 
-        async def try_one(address: str) -> None:
-            peer = PeerId(address.rpartition("/p2p/")[2])
+        async def try_one(peer: PeerId) -> None:
             try:
-                await self._host.connect(peer, [address], deadline_s=deadline_s)
-                reached.append(address)
+                await self._host.connect(peer, by_peer[peer], deadline_s=deadline_s)
+                reached.append(peer)
             except PalsError as error:
                 log.info("bootstrap peer %s: %s", short_id(peer), error)
 
         async with trio.open_nursery() as nursery:
-            for address in addresses:
-                nursery.start_soon(try_one, address)
+            for peer in by_peer:
+                nursery.start_soon(try_one, peer)
         await self._learn_connected()
         return len(reached)
 
@@ -108,12 +117,15 @@ class Discovery:
         Raises:
             InvalidRecord: The record does not verify, or is older than one stored before.
         """
-        announcement = self._open(record)
+        peer = self._open(record).peer
+        if not self._keep(peer, record):
+            raise InvalidRecord(kind="announcement", problem="older than the one announced before")
+        key = _key(peer).encode()
         with trio.move_on_after(ANNOUNCE_DEADLINE_S):
-            try:
-                await self._dht.put_value(_key(announcement.peer), record)
-            except ValueError as error:
-                raise InvalidRecord(kind="announcement", problem=str(error)) from error
+            closest = await self._walk(key, lambda _: None)
+            async with trio.open_nursery() as nursery:
+                for target in closest[:REPLICAS]:
+                    nursery.start_soon(self._store_at, target, key, record)
 
     async def find(
         self, peers: Iterable[PeerId], *, deadline_s: float
@@ -123,46 +135,97 @@ class Discovery:
         Never raises because of what peers say or fail to say: those that are silent are
         left out, and what was found by ``deadline_s`` seconds is returned.
         """
-        found: dict[PeerId, Announcement] = {}
+        wanted = frozenset(peers)
 
         async def look_up(peer: PeerId) -> None:
             async with self._lookups:
-                announcement = await self._find_one(peer)
-            if announcement is not None:
-                found[peer] = announcement
+                await self._walk(_key(peer).encode(), lambda value: self._keep(peer, value))
 
         with trio.move_on_after(deadline_s):
             async with trio.open_nursery() as nursery:
-                for peer in frozenset(peers):
+                for peer in wanted:
                     nursery.start_soon(look_up, peer)
-        return found
+        held = ((peer, self._held(peer)) for peer in wanted)
+        return {peer: announcement for peer, announcement in held if announcement is not None}
 
-    async def _find_one(self, peer: PeerId) -> Announcement | None:
-        """Ask the network, since the local copy would be returned however old."""
-        key = _key(peer)
-        local = self._dht.value_store.get(key.encode())
-        self._dht.value_store.remove(key.encode())
-        candidates = [local.value] if local is not None else []
+    def _held(self, peer: PeerId) -> Announcement | None:
+        """Return the valid announcement of ``peer`` in this machine's own store, if any."""
+        stored = self._dht.value_store.get(_key(peer).encode())
+        return self._open_of(peer, stored.value) if stored is not None else None
+
+    def _open_of(self, peer: PeerId, record: bytes) -> Announcement | None:
         try:
-            fetched = await self._dht.get_value(key)
-            candidates += [fetched] if fetched is not None else []
-        finally:
-            self._restore(key, candidates)
-        opened = self._open_all(peer, candidates)
-        return opened[newest(opened)] if opened else None
+            announcement = self._open(record)
+        except InvalidRecord:
+            return None
+        return announcement if announcement.peer == peer else None
 
-    def _restore(self, key: str, candidates: list[bytes]) -> None:
-        """Keep the newest copy that is known: this machine may be one that must hold it."""
-        if candidates:
-            best = candidates[_AnnouncementValidator(self._open).select(key, candidates)]
-            self._dht.value_store.put(key.encode(), best)
+    def _keep(self, peer: PeerId, record: bytes) -> bool:
+        """Store a record unless it is invalid or older than the one held."""
+        offered, held = self._open_of(peer, record), self._held(peer)
+        if offered is None or (held is not None and newest([offered, held]) != 0):
+            return False
+        self._dht.value_store.put(_key(peer).encode(), record)
+        return True
 
-    def _open_all(self, peer: PeerId, records: Iterable[bytes]) -> list[Announcement]:
-        opened: list[Announcement] = []
-        for record in records:
-            with suppress(InvalidRecord):  # an expired copy says nothing
-                opened.append(self._open(record))
-        return [a for a in opened if a.peer == peer]
+    # --- the network -----------------------------------------------------------------
+
+    async def _walk(self, key: bytes, on_value: Callable[[bytes], object]) -> list[ID]:
+        """Ask the members closest to ``key`` for its value, and those whom they name.
+
+        KadDHT's own look-up waits for silent peers anew each time; this one gives
+        ``on_value`` each value when it comes, and passes over who was silent lately.
+
+        Returns:
+            Those that answered, closest to ``key`` first.
+        """
+        known = {*self._dht.routing_table.find_local_closest_peers(key, REPLICAS)}
+        known |= {ID.from_base58(peer) for peer in self._host.connected_peers()}
+        asked: set[ID] = set()
+        answered: list[ID] = []
+
+        async def ask(peer: ID) -> None:
+            answer = await self._query(peer, key)
+            if answer is not None:
+                answered.append(peer)
+                known.update(answer[1])
+                if answer[0] is not None:
+                    on_value(answer[0])
+
+        while batch := self._closest(known, key, asked):
+            asked.update(batch)
+            async with trio.open_nursery() as nursery:
+                for peer in batch:
+                    nursery.start_soon(ask, peer)
+        return sort_peer_ids_by_distance(key, answered)
+
+    def _closest(self, known: set[ID], key: bytes, asked: set[ID]) -> list[ID]:
+        """Return whom to ask next: a few of the ``REPLICAS`` closest members known."""
+        now = trio.current_time()
+        usable = [
+            peer
+            for peer in known
+            if peer != self._dht.local_peer_id
+            and self._silent_until.get(peer, now) <= now
+            and self._is_member(PeerId(peer.to_base58()))
+        ]
+        closest = sort_peer_ids_by_distance(key, usable)[:REPLICAS]
+        return [peer for peer in closest if peer not in asked][:QUERIES_AT_ONCE]
+
+    async def _query(self, peer: ID, key: bytes) -> tuple[bytes | None, list[ID]] | None:
+        """Return what ``peer`` holds under ``key`` and whom it names, or ``None``."""
+        with trio.move_on_after(QUERY_DEADLINE_S):
+            answer = await self._dht.value_store._get_from_peer(peer, key, return_closer_peers=True)
+            assert isinstance(answer, tuple)
+            value, closer = answer
+            assert value is None or isinstance(value, bytes)
+            return value, closer
+        self._silent_until[peer] = trio.current_time() + SILENCE_S
+        return None
+
+    async def _store_at(self, peer: ID, key: bytes, record: bytes) -> None:
+        with trio.move_on_after(QUERY_DEADLINE_S):
+            await self._dht.value_store._store_at_peer(peer, key, record)
 
     def _open(self, record: bytes) -> Announcement:
         return open_announcement(record, now_unix=self._now_unix(), is_member=self._is_member)

@@ -159,7 +159,7 @@ class Host:
         Raises:
             PeerUnreachable: It is no member, no address is usable, or none answers.
         """
-        target = ID.from_base58(peer)
+        target = _libp2p_id(peer)
         self._remember(target, addresses)
         with trio.move_on_after(deadline_s):
             try:
@@ -175,7 +175,7 @@ class Host:
         Raises:
             PeerUnreachable: It cannot be reached or does not serve ``protocol``.
         """
-        target = ID.from_base58(peer)
+        target = _libp2p_id(peer)
         with trio.move_on_after(deadline_s):
             try:
                 await self._swarm.dial_peer(target)
@@ -279,6 +279,13 @@ async def _close(host: BasicHost, swarm: MemberSwarm) -> None:
         for peer in list(swarm.connections):
             nursery.start_soon(swarm.drop, peer)
     await host.close()
+
+
+def _libp2p_id(peer: PeerId) -> ID:
+    try:
+        return ID.from_base58(peer)
+    except ValueError as error:
+        raise PeerUnreachable(peer=peer, problem="that is not a peer id") from error
 
 
 def _listen_address(listen: str) -> Multiaddr:

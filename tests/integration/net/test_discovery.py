@@ -1,0 +1,189 @@
+"""Discovery over real hosts: what members announce is found, whatever others store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+import trio
+
+from pals.errors import InvalidRecord
+from pals.net.announce import Announcement, sign_announcement
+from pals.net.discovery import Discovery
+from pals.net.host import Host
+from pals.types import LayerRange, SwarmId
+from tests.integration.net.harness import Members, identity, open_hosts
+
+pytestmark = pytest.mark.trio
+
+SWARM_ID = SwarmId(bytes(range(32)))
+KAD = "/pals/00010203/kad/1.0.0"
+FIND_S = 5.0
+
+
+class Clock:
+    """Unix time that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def open_discoveries(
+    count: int,
+) -> AsyncIterator[tuple[Members, list[Host], list[Discovery], Clock]]:
+    """Run ``count`` members with discovery; none knows another yet."""
+    clock = Clock()
+    async with open_hosts(count) as (members, hosts), trio.open_nursery() as nursery:
+        discoveries = [Discovery(h, SWARM_ID, members.allow, now_unix=clock) for h in hosts]
+        for discovery in discoveries:
+            await nursery.start(discovery.run)
+        yield members, hosts, discoveries, clock
+        nursery.cancel_scope.cancel()
+
+
+def announcement(number: int, clock: Clock, **changes) -> Announcement:
+    basis = Announcement(
+        peer=identity(number).peer_id,
+        model_id="org/model",
+        manifest=bytes(32),
+        layers=LayerRange(0, 10),
+        num_layers=30,
+        dtype="bf16",
+        free_sessions=4,
+        max_context_tokens=2048,
+        step_ms=1.0,
+        addresses=(),
+        seq=1,
+        expires_at=clock.now + 300,
+    )
+    return replace(basis, **changes)
+
+
+def record(number: int, clock: Clock, **changes) -> bytes:
+    return sign_announcement(identity(number), announcement(number, clock, **changes))
+
+
+async def test_announcements_are_found_through_one_member_that_serves_nothing():
+    async with open_discoveries(5) as (members, hosts, discoveries, clock):
+        idle, *shards = hosts[:4]
+        for n in (1, 2, 3):
+            assert await discoveries[n].bootstrap(idle.addresses()) == 1
+        for n in (1, 2, 3):
+            await discoveries[n].announce(record(n + 1, clock, layers=LayerRange(n, n + 1)))
+        assert await discoveries[4].bootstrap(idle.addresses()) == 1
+        found = await discoveries[4].find(members, deadline_s=FIND_S)
+        assert {peer: a.layers.start for peer, a in found.items()} == {
+            shard.peer_id: n for n, shard in enumerate(shards, start=1)
+        }
+
+
+async def test_a_newer_announcement_replaces_the_one_found_before():
+    """Stock would return the copy that the first look-up left behind."""
+    async with open_discoveries(2) as (members, hosts, (a, b), clock):
+        await a.bootstrap(hosts[1].addresses())
+        await b.announce(record(2, clock, seq=1))
+        assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 1
+        await b.announce(record(2, clock, seq=2))
+        a._dht.value_store.put(*_stored(record(2, clock, seq=1)))
+        assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 2
+
+
+async def test_an_older_announcement_changes_nothing():
+    async with open_discoveries(3) as (members, hosts, (a, b, c), clock):
+        await a.bootstrap([*hosts[1].addresses(), *hosts[2].addresses()])
+        await b.bootstrap(hosts[2].addresses())
+        await b.announce(record(2, clock, seq=5))
+        c._dht.value_store.put(*_stored(record(2, clock, seq=4)))
+        assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 5
+        with pytest.raises(InvalidRecord, match="older"):
+            await b.announce(record(2, clock, seq=4))
+
+
+async def test_what_is_forged_foreign_or_expired_is_not_found():
+    async with open_discoveries(2) as (members, hosts, (a, b), clock):
+        await a.bootstrap(hosts[1].addresses())
+        stranger = identity(77)
+        outsider = sign_announcement(stranger, announcement(77, clock, peer=stranger.peer_id))
+        forged = bytearray(record(1, clock))
+        forged[-1] ^= 1
+        for key, value in {
+            f"/pals/{hosts[0].peer_id}": bytes(forged),
+            f"/pals/{stranger.peer_id}": outsider,
+            f"/pals/{hosts[1].peer_id}": record(1, clock),
+        }.items():
+            b._dht.value_store.put(key.encode(), value)
+        assert await a.find({*members, stranger.peer_id}, deadline_s=FIND_S) == {}
+        await b.announce(record(2, clock, seq=2))
+        assert list(await a.find(members, deadline_s=FIND_S)) == [hosts[1].peer_id]
+        clock.now += 301
+        assert await a.find(members, deadline_s=FIND_S) == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["/pals/{other}", "/pk/{own}", "/pals/", "plain", "/pals/{own}/more"]
+)
+async def test_a_member_cannot_store_under_a_key_that_is_not_its_own(key):
+    async with open_discoveries(2) as (_, hosts, (a, b), clock):
+        await a.bootstrap(hosts[1].addresses())
+        key = key.format(own=hosts[0].peer_id, other=hosts[1].peer_id).encode()
+        value = record(1, clock)
+        target = hosts[1].libp2p_host.get_id()
+        assert not await a._dht.value_store._store_at_peer(target, key, value)
+        assert b._dht.value_store.get(key) is None
+        own = f"/pals/{hosts[0].peer_id}".encode()
+        assert await a._dht.value_store._store_at_peer(target, own, value)
+
+
+async def test_announcing_what_does_not_verify_is_refused():
+    async with open_discoveries(1) as (_, _, (a,), clock):
+        with pytest.raises(InvalidRecord):
+            await a.announce(record(1, clock, expires_at=clock.now - 1))
+
+
+async def test_the_protocol_is_the_swarm_s_own():
+    async with open_discoveries(1) as (_, (host,), _, _):
+        protocols = set(map(str, host.libp2p_host.get_mux().get_protocols()))
+        assert KAD in protocols
+        assert "/ipfs/kad/1.0.0" not in protocols
+
+
+async def test_members_that_never_answer_do_not_hold_up_the_others():
+    async def silent(stream):
+        await trio.sleep_forever()
+
+    async with open_discoveries(4) as (members, hosts, discoveries, clock):
+        driver, server, connected, vanished = hosts
+        connected.handle(KAD, silent)
+        await discoveries[0].bootstrap([*server.addresses(), *connected.addresses()])
+        await discoveries[1].announce(record(2, clock))
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listeners[0].socket.getsockname()[1]  # takes a connection, says nothing
+        driver._remember(vanished.libp2p_host.get_id(), [f"/ip4/127.0.0.1/tcp/{port}"])
+        await discoveries[0]._dht.add_peer(vanished.libp2p_host.get_id())
+        assert discoveries[0]._dht.routing_table.size() == 3
+        started = trio.current_time()
+        found = await discoveries[0].find(members, deadline_s=6.0)
+        assert list(found) == [server.peer_id]
+        assert trio.current_time() - started < 5.0
+        started = trio.current_time()
+        assert list(await discoveries[0].find(members, deadline_s=6.0)) == [server.peer_id]
+        assert trio.current_time() - started < 1.0
+        await listeners[0].aclose()
+
+
+async def test_an_address_that_does_not_answer_is_not_counted():
+    async with open_discoveries(2) as (_, hosts, (a, _), _):
+        dead = f"/ip4/127.0.0.1/tcp/1/p2p/{hosts[1].peer_id}"
+        assert await a.bootstrap([dead, "not an address"]) == 0
+        assert await a.bootstrap([dead, *hosts[1].addresses()]) == 1
+
+
+def _stored(value: bytes) -> tuple[bytes, bytes]:
+    return f"/pals/{identity(2).peer_id}".encode(), value
