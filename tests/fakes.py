@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import anyio
 
-from pals.driver.interface import Completion, GenerateParams, Message, TextDelta
+from pals.driver.interface import Completion, GenerateParams, HopReport, Message, TextDelta
 from pals.errors import PalsError
 
 
@@ -65,3 +65,16 @@ class FakeDriver:
         self.completions.append(completion)
         self.asked.set()
         return completion
+
+    async def report(self) -> Sequence[HopReport]:
+        return [
+            HopReport(
+                peer="peer-a",
+                layers="0:2",
+                steps=3,
+                step_ms=2.0,
+                queue_ms=0.1,
+                codec_ms=0.2,
+                wire_ms=0.3,
+            )
+        ]

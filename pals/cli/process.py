@@ -74,9 +74,8 @@ def replace_process(secrets: Mapping[str, str], arguments: Sequence[str]) -> NoR
         # XLA's large temporaries are page-faulted anew in each call without huge pages.
         environment.setdefault(MALLOC_VARIABLE, HUGE_PAGES)
     sys.stdout.flush()
-    os.execve(  # noqa: S606: there is no shell, and the program is this one
-        sys.executable, [sys.executable, "-m", "pals", *arguments], environment
-    )
+    command = [sys.executable, "-m", "pals", *arguments]
+    os.execve(sys.executable, command, environment)  # noqa: S606 (this same program, no shell)
 
 
 def node_options(member: Member, settings: Settings) -> NodeOptions:

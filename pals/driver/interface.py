@@ -120,3 +120,7 @@ class Driver(Protocol):
             ShardLost: A shard went away.
         """
         ...
+
+    async def report(self) -> Sequence[HopReport]:
+        """Return how the shards of the last used chain did lately, head first."""
+        ...

@@ -13,6 +13,7 @@ from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
 from litestar.response import Stream
 
+from pals.api.chain import chain_route
 from pals.api.gate import JSON_TYPE, MAX_BODY_BYTES, Gate, GateSettings
 from pals.api.openai.parse import conversation, generate_params, parse_request
 from pals.api.openai.schema import (
@@ -46,7 +47,7 @@ ApiRequest = Request[None, None, State]
 def build_openai_app(driver: Driver, *, gate: GateSettings) -> Litestar:
     """Return the ASGI application that serves ``driver`` behind ``gate``."""
     app = Litestar(
-        route_handlers=[*_model_routes(driver), _chat_route(driver), health],
+        route_handlers=[*_model_routes(driver), _chat_route(driver), chain_route(driver), health],
         exception_handlers={Exception: _answer_error},
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,

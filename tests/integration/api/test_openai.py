@@ -268,3 +268,18 @@ def test_an_unexpected_failure_hides_its_text(url: str, driver: FakeDriver) -> N
     assert response.status_code == 500
     assert "secret" not in response.text
     assert response.json()["error"]["type"] == "server_error"
+
+
+def test_the_chain_is_reported_with_its_timings(url: str) -> None:
+    report = httpx.get(f"{url}/pals/chain").json()
+
+    assert (report["schema"], report["model"]) == (1, "test/tiny")
+    assert report["hops"][0] == {
+        "peer": "peer-a",
+        "layers": "0:2",
+        "steps": 3,
+        "step_ms": 2.0,
+        "queue_ms": 0.1,
+        "codec_ms": 0.2,
+        "wire_ms": 0.3,
+    }
