@@ -143,7 +143,7 @@ def write_private(path: Path, data: bytes) -> None:
         raise
 
 
-def read_private(path: Path) -> bytes:
+def read_private(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     """Read a secret file.
 
     Raises:
@@ -158,13 +158,13 @@ def read_private(path: Path) -> bytes:
     with os.fdopen(handle, "rb") as file:
         status = os.fstat(handle)
         check_private(path, status, PRIVATE_FILE)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
             raise InvalidConfig(
                 source=path,
-                problem=f"not a regular file of at most {MAX_CONFIG_BYTES} bytes",
+                problem=f"not a regular file of at most {max_bytes} bytes",
                 advice="restore it from a backup or make a new profile",
             )
-        return file.read(MAX_CONFIG_BYTES)
+        return file.read(max_bytes)
 
 
 def check_private(path: Path, status: os.stat_result, wanted: int) -> None:

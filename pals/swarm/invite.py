@@ -51,7 +51,9 @@ class Invite:
         epoch: int,
         secret: SwarmSecret,
     ) -> None:
-        check_backend_url(backend_url)
+        problem = backend_url_problem(backend_url)
+        if problem is not None:
+            raise InvalidInvite(problem=f"the backend's address {problem}")
         self._token = token
         self.swarm_id = swarm_id
         self.backend_url = backend_url
@@ -134,23 +136,20 @@ class Invite:
         raise TypeError("an Invite is not copied or pickled")
 
 
-def check_backend_url(url: str) -> None:
-    """Raise unless ``url`` is a plain ``http(s)://host[:port][/path]``.
-
-    Raises:
-        InvalidInvite: Another scheme, credentials, a query, spaces, or too long.
-    """
+def backend_url_problem(url: str) -> str | None:
+    """Return what keeps ``url`` from being a plain ``http(s)://host[:port][/path]``."""
     try:
         parts = urlsplit(url)
         port_fits = parts.port is None or parts.port > 0
     except ValueError:
-        raise InvalidInvite(problem="the backend's address is not a URL") from None
-    plain = not (parts.username or parts.password or parts.query or parts.fragment)
-    printable = url.isprintable() and " " not in url and len(url) <= MAX_URL_CHARS
+        return "is not a URL"
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InvalidInvite(problem="the backend's address is not http:// or https://")
-    if not (port_fits and plain and printable):
-        raise InvalidInvite(problem="the backend's address has parts that do not belong there")
+        return "does not start with http:// or https:// and a host"
+    if parts.username or parts.password or parts.query or parts.fragment or not port_fits:
+        return "has parts that do not belong there"
+    if not url.isprintable() or " " in url or len(url) > MAX_URL_CHARS:
+        return f"has blanks or control characters, or is over {MAX_URL_CHARS} characters long"
+    return None
 
 
 def _checksum(redeem: bytes, epoch: int, secret: bytes) -> bytes:
