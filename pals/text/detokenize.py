@@ -69,8 +69,8 @@ class _WindowStream:
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        if token_id in self._tokenizer.special_ids:
-            # skipped wherever it stands, so it must not become the window's first token
+        if self._tokenizer.is_skipped(token_id):
+            # it must neither become the window's first token nor end a run of bytes
             return ""
         self._pending.append(token_id)
         if len(self._pending) < MAX_PENDING_TOKENS and self._is_open(token_id):

@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_OUTPUT_CHARACTERS = 4 << 20
-MAX_MEMORY_BYTES = 1 << 30
+MAX_MEMORY_BYTES = 512 << 20
 MAX_CPU_S = 10
 MAX_PROBLEM_CHARACTERS = 500
 

@@ -113,11 +113,15 @@ class Tokenizer:
         Special and unknown ids stand for none, as in `decode`.
         """
         assert self.is_byte_level
-        token = "" if token_id in self.special_ids else self._token(token_id)
+        token = "" if self.is_skipped(token_id) else self._token(token_id)
         if all(character in _BYTE_OF_CHARACTER for character in token):
             return bytes(_BYTE_OF_CHARACTER[character] for character in token)
         # an added token that holds characters outside of the byte alphabet, such as a space
         return token.encode()
+
+    def is_skipped(self, token_id: int) -> bool:
+        """Return whether `decode` leaves a token out: it is special, or unknown."""
+        return token_id in self.special_ids or not self._token(token_id)
 
     def is_byte_token(self, token_id: int) -> bool:
         """Return whether a token is one byte (``<0x0A>``) of a SentencePiece vocabulary."""
