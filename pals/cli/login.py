@@ -1,0 +1,39 @@
+"""`pals login`."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+
+from pals import config
+from pals.cli import console
+from pals.cli.options import ConfigDir
+from pals.errors import InvalidInvite, SecretOnCommandLine
+
+
+async def login(*arguments: str, config_dir: ConfigDir = None) -> None:
+    """Join a swarm with an invite from `PALS_INVITE` or standard input.
+
+    Args:
+        arguments: None: other users of the machine could read an invite given here.
+        config_dir: Profile folder.
+    """
+    if arguments:
+        raise SecretOnCommandLine(name="an invite", variable=config.INVITE_VARIABLE)
+    invite = config.take_environment(config.INVITE_VARIABLE) or _ask()
+    from pals.net.enrolment import redeem_invite
+
+    entry = await redeem_invite(config.Profile(config.config_dir(config_dir)), invite)
+    console.out(f"joined {entry.name}, swarm {entry.swarm_id}")
+    console.note(f"next: `pals shard {entry.model}` to serve layers, or `pals serve`")
+
+
+def _ask() -> str:
+    """Read the invite without showing it, or from a pipe."""
+    if sys.stdin.isatty():
+        return getpass.getpass("Invite: ")
+    # Far more than an invite has: a longer text is refused by its length.
+    text = sys.stdin.read(64 << 10)
+    if not text.strip():
+        raise InvalidInvite(problem=f"`{config.INVITE_VARIABLE}` and standard input are empty")
+    return text
