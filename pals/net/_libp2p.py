@@ -11,12 +11,15 @@
 Only this package sees libp2p types; everything above works with `pals.net.host`.
 """
 
+# pyright: reportMissingTypeStubs=false
+# Reason: multiaddr, noise and parts of libp2p ship no types.
+
 from __future__ import annotations
 
 import ipaddress
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
@@ -178,7 +181,7 @@ class MemberSwarm(Swarm):
         raise SwarmException("connection closed")
 
     @contextmanager
-    def _handshake(self) -> Iterator[None]:
+    def _handshake(self) -> Generator[None]:
         """Count a handshake; one too many ends the oldest, which a flood fills first."""
         if len(self._handshakes) >= self._limits.max_handshakes:
             self._handshakes.popitem(last=False)[1].cancel()

@@ -8,12 +8,15 @@ each operation 10 s. So KadDHT keeps the routing table and serves queries, and t
 look-ups are our own.
 """
 
+# pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
+# Reason: parts of libp2p ship no types, and it queries one peer only privately.
+
 from __future__ import annotations
 
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from types import ModuleType
 
@@ -290,7 +293,7 @@ _protocols_in_use: list[TProtocol] = []
 
 
 @contextmanager
-def _private_protocol(swarm_id: SwarmId) -> Iterator[None]:
+def _private_protocol(swarm_id: SwarmId) -> Generator[None]:
     """Give KadDHT the swarm's own protocol id and a short query deadline.
 
     ``KadDHT(protocol_prefix=…)`` changes nothing on the wire in 0.8.1: its modules read

@@ -1,12 +1,16 @@
 """The libp2p host as the rest of Pals sees it: members, streams of bytes, typed errors."""
 
+# pyright: reportMissingTypeStubs=false
+# Reason: multiaddr, noise and parts of libp2p ship no types.
+
 from __future__ import annotations
 
 import ipaddress
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import cast
 
 import trio
 from libp2p.abc import INetStream
@@ -223,7 +227,7 @@ async def open_host(
     listen: str,
     allow: Callable[[PeerId], bool],
     limits: HostLimits | None = None,
-) -> AsyncIterator[Host]:
+) -> AsyncGenerator[Host]:
     """Run a host that speaks Noise over TCP with members only.
 
     Args:
@@ -251,7 +255,7 @@ async def open_host(
 
 
 @contextmanager
-def ungrouped_errors() -> Iterator[None]:
+def ungrouped_errors() -> Generator[None]:
     """Raise the one typed error of a group instead of the group.
 
     A nursery wraps whatever its block raises in an ``ExceptionGroup``, even when nothing
@@ -266,11 +270,11 @@ def ungrouped_errors() -> Iterator[None]:
         raise
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return leaves
+def _leaves(error: BaseException) -> list[BaseException]:
+    if not isinstance(error, BaseExceptionGroup):
+        return [error]
+    group = cast("BaseExceptionGroup[BaseException]", error)
+    return [leaf for member in group.exceptions for leaf in _leaves(member)]
 
 
 async def _close(host: BasicHost, swarm: MemberSwarm) -> None:

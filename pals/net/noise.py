@@ -8,6 +8,9 @@ record on the wire stalls every stream of the connection.
 Source: libp2p specs, noise/README.md.
 """
 
+# pyright: reportMissingTypeStubs=false
+# Reason: multiaddr, noise and parts of libp2p ship no types.
+
 from __future__ import annotations
 
 import struct
