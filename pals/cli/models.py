@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pals import config
 from pals.cli import console
 from pals.cli.options import Json
 from pals.errors import InvalidConfig
@@ -12,8 +11,10 @@ from pals.errors import InvalidConfig
 
 def list_models(*, json: Json = False) -> None:
     """List the models that were imported on this machine."""
-    folders = sorted(p for p in (config.cache_dir() / "models").glob("*--*") if p.is_dir())
-    models = [_describe(folder) for folder in folders]
+    # Reading models pulls in numpy, which `pals --help` does without.
+    from pals.models.hub import imported_models
+
+    models = [_describe(snapshot.model_id, snapshot.path) for snapshot in imported_models()]
     if json:
         console.json({"schema": 1, "models": models})
     else:
@@ -26,28 +27,25 @@ def import_model(file: Path, /, *, model: str | None = None, json: Json = False)
 
     Args:
         file: The `.gguf` file.
-        model: Name to give it, as `org/name`; the file's own name when left out.
+        model: Name to give it, as `org/name`; taken from the file when left out.
         json: Print one JSON document on standard output.
     """
     if not file.is_file():
         raise InvalidConfig(source=file, problem="not a file", advice="check the path")
-    # Reading GGUF pulls in numpy and gguf, which `pals models list` does without.
     from pals.models.gguf import import_gguf
+    from pals.models.hub import resolve_model
 
-    description = _describe(import_gguf(file, model_id=model))
+    snapshot = resolve_model(str(import_gguf(file, model_id=model).absolute()))
+    description = _describe(snapshot.model_id, snapshot.path)
     if json:
         console.json({"schema": 1} | description)
     else:
         console.out(f"{description['model']}  {description['path']}")
 
 
-def _describe(folder: Path) -> dict[str, str | int]:
+def _describe(model: str, folder: Path) -> dict[str, str | int]:
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    return {
-        "model": folder.name.replace("--", "/", 1),
-        "path": str(folder),
-        "size_bytes": size,
-    }
+    return {"model": model, "path": str(folder), "size_bytes": size}
 
 
 def _gigabytes(size_bytes: int) -> str:
