@@ -64,7 +64,8 @@ def import_gguf(
         ModelNotFound: ``model_id`` is not a model name.
     """
     header = read_header(file)
-    folder = destination or imported_folder(model_id or _default_model_id(header))
+    name = _default_model_id(header) if model_id is None else model_id
+    folder = destination or imported_folder(name)
     origin: dict[str, Json] = {"format": IMPORT_FORMAT, "source_sha256": _sha256(file)}
     if _is_import_of(folder, origin):
         return folder

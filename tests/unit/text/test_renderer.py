@@ -70,14 +70,13 @@ def test_a_closed_socket_ends_the_message():
 
 def test_requests_are_answered_in_order_until_the_other_side_closes():
     ours, theirs = socket.socketpair()
-    with theirs:
-        with ours:
-            for request in ("{{ x }}{{ 1 // y }}", {"x": "a", "y": 1}, {"x": "a", "y": 0}):
-                renderer.send(ours, json.dumps(request).encode())
-            ours.shutdown(socket.SHUT_WR)
-            with pytest.raises(EOFError):
-                renderer.serve(theirs)
-            answers = [json.loads(renderer.receive(ours)) for _ in range(3)]
+    with theirs, ours:
+        for request in ("{{ x }}{{ 1 // y }}", {"x": "a", "y": 1}, {"x": "a", "y": 0}):
+            renderer.send(ours, json.dumps(request).encode())
+        ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(EOFError):
+            renderer.serve(theirs)
+        answers = [json.loads(renderer.receive(ours)) for _ in range(3)]
     assert answers[0] == {"text": "", "problem": None}
     assert answers[1] == {"text": "a1", "problem": None}
     assert answers[2]["text"] is None

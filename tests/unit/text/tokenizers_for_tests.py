@@ -23,7 +23,7 @@ def save_byte_level(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.add_tokens([AddedToken("<｜tool ü｜>", normalized=False)])
+    tokenizer.add_tokens([AddedToken("<tool ü>", normalized=False)])
     return save(folder, tokenizer, eos_token="<|end|>")
 
 
