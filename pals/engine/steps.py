@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +110,9 @@ class Programs:
         self._is_tail = layers.stop == config.num_layers
         model = nnx.eval_shape(lambda: Llama(config, layers, dtype=dtype))
         self._graphdef, state = nnx.split(model)
-        flat, self._treedef = jax.tree.flatten_with_path(state)
-        self.parameters = {_parameter_path(path): shape for path, shape in flat}
+        shapes, self._treedef = jax.tree.flatten(state)
+        paths = cast("Sequence[ParameterPath]", nnx.to_flat_state(state).paths)
+        self.parameters = dict(zip(paths, shapes, strict=True))
         # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
         self._steps = {
             "prefill": jax.jit(self._prefill, static_argnames="context", donate_argnames="cache"),
@@ -222,8 +224,3 @@ class Programs:
         if sampling is None:
             return x[:, 0], cache
         return sample(model.forward_logits(x[:, 0]), sampling, starts + 1), cache
-
-
-def _parameter_path(path: jax.tree_util.KeyPath) -> ParameterPath:
-    """Return the attribute names and list positions in a path of jax's key objects."""
-    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
