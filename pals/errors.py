@@ -577,6 +577,14 @@ class MethodNotAllowed(InvalidRequest):
     http_status = 405
 
 
+class ChildFailed(PalsError):
+    """A process that `pals demo` started did not come up."""
+
+    code = "PALS-DEMO-CHILD"
+    message = "{name} did not start: {problem}\n{log}"
+    hint_template = "run `pals doctor` to check this machine"
+
+
 class InternalStepError(PalsError):
     """A step of a shard failed for a reason that is Pals's own fault."""
 

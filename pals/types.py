@@ -6,6 +6,7 @@ docs/concepts.md: ``T`` query tokens, ``D`` hidden_size, ``V`` vocab_size.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Literal, NewType
@@ -57,6 +58,16 @@ class LayerRange:
 
     def __str__(self) -> str:
         return f"{self.start}:{self.stop}"
+
+
+def split_layers(num_layers: int, parts: int) -> list[LayerRange]:
+    """Return ``parts`` ranges that cover ``[0, num_layers)`` in order, equal within one layer.
+
+    Raises:
+        InvalidLayerRange: There are fewer layers than parts.
+    """
+    bounds = [num_layers * i // parts for i in range(parts + 1)]
+    return [LayerRange(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +12,7 @@ from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
+from pals.cli.interrupt import run_until_signal
 from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
@@ -127,16 +127,8 @@ def load_shard(
 async def _serve(options: NodeOptions, load: Callable[[], ServedShard], json: bool) -> None:
     from pals.net.serving import serve_shard
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        await serve_shard(options, load, on_ready=partial(_announce_ready, json))
-        nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
+    on_ready = partial(_announce_ready, json)
+    await run_until_signal(partial(serve_shard, options, load, on_ready=on_ready))
 
 
 def _announce_ready(json: bool, node: Node, served: ServedShard) -> None:
