@@ -8,13 +8,19 @@ from pals.text.detokenize import StreamDetokenizer
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from tests.demo_model import import_demo_model, load_goldens
+from tests.golden.make_goldens import weights_sha256
 
-PROMPTS = load_goldens()["prompts"]
+GOLDENS = load_goldens()
+PROMPTS = GOLDENS["prompts"]
 
 
 @pytest.fixture(scope="module")
 def folder(shared_cache: Path) -> Path:
     return import_demo_model(shared_cache)
+
+
+def test_the_import_gives_the_weights_of_the_goldens(folder: Path):
+    assert weights_sha256(folder) == GOLDENS["weights_sha256"]
 
 
 @pytest.mark.parametrize("golden", PROMPTS, ids=range(len(PROMPTS)))
