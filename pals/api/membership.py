@@ -94,11 +94,11 @@ def _redeem(
     service: BackendService, limiter: AttemptLimiter, clock: Callable[[], float]
 ) -> HTTPRouteHandler:
     @post("/v1/swarms/{swarm:str}/redeem")
-    async def redeem(request: ApiRequest, swarm: str) -> Response[bytes]:
+    async def redeem(request: ApiRequest) -> Response[bytes]:
         limiter.check(_address(request), clock())
         message = await _read(request, RedeemMessage)
         entry = await asyncio.to_thread(
-            service.redeem, _swarm_id(swarm), message.auth, message.join
+            service.redeem, _swarm_id(request), message.auth, message.join
         )
         return _reply(EntryMessage(entry))
 
@@ -107,14 +107,14 @@ def _redeem(
 
 def _record_routes(service: BackendService) -> tuple[HTTPRouteHandler, HTTPRouteHandler]:
     @post("/v1/swarms/{swarm:str}/records")
-    async def append_record(request: ApiRequest, swarm: str) -> Response[bytes]:
+    async def append_record(request: ApiRequest) -> Response[bytes]:
         message = await _read(request, RecordMessage)
-        entry = await asyncio.to_thread(service.append_record, _swarm_id(swarm), message.record)
+        entry = await asyncio.to_thread(service.append_record, _swarm_id(request), message.record)
         return _reply(EntryMessage(entry))
 
     @get("/v1/swarms/{swarm:str}/records")
-    async def list_records(request: ApiRequest, swarm: str) -> Response[bytes]:
-        swarm_id = _swarm_id(swarm)
+    async def list_records(request: ApiRequest) -> Response[bytes]:
+        swarm_id = _swarm_id(request)
         known = request.headers.get("if-none-match", "")
         if known and known == _quoted(await asyncio.to_thread(service.etag, swarm_id)):
             return Response(b"", status_code=304, headers={"etag": known})
@@ -126,14 +126,14 @@ def _record_routes(service: BackendService) -> tuple[HTTPRouteHandler, HTTPRoute
 
 def _hint_routes(service: BackendService) -> tuple[HTTPRouteHandler, HTTPRouteHandler]:
     @put("/v1/swarms/{swarm:str}/hints")
-    async def put_hint(request: ApiRequest, swarm: str) -> Response[bytes]:
+    async def put_hint(request: ApiRequest) -> Response[bytes]:
         message = await _read(request, HintMessage)
-        await asyncio.to_thread(service.put_hint, _swarm_id(swarm), message.hint)
+        await asyncio.to_thread(service.put_hint, _swarm_id(request), message.hint)
         return Response(b"", status_code=204)
 
     @get("/v1/swarms/{swarm:str}/hints")
-    async def list_hints(swarm: str) -> Response[bytes]:
-        return _reply(HintsMessage(await asyncio.to_thread(service.hints, _swarm_id(swarm))))
+    async def list_hints(request: ApiRequest) -> Response[bytes]:
+        return _reply(HintsMessage(await asyncio.to_thread(service.hints, _swarm_id(request))))
 
     return put_hint, list_hints
 
@@ -160,7 +160,8 @@ def _reply(
     )
 
 
-def _swarm_id(text: str) -> SwarmId:
+def _swarm_id(request: ApiRequest) -> SwarmId:
+    text = str(request.path_params["swarm"])
     try:
         swarm_id = bytes.fromhex(text)
     except ValueError:

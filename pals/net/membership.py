@@ -45,6 +45,7 @@ from pals.types import PeerId, SwarmId
 REQUEST_DEADLINE_S = 10.0
 MAX_RESPONSE_BYTES = 12 << 20
 MAX_BACKOFF_S = 30.0
+MAX_COUNTED_FAILURES = 8
 POLL_SPREAD = (0.9, 1.1)
 NOT_MODIFIED = 304
 
@@ -145,10 +146,14 @@ class MembershipClient:
             client.stream(method, self.url + path, headers=headers, content=content) as response,
         ):
             body = bytearray()
-            async for chunk in response.aiter_raw():
-                body += chunk
-                if len(body) > MAX_RESPONSE_BYTES:
-                    raise self._unreachable(f"more than {MAX_RESPONSE_BYTES} bytes")
+            # Cancelled, not left: httpx's nested generators close only from the inside.
+            with trio.CancelScope() as reading:
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > MAX_RESPONSE_BYTES:
+                        reading.cancel()
+            if len(body) > MAX_RESPONSE_BYTES:
+                raise self._unreachable(f"its answer is over {MAX_RESPONSE_BYTES} bytes long")
             return response, bytes(body)
 
     def _decode(self, body: bytes, kind: type[_Reply]) -> _Reply:
@@ -245,10 +250,16 @@ async def poll_roster(
         try:
             etag = await _poll_once(client, swarm_id, allow_list, profile, etag, on_change)
         except PalsError as error:
-            failures = min(failures + 1, 8)
-            etag = None
-            _log.warning("the member list could not be renewed: %s", error)
+            # Once for each time it fails, not every half minute.
+            _log.log(
+                logging.DEBUG if failures else logging.WARNING,
+                "the member list could not be renewed: %s",
+                error,
+            )
+            failures, etag = min(failures + 1, MAX_COUNTED_FAILURES), None
         else:
+            if failures:
+                _log.info("the member list is renewed again")
             failures = 0
 
 
