@@ -42,7 +42,7 @@ MAX_CONFIG_BYTES = 1 << 20
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 
-SWARM_SECRET_VARIABLE = "PALS_SWARM_SECRET"
+SWARM_SECRET_VARIABLE = "PALS_SWARM_SECRET"  # noqa: S105 # the name of a variable
 INVITE_VARIABLE = "PALS_INVITE"
 API_KEY_VARIABLE = "PALS_API_KEY"
 CONFIG_DIR_VARIABLE = "PALS_CONFIG_DIR"
@@ -370,7 +370,9 @@ def preset_path(preset: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in presets_folder().glob("*.toml")))
         raise InvalidConfig(
-            source=f"preset `{preset}`", problem="there is none of that name", advice=f"choose one of: {known}"
+            source=f"preset `{preset}`",
+            problem="there is none of that name",
+            advice=f"choose one of: {known}",
         )
     return path
 

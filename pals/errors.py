@@ -148,7 +148,10 @@ class SwarmSecretInvalid(UserError):
 
     code = "PALS-USER-SWARM-SECRET"
     message = "the swarm secret is {problem}"
-    hint_template = "start through the `pals` command, which reads it from the profile, or run `pals login` again"
+    hint_template = (
+        "start through the `pals` command, which reads it from the profile, "
+        "or run `pals login` again"
+    )
 
 
 class SecretOnCommandLine(UserError):
@@ -428,7 +431,10 @@ class LinkRefused(ProtocolError):
 
     code = "PALS-LINK-REFUSED"
     message = "link with peer {peer} refused: {problem}"
-    hint_template = "check that both machines joined the same swarm; run `pals login` again if the secret was rotated"
+    hint_template = (
+        "check that both machines joined the same swarm; "
+        "run `pals login` again if the secret was rotated"
+    )
 
 
 class InvalidFrame(ProtocolError):
