@@ -33,7 +33,7 @@ async def test_a_stream_carries_bytes_both_ways_and_ends_cleanly():
         assert b.connected_peers() == {a.peer_id}
 
 
-async def test_connections_in_a_host_s_life_are_not_limited(monkeypatch):
+async def test_connections_in_a_host_s_life_are_not_limited():
     """B1: stock keeps the slot of every accepted connection until the host stops."""
     limits = HostLimits(max_connections=5)
     async with open_hosts(2, limits=limits) as (_, (a, b)):
@@ -59,19 +59,19 @@ async def test_a_handler_that_raises_ends_its_stream_and_nothing_else():
         assert await ask_echo(a, b) == b"hello"
 
 
-async def test_connecting_does_not_sleep(monkeypatch):
-    """B4: stock waits 250 ms for a second transport after each connection."""
+async def test_connecting_does_not_wait_for_another_transport(monkeypatch):
+    """B4: stock waits this long after each connection that it has made."""
+    monkeypatch.setattr("libp2p.network.swarm._HAPPY_EYEBALLS_DELAY", 60.0)
     async with open_hosts(2) as (_, (a, b)):
-        slept = []
-        sleep = trio.sleep
-
-        async def record(seconds):
-            slept.append(seconds)
-            await sleep(seconds)
-
-        monkeypatch.setattr(trio, "sleep", record)
         await a.connect(b.peer_id, b.addresses())
-        assert 0.25 not in slept
+
+
+async def test_a_host_connects_to_nobody_on_its_own_account():
+    """Stock dials every peer it has heard of until it has half its limit."""
+    async with open_hosts(2) as (_, (a, b)):
+        a._remember(b.libp2p_host.get_id(), b.addresses())
+        await a._swarm.auto_connector.maybe_connect()
+        assert not a.connected_peers()
 
 
 async def test_all_addresses_are_tried():
@@ -158,13 +158,19 @@ async def test_a_host_that_leaves_closes_its_connections():
         assert not a.connected_peers()
 
 
-async def test_reading_from_a_peer_that_vanished_raises():
+@pytest.mark.parametrize("waiting", [True, False], ids=["while it reads", "before it reads"])
+async def test_a_lost_connection_is_not_read_as_an_end(waiting):
     async with open_hosts(2) as (_, (a, b)):
         await a.connect(b.peer_id, b.addresses())
         stream = await a.open_stream(b.peer_id, ECHO)
-        await b.drop_peer(a.peer_id)
-        with trio.fail_after(5), pytest.raises(PeerUnreachable):
-            await stream.read_exactly(1)
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                if not waiting:
+                    await b.drop_peer(a.peer_id)
+                else:
+                    nursery.start_soon(b.drop_peer, a.peer_id)
+                with pytest.raises(PeerUnreachable):
+                    await stream.read_some(1)
 
 
 async def test_a_reset_is_not_read_as_an_end():
@@ -217,7 +223,7 @@ async def test_streams_of_one_peer_are_limited():
 
 
 async def test_half_open_handshakes_do_not_keep_a_good_peer_out():
-    limits = HostLimits(max_handshakes=4)
+    limits = HostLimits(max_handshakes=4, max_connections=10)
     async with open_hosts(2, limits=limits) as (_, (a, b)):
         port = int(b.addresses()[0].split("/")[4])
         silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(20)]
