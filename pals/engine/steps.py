@@ -18,6 +18,7 @@ from typing import Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled
 
 from pals.config import PRIVATE_FOLDER
@@ -63,9 +64,15 @@ class CompiledProgram:
 def use_compilation_cache(folder: Path) -> None:
     """Keep every compiled program in ``folder``, however small or quick to compile."""
     folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    # jax declares its options at run time, which pyright cannot see.
+    current = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if current == os.fspath(folder):
+        return
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # jax looks at the folder once, at the first compilation of the process.
+    compilation_cache.reset_cache()
 
 
 def chunk_buckets(limits: EngineLimits) -> list[int]:
