@@ -50,6 +50,10 @@ async def create(
         console.json({"schema": 1, "invite": text, "command": command, "backend": address})
     else:
         console.out(command)
+    _warn_of_loopback(address)
+
+
+def _warn_of_loopback(address: str) -> None:
     if urlsplit(address).hostname in LOOPBACK_HOSTS:
         console.warn(
             f"the invite names the backend `{address}`, which only this machine reaches; "

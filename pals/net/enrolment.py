@@ -136,11 +136,12 @@ async def create_invite(
     """
     entry = profile.load_swarm()
     operator = _load_operator(profile, entry)
-    _check_backend_url(backend_url or entry.backend_url)
+    joiners_url = backend_url or entry.backend_url
+    _check_backend_url(joiners_url)
     swarm_id = _swarm_id(entry)
     invite = Invite.generate(
         swarm_id=swarm_id,
-        backend_url=backend_url or entry.backend_url,
+        backend_url=joiners_url,
         epoch=entry.epoch,
         secret=SwarmSecret.parse(entry.swarm_secret),
     )

@@ -36,14 +36,11 @@ Note = Annotated[str, Meta(max_length=MAX_NOTE_CHARS)]
 _LABEL = VERSION + b"record\0"
 
 
-class Genesis(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    array_like=True,
-    forbid_unknown_fields=True,
-    tag="genesis",
-):
+class _Canonical(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An array without field names, in which nothing may be left over."""
+
+
+class Genesis(_Canonical, frozen=True, kw_only=True, tag="genesis"):
     """The first record: its hash is the swarm id, its operator key the authority.
 
     Attributes:
@@ -67,14 +64,7 @@ class Genesis(
     peer_signature: Signature = b""
 
 
-class InviteCertificate(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    array_like=True,
-    forbid_unknown_fields=True,
-    tag="invite",
-):
+class InviteCertificate(_Canonical, frozen=True, kw_only=True, tag="invite"):
     """The operator's word that whoever holds the invite key may admit peers.
 
     Attributes:
@@ -96,14 +86,7 @@ class InviteCertificate(
     signature: Signature = b""
 
 
-class Join(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    array_like=True,
-    forbid_unknown_fields=True,
-    tag="join",
-):
+class Join(_Canonical, frozen=True, kw_only=True, tag="join"):
     """A machine's entry, signed by the invite it used and by its own identity.
 
     Attributes:
@@ -123,14 +106,7 @@ class Join(
     peer_signature: Signature = b""
 
 
-class Remove(
-    msgspec.Struct,
-    frozen=True,
-    kw_only=True,
-    array_like=True,
-    forbid_unknown_fields=True,
-    tag="remove",
-):
+class Remove(_Canonical, frozen=True, kw_only=True, tag="remove"):
     """The end of a membership, signed by the operator.
 
     Attributes:
@@ -152,7 +128,7 @@ class Remove(
 Record = Genesis | InviteCertificate | Join | Remove
 
 
-class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+class Entry(_Canonical, frozen=True, kw_only=True):
     """A record in its place in the chain.
 
     Attributes:
