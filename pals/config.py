@@ -17,6 +17,7 @@ import base64
 import binascii
 import fcntl
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Generator, Mapping
@@ -38,6 +39,7 @@ from pals.errors import (
 from pals.types import Dtype
 
 SECRET_BYTES = 32
+_SWARM_ID = re.compile(r"[0-9a-f]{64}")
 MAX_CONFIG_BYTES = 1 << 20
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
@@ -229,8 +231,8 @@ class Profile:
 
     def swarm_ids(self) -> list[str]:
         """Return the ids (hex) of the swarms that this profile belongs to."""
-        folder = self.path / "swarms"
-        return sorted(p.parent.name for p in folder.glob("*/swarm.json"))
+        folders = (p.parent.name for p in (self.path / "swarms").glob("*/swarm.json"))
+        return sorted(name for name in folders if _SWARM_ID.fullmatch(name))
 
     def save_swarm(self, entry: SwarmEntry) -> None:
         folder = self.swarm_folder(entry.swarm_id)
@@ -258,11 +260,12 @@ class Profile:
             )
         path = self.swarm_folder(ids[0]) / "swarm.json"
         try:
-            return msgspec.json.decode(read_private(path), type=SwarmEntry)
-        except msgspec.MsgspecError as error:
-            raise InvalidConfig(
-                source=path, problem=str(error), advice="run `pals login` with a new invite"
-            ) from error
+            entry = msgspec.json.decode(read_private(path), type=SwarmEntry)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _damaged(path, str(error)) from error
+        if entry.swarm_id != ids[0]:
+            raise _damaged(path, f"it names another swarm than its folder: {entry.swarm_id!r}")
+        return entry
 
     @contextmanager
     def lock(self) -> Generator[None]:
@@ -284,6 +287,12 @@ class Profile:
             yield
         finally:
             os.close(handle)
+
+
+def _damaged(path: Path, problem: str) -> InvalidConfig:
+    return InvalidConfig(
+        source=path, problem=problem, advice="restore it, or join again with a new invite"
+    )
 
 
 # --- presets -------------------------------------------------------------------------

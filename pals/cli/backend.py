@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pals import config
 from pals.cli import console
-from pals.cli.options import ConfigDir
+from pals.cli.options import ConfigDir, Json
 
 DATABASE_NAME = "backend.db"
 
@@ -20,6 +20,7 @@ def backend(
     public_name: str | None = None,
     preset: str | None = None,
     config_dir: ConfigDir = None,
+    json: Json = False,
 ) -> None:
     """Run the membership backend until it is interrupted.
 
@@ -32,6 +33,7 @@ def backend(
         public_name: Also answer under this `Host`, such as `pals.example.org`.
         preset: Name or file of a preset.
         config_dir: Profile folder.
+        json: Print one JSON document a line on standard output.
     """
     # The HTTP stack takes half a second to import, which no other command should pay.
     from pals.api.gate import GateSettings
@@ -49,8 +51,15 @@ def backend(
     if public_name is not None:
         gate = replace(gate, hosts=gate.hosts | {public_name.lower()})
     service = BackendService(sqlite_url(file.absolute()))
+
+    def announce_ready(url: str) -> None:
+        if json:
+            console.json({"schema": 1, "event": "ready", "url": url})
+        else:
+            console.out(f"listening on {url}")
+
     try:
         app = build_membership_app(service, gate=gate)
-        HttpServer(app, listener, on_ready=lambda url: console.out(f"listening on {url}")).run()
+        HttpServer(app, listener, on_ready=announce_ready).run()
     finally:
         service.close()

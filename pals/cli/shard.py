@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +22,6 @@ from pals.cli.process import (
     node_options,
 )
 from pals.config import ShardSettings
-from pals.errors import LayersOutsideModel
 from pals.types import Dtype, EngineLimits, LayerRange
 
 if TYPE_CHECKING:
@@ -57,6 +55,9 @@ def shard(
         options: Options of the member.
         json: Print one JSON document a line on standard output.
     """
+    # The network and the engine are imported once the options are known to be right.
+    from pals.net.serving import load_shard
+
     configure_logging(verbose=options.verbose)
     layer_range = LayerRange.parse(layers)
     settings = options.load_settings()
@@ -79,48 +80,6 @@ def _limits(settings: ShardSettings, *, context: int | None, sessions: int | Non
         max_sessions=sessions or settings.max_sessions,
         max_context_tokens=context or settings.max_context_tokens,
         max_chunk_tokens=settings.max_chunk_tokens,
-    )
-
-
-def load_shard(
-    model: str,
-    layers: LayerRange,
-    dtype: Dtype,
-    limits: EngineLimits,
-    *,
-    on_progress: Callable[[str], None],
-) -> ServedShard:
-    """Read a shard's weights and compile everything that its limits allow.
-
-    Raises:
-        ModelError: The model is not there, or cannot run.
-        LayersOutsideModel: The model has fewer layers.
-    """
-    from pals.engine.shard import Shard
-    from pals.models.hub import resolve_model
-    from pals.net.serving import ServedShard
-    from pals.net.shard_service import ModelShape
-
-    snapshot = resolve_model(model, layers)
-    num_layers = snapshot.config.num_layers
-    if layers.stop > num_layers:
-        raise LayersOutsideModel(layers=layers, num_layers=num_layers)
-    on_progress(f"loading layers {layers} of {snapshot.model_id}")
-    loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits)
-    started_s = time.perf_counter()
-    programs = loaded.warmup()
-    on_progress(f"compiled {len(programs)} programs in {time.perf_counter() - started_s:.1f} s")
-    return ServedShard(
-        runner=loaded,
-        model_id=snapshot.model_id,
-        model=ModelShape(
-            manifest=snapshot.manifest,
-            num_layers=num_layers,
-            hidden_size=snapshot.config.hidden_size,
-            dtype=dtype,
-        ),
-        layers=layers,
-        limits=limits,
     )
 
 

@@ -132,6 +132,11 @@ class SessionClient:
         self._tokens = tokens_shape(model.manifest)
         self._sampled = sampled_shape(model.manifest, model.num_layers)
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where this driver's node listens: any member may start from it."""
+        return self._node.host.addresses()
+
     # --- for the API -----------------------------------------------------------------
 
     async def open(self, request: SessionRequest, sink: Sink) -> ClientSession:

@@ -1,14 +1,17 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
 # (jax annotates its functions with types that pyright sees as partially unknown)
 """Llama (https://arxiv.org/abs/2302.13971; transformers: modeling_llama.py), by layers."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pals.models.attention import Attention, LayerCache, make_rows
+from pals.models.attention import Attention, LayerCache, Rows, make_rows
 from pals.models.config import ModelConfig
 from pals.models.layers import Embedding, GatedMLP, RMSNorm
 from pals.types import LayerRange
@@ -27,6 +30,16 @@ class LlamaLayer(nnx.Module):
         self.mlp = GatedMLP(
             config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype
         )
+
+
+@partial(jax.jit, static_argnames="context")
+def run_layer(
+    layer: LlamaLayer, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
+) -> tuple[jax.Array, LayerCache]:
+    """Map [B, T, D] to [B, T, D]; jitted so that equal layers are traced once, not each."""
+    mixed, cache = layer.self_attn(layer.input_layernorm(x), cache, rows, context=context)
+    x = x + mixed
+    return x + layer.mlp(layer.post_attention_layernorm(x)), cache
 
 
 class Llama(nnx.Module):
@@ -77,11 +90,7 @@ class Llama(nnx.Module):
         new_cache: list[LayerCache] = []
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{self.first_layer + number}"):
-                mixed, layer_cache = layer.self_attn(
-                    layer.input_layernorm(x), layer_cache, rows, context=context
-                )
-                x = x + mixed
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
+                x, layer_cache = run_layer(layer, x, layer_cache, rows, context=context)
             new_cache.append(layer_cache)
         return x, tuple(new_cache)
 

@@ -113,7 +113,7 @@ def decode_control(peer: PeerId, payload: memoryview) -> Control:
     """
     try:
         return _decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidFrame(peer=peer, problem=f"control message: {error}") from None
 
 

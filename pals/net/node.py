@@ -21,7 +21,7 @@ from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
 from pals.errors import InvalidConfig, InvalidFrame, PalsError
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery
-from pals.net.host import Host, open_host
+from pals.net.host import Host, open_host, ungrouped_errors
 from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
 from pals.net.membership import MembershipClient, first_roster, poll_roster
@@ -156,28 +156,41 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
     def allow(peer: PeerId) -> bool:
         return allow_list.allows(peer, trio.current_time())
 
-    async with (
-        open_host(options.identity, listen=options.settings.listen, allow=allow) as host,
-        trio.open_nursery() as nursery,
-    ):
-        dispatch = _Dispatch()
-        links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
-        await nursery.start(links.run)
-        discovery = Discovery(host, options.swarm_id, allow)
-        await nursery.start(discovery.run)
-        node = Node(
-            host=host,
-            links=links,
-            discovery=discovery,
-            allow_list=allow_list,
-            nursery=nursery,
-            _dispatch=dispatch,
-        )
-        nursery.start_soon(_poll, node, client, options)
-        await _meet(node, client, options)
-        nursery.start_soon(_keep_meeting, node, client, options)
-        yield node
-        nursery.cancel_scope.cancel()
+    with ungrouped_errors():
+        async with (
+            open_host(options.identity, listen=options.settings.listen, allow=allow) as host,
+            trio.open_nursery() as nursery,
+        ):
+            yield await _start(options, host, nursery, allow_list, client, allow)
+            nursery.cancel_scope.cancel()
+
+
+async def _start(
+    options: NodeOptions,
+    host: Host,
+    nursery: trio.Nursery,
+    allow_list: AllowList,
+    client: MembershipClient,
+    allow: Callable[[PeerId], bool],
+) -> Node:
+    """Start what a node runs and connect it to a few members."""
+    dispatch = _Dispatch()
+    links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
+    await nursery.start(links.run)
+    discovery = Discovery(host, options.swarm_id, allow)
+    await nursery.start(discovery.run)
+    node = Node(
+        host=host,
+        links=links,
+        discovery=discovery,
+        allow_list=allow_list,
+        nursery=nursery,
+        _dispatch=dispatch,
+    )
+    nursery.start_soon(_poll, node, client, options)
+    await _meet(node, client, options)
+    nursery.start_soon(_keep_meeting, node, client, options)
+    return node
 
 
 async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
+from pals.errors import LayersOutsideModel
 from pals.net.announce import Announcement, sign_announcement
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.types import EngineLimits, LayerRange
+from pals.types import Dtype, EngineLimits, LayerRange
 
 ANNOUNCE_INTERVAL_S = 60.0
 ANNOUNCE_SOON_S = 2.0
@@ -30,6 +31,47 @@ class ServedShard:
     model: ModelShape
     layers: LayerRange
     limits: EngineLimits
+
+
+def load_shard(
+    model: str,
+    layers: LayerRange,
+    dtype: Dtype,
+    limits: EngineLimits,
+    *,
+    on_progress: Callable[[str], None],
+) -> ServedShard:
+    """Read a shard's weights and compile everything that its limits allow.
+
+    Raises:
+        ModelError: The model is not there, or cannot run.
+        LayersOutsideModel: The model has fewer layers.
+    """
+    # jax is imported only by a process that computes.
+    from pals.engine.shard import Shard
+    from pals.models.hub import resolve_model
+
+    snapshot = resolve_model(model, layers)
+    num_layers = snapshot.config.num_layers
+    if layers.stop > num_layers:
+        raise LayersOutsideModel(layers=layers, num_layers=num_layers)
+    on_progress(f"loading layers {layers} of {snapshot.model_id}")
+    loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits)
+    started_s = time.perf_counter()
+    programs = loaded.warmup()
+    on_progress(f"compiled {len(programs)} programs in {time.perf_counter() - started_s:.1f} s")
+    return ServedShard(
+        runner=loaded,
+        model_id=snapshot.model_id,
+        model=ModelShape(
+            manifest=snapshot.manifest,
+            num_layers=num_layers,
+            hidden_size=snapshot.config.hidden_size,
+            dtype=dtype,
+        ),
+        layers=layers,
+        limits=limits,
+    )
 
 
 async def serve_shard(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from litestar.types import ASGIApp
@@ -17,13 +17,18 @@ UNLIMITED = RateLimits(redeems=10_000, swarms=10_000)
 
 
 @contextmanager
-def running_backend(service: BackendService, *, limits: RateLimits = UNLIMITED) -> Iterator[str]:
-    """Serve ``service`` on a free port and give its address."""
+def running_backend(
+    service: BackendService,
+    *,
+    limits: RateLimits = UNLIMITED,
+    wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app,
+) -> Iterator[str]:
+    """Serve ``service`` on a free port and give its address; ``wrap`` may change the app."""
     listener = listen_anywhere("127.0.0.1", 0)
     gate = GateSettings.for_bind(listener.host, listener.port)
     app = build_membership_app(service, gate=gate, limits=limits)
     ready = threading.Event()
-    server = HttpServer(app, listener, on_ready=lambda _: ready.set())
+    server = HttpServer(wrap(app), listener, on_ready=lambda _: ready.set())
     with _in_thread(server, ready):
         yield listener.url
 

@@ -1,0 +1,194 @@
+"""The ring end to end: three shards and a driver over real libp2p in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from pals.driver.sessions import open_sessions
+from pals.errors import ContextTooLong, NoChain, PeerUnreachable, SessionRefused, ShardLost
+from pals.models.snapshot import Snapshot
+from pals.net.enrolment import remove_peer
+from tests.integration.net.harness import until
+from tests.integration.swarm import (
+    LIMITS,
+    TestSwarm,
+    ask,
+    make_swarm,
+    open_client,
+    request,
+    served_model,
+    start_chain,
+)
+from tests.unit.engine.chains import generate, load_chain
+
+pytestmark = [pytest.mark.trio, pytest.mark.timeout(180)]
+
+PROMPTS = [[5, 9, 200, 31], list(range(40, 77)), [7] * 20]
+
+
+def tokens_of_whole_model(swarm: TestSwarm, prompt: list[int], count: int = 12) -> list[int]:
+    snapshot = Snapshot.open(swarm.checkpoint, "whole")
+    return generate(load_chain(snapshot, [0], limits=LIMITS), prompt, count=count, chunk=16)
+
+
+async def test_three_shards_give_the_tokens_of_the_whole_model(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "0:2", "2:5", "5:6")
+        async with open_client(swarm) as client:
+            one_by_one = [await (await ask(client, request(p))).all_tokens() for p in PROMPTS]
+
+            first, second = (
+                await ask(client, request(PROMPTS[0])),
+                await ask(client, request(PROMPTS[1])),
+            )
+            together = [await first.all_tokens(), await second.all_tokens()]
+        nursery.cancel_scope.cancel()
+
+    expected = [tokens_of_whole_model(swarm, prompt) for prompt in PROMPTS]
+    assert one_by_one == expected
+    assert together == expected[:2]
+
+
+async def test_sampled_text_depends_on_the_seed_and_not_on_the_split(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    drawn = {"temperature": 1.5, "top_p": 0.95}
+    async with make_swarm(tmp_path) as swarm:
+        shards = await start_chain(nursery, swarm, "0:2", "2:5", "5:6")
+        async with open_client(swarm) as client:
+            asked = [request(PROMPTS[0], seed=seed, **drawn) for seed in (1, 1, 2)]
+            three = [await (await ask(client, r)).all_tokens() for r in asked]
+        for shard in shards:
+            shard.scope.cancel()
+            await shard.finished.wait()
+        await start_chain(nursery, swarm, "0:6")
+        async with open_client(swarm) as client:
+            one = await (await ask(client, asked[0])).all_tokens()
+        nursery.cancel_scope.cancel()
+
+    assert three[0] == three[1] == one
+    assert three[0] != three[2]
+
+
+async def test_a_chain_with_a_hole_is_refused_by_the_names_of_its_layers(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "0:2", "4:5")
+        async with open_client(swarm) as client:
+            with pytest.raises(NoChain) as caught:
+                await ask(client, request(PROMPTS[0]))
+        nursery.cancel_scope.cancel()
+
+    assert caught.value.fields["missing"] == "2:4,5:6"
+    assert "--layers 2:4" in caught.value.hint
+
+
+async def test_a_request_beyond_the_context_is_refused_before_any_work(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        (shard,) = await start_chain(nursery, swarm, "0:6")
+        async with open_client(swarm) as client:
+            with pytest.raises(ContextTooLong) as caught:
+                await ask(client, request([1] * 90, count=20))
+            used = LIMITS.max_context_tokens
+            fits = await (await ask(client, request([1] * 90, count=used - 90))).all_tokens()
+        nursery.cancel_scope.cancel()
+
+    assert (caught.value.fields["total"], caught.value.fields["limit"]) == (110, used)
+    assert len(fits) == used - 90
+    assert shard.node.peer_id
+
+
+async def test_a_shard_that_goes_away_ends_the_answer_with_its_layers(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        shards = await start_chain(nursery, swarm, "0:2", "2:5", "5:6")
+        async with open_client(swarm) as client:
+            answer = await ask(client, request(PROMPTS[0], count=80))
+            await answer.next_token()
+            shards[1].scope.cancel()
+            with pytest.raises(ShardLost) as caught:
+                await answer.all_tokens()
+
+            with pytest.raises(NoChain) as after:
+                await ask(client, request(PROMPTS[0]))
+        nursery.cancel_scope.cancel()
+
+    assert "2:5" in str(caught.value)
+    assert after.value.fields["missing"] == "2:5"
+
+
+async def test_closed_sessions_give_their_slots_back(tmp_path: Path, nursery: trio.Nursery) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "0:3", "3:6")
+        async with open_client(swarm) as client:
+            for _ in range(3 * LIMITS.max_sessions):
+                answer = await ask(client, request(PROMPTS[1], count=40))
+                await answer.next_token()
+                client.close(answer.session)  # in the middle, as when a reader goes away
+            tokens = await (await ask(client, request(PROMPTS[0]))).all_tokens()
+        nursery.cancel_scope.cancel()
+
+    assert tokens == tokens_of_whole_model(swarm, PROMPTS[0])
+
+
+async def test_more_sessions_than_slots_are_refused_and_harm_nobody(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "0:3", "3:6")
+        async with open_client(swarm) as client:
+            answers = [
+                await ask(client, request(PROMPTS[i], count=30)) for i in range(LIMITS.max_sessions)
+            ]
+            with pytest.raises(SessionRefused) as caught:
+                await ask(client, request(PROMPTS[2]))
+            tokens = [await answer.all_tokens() for answer in answers]
+        nursery.cancel_scope.cancel()
+
+    assert "slots" in str(caught.value)
+    assert tokens == [tokens_of_whole_model(swarm, p, 30) for p in PROMPTS[: len(tokens)]]
+
+
+async def test_the_chain_is_found_from_the_dht_alone(tmp_path: Path, nursery: trio.Nursery) -> None:
+    async with make_swarm(tmp_path, count=4, hints=False) as swarm:
+        idle = swarm.options(swarm.peers[3])
+        async with open_sessions(idle, served_model(swarm)) as nobody:
+            meeting_point = nobody.addresses[:1]
+            await start_chain(nursery, swarm, "0:2", "2:5", "5:6", peers=meeting_point)
+            async with open_client(swarm, peers=meeting_point) as client:
+                tokens = await (await ask(client, request(PROMPTS[0]))).all_tokens()
+        nursery.cancel_scope.cancel()
+
+    assert tokens == tokens_of_whole_model(swarm, PROMPTS[0])
+
+
+async def test_a_removed_member_is_cut_off_within_one_poll(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        poll = {"poll_interval_s": 0.2}
+        shards = await start_chain(nursery, swarm, "0:2", "2:5", "5:6", **poll)
+        removed = shards[1].node
+        async with open_client(swarm, **poll) as client:
+            answer = await ask(client, request(PROMPTS[0], count=80))
+            await answer.next_token()
+            await remove_peer(swarm.operator, removed.peer_id, now=1e9)
+            with pytest.raises(ShardLost):
+                await answer.all_tokens()
+            for shard in (shards[0], shards[2]):
+                await until(lambda s=shard: removed.peer_id not in s.node.host.connected_peers())
+            for shard in (shards[0], shards[2]):
+                with pytest.raises(PeerUnreachable):
+                    await removed.host.connect(shard.node.peer_id, shard.node.host.addresses())
+            with pytest.raises(NoChain):
+                await ask(client, request(PROMPTS[0]))
+        nursery.cancel_scope.cancel()
