@@ -126,6 +126,7 @@ class Links:
         self._make_nonce = make_nonce
         self._links: defaultdict[PeerId, list[_Link]] = defaultdict(list)
         self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
+        self._added = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._local_send, self._local_receive = trio.open_memory_channel[Arrival](OUTBOX_FRAMES)
         self.decode_seal_s: deque[float] = deque(maxlen=SEAL_SAMPLES)
@@ -239,13 +240,14 @@ class Links:
         try:
             with trio.fail_after(HANDSHAKE_DEADLINE_S):
                 preface = await stream.read_exactly(LINK_ID_BYTES + 1)
+                link = await self._wait_for(stream.peer_id, preface[:-1])
         except (PalsError, trio.TooSlowError):
+            _log.warning("lane of no link from %s", short_id(stream.peer_id))
             await stream.reset()
             return
-        link = self._find(stream.peer_id, preface[:-1])
         lane = preface[-1]
-        if link is None or lane not in (Lane.DECODE, Lane.PREFILL) or lane in link.attached:
-            _log.warning("lane of no link from %s", short_id(stream.peer_id))
+        if lane not in (Lane.DECODE, Lane.PREFILL) or lane in link.attached:
+            _log.warning("no such lane, or taken: %s from %s", lane, short_id(stream.peer_id))
             await stream.reset()
             return
         await self._run_lane(link, Lane(lane), stream)
@@ -270,10 +272,17 @@ class Links:
 
     def _add(self, link: _Link) -> None:
         self._links[link.keys.remote].append(link)
+        self._added.set()
+        self._added = trio.Event()
         _log.debug("= link with %s", short_id(link.keys.remote))
 
-    def _find(self, peer: PeerId, link_id: bytes) -> _Link | None:
-        return next((k for k in self._links[peer] if k.keys.address.link == link_id), None)
+    async def _wait_for(self, peer: PeerId, link_id: bytes) -> _Link:
+        """Return a link by its id; a lane may overtake the end of the link's handshake."""
+        while True:
+            for link in self._links[peer]:
+                if link.keys.address.link == link_id:
+                    return link
+            await self._added.wait()
 
     # --- moving frames ---------------------------------------------------------------
 
