@@ -132,7 +132,7 @@ class ProfileInUse(UserError):
 
     code = "PALS-USER-PROFILE-IN-USE"
     message = "the identity in `{path}` is in use by process {pid}"
-    hint_template = "stop that process, or use another profile with `--config-dir`"
+    hint_template = "stop it; `pals serve --layers a:b` is an endpoint and a shard in one process"
 
 
 class NoSwarm(UserError):

@@ -234,7 +234,7 @@ async def _start_shard(
         *("--preset", PRESET),
         config_dir=profile.path,
     )
-    ready = await child.wait_for_event("ready", deadline_s=COMPILE_DEADLINE_S)
+    ready = await child.wait_for_event("shard-ready", deadline_s=COMPILE_DEADLINE_S)
     on_progress(f"shard of layers {layers}: peer {short_id(str(ready['peer']))}")
 
 

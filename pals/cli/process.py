@@ -6,8 +6,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,12 +16,15 @@ import msgspec
 from cyclopts import Parameter, validators
 
 from pals import config
+from pals.cli import console
 from pals.cli.options import ConfigDir
-from pals.config import Profile, Settings, SwarmEntry, SwarmSecret
+from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
 from pals.swarm.identity import Identity, load_or_create_identity
+from pals.types import Dtype, EngineLimits, LayerRange
 
 if TYPE_CHECKING:
-    from pals.net.node import NodeOptions
+    from pals.net.node import Node, NodeOptions
+    from pals.net.serving import ServedShard
 
 MALLOC_VARIABLE = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -122,14 +126,63 @@ class ServerOptions:
         return msgspec.structs.replace(settings, node=node)
 
 
-NO_SERVER_OPTIONS = ServerOptions()
+_AtLeastOne = validators.Number(gte=1)
 
-Threads = Annotated[
-    int | None,
-    Parameter(
-        validator=validators.Number(gte=1), help="Compute threads; every core when left out."
-    ),
-]
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardOptions:
+    """Options of every command that serves layers."""
+
+    dtype: Annotated[Dtype | None, Parameter(help="`bf16`, or `f32` for comparisons.")] = None
+    context: Annotated[
+        int | None, Parameter(validator=_AtLeastOne, help="Most tokens of one session.")
+    ] = None
+    sessions: Annotated[
+        int | None, Parameter(validator=_AtLeastOne, help="Most sessions at one time.")
+    ] = None
+    threads: Annotated[
+        int | None,
+        Parameter(validator=_AtLeastOne, help="Compute threads; every core when left out."),
+    ] = None
+
+    def make_loader(
+        self, model: str, layers: LayerRange, settings: ShardSettings
+    ) -> Callable[[], ServedShard]:
+        """Return what loads and compiles the shard; jax is imported when it is called."""
+        from pals.net.serving import load_shard
+
+        config.limit_compute_threads(self.threads)
+        limits = EngineLimits(
+            max_sessions=self.sessions or settings.max_sessions,
+            max_context_tokens=self.context or settings.max_context_tokens,
+            max_chunk_tokens=settings.max_chunk_tokens,
+        )
+        dtype = self.dtype or settings.dtype
+        return partial(load_shard, model, layers, dtype, limits, on_progress=console.note)
+
+
+NO_SERVER_OPTIONS = ServerOptions()
+NO_SHARD_OPTIONS = ShardOptions()
+
+
+def announce_shard(json: bool, node: Node, served: ServedShard) -> None:
+    """Print that a shard is served, and where."""
+    addresses = node.host.addresses()
+    if json:
+        console.json(
+            {
+                "schema": 1,
+                "event": "shard-ready",
+                "peer": node.peer_id,
+                "layers": str(served.layers),
+                "addresses": addresses,
+            }
+        )
+        return
+    console.out(f"serving layers {served.layers} of {served.model_id} as peer {node.peer_id}")
+    for address in addresses:
+        console.out(f"address {address}")
 
 
 def configure_logging(*, verbose: bool) -> None:

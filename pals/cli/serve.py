@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -18,14 +18,18 @@ from pals.cli import console
 from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
+    NO_SHARD_OPTIONS,
     Member,
     ServerOptions,
+    ShardOptions,
+    announce_shard,
     configure_logging,
     load_member,
     node_options,
     replace_process,
 )
 from pals.config import Settings
+from pals.types import LayerRange
 
 if TYPE_CHECKING:
     from pals.driver.bridge import TrioThread
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from pals.driver.routes import ServedModel
     from pals.driver.sessions import SessionClient
     from pals.models.snapshot import Snapshot
+    from pals.net.node import Node
+    from pals.net.serving import ServedShard
 
 
 def serve(
@@ -42,6 +48,8 @@ def serve(
     host: str | None = None,
     port: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=65535))] = None,
     api_key: str | None = None,
+    layers: str | None = None,
+    shard_options: ShardOptions = NO_SHARD_OPTIONS,
     options: ServerOptions = NO_SERVER_OPTIONS,
     json: Json = False,
 ) -> None:
@@ -52,6 +60,8 @@ def serve(
         host: Address to listen on; anything but loopback needs an API key.
         port: Port to listen on; 0 takes a free one.
         api_key: Key that clients must send; `PALS_API_KEY` keeps it out of the process list.
+        layers: Also serve this range of layers to the swarm, such as `0:10`.
+        shard_options: Options of the shard, with `--layers`.
         options: Options of the member.
         json: Print one JSON document a line on standard output.
     """
@@ -59,6 +69,7 @@ def serve(
     if api_key is not None:
         _move_key_to_environment(api_key)
     key = config.take_environment(config.API_KEY_VARIABLE)
+    layer_range = None if layers is None else LayerRange.parse(layers)
     settings = options.load_settings()
     bind = msgspec.structs.replace(
         settings.serve,
@@ -69,9 +80,19 @@ def serve(
     member = load_member(
         options.profile, keep={} if key is None else {config.API_KEY_VARIABLE: key}
     )
+    model = model or member.entry.model
+    also = None
+    if layer_range is not None:
+        also = _shard_role(shard_options.make_loader(model, layer_range, settings.shard), json)
     listener = listen(bind.host, bind.port, api_key=key)
     with member.profile.lock(), listener.socket:
-        _serve(member, settings, model or member.entry.model, listener, key, json=json)
+        _serve(member, settings, model, listener, key, also=also, json=json)
+
+
+def _shard_role(load: Callable[[], ServedShard], json: bool) -> Callable[[Node], Awaitable[None]]:
+    from pals.net.serving import run_shard
+
+    return partial(run_shard, load=load, on_ready=partial(announce_shard, json))
 
 
 def _move_key_to_environment(api_key: str) -> NoReturn:
@@ -102,6 +123,7 @@ def _serve(
     listener: Listener,
     api_key: str | None,
     *,
+    also: Callable[[Node], Awaitable[None]] | None,
     json: bool,
 ) -> None:
     from pals.driver.bridge import TrioThread
@@ -117,7 +139,8 @@ def _serve(
             server.stop()
 
     network = TrioThread(
-        partial(open_sessions, node_options(member, settings), served), on_crash=stop_servers
+        partial(open_sessions, node_options(member, settings), served, serve=also),
+        on_crash=stop_servers,
     )
     client = network.start()
     try:

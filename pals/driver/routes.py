@@ -55,8 +55,9 @@ class RouteTable:
     async def refresh(self) -> None:
         """Ask discovery once for the announcements of all members."""
         async with self._refreshing:
-            members = self._node.members() - {self._node.peer_id}
-            found = await self._node.discovery.find(members, deadline_s=FIND_DEADLINE_S)
+            found = await self._node.discovery.find(
+                self._node.members(), deadline_s=FIND_DEADLINE_S
+            )
             self._announcements.update(found)
 
     async def find(self) -> Chain:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -41,6 +41,7 @@ from pals.net.control import (
     encode_control,
     session_of,
 )
+from pals.net.host import ungrouped_errors
 from pals.net.links import Arrival, Links, Outgoing
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.route import Chain
@@ -362,17 +363,31 @@ def _build_reports(chain: Chain, stats: dict[PeerId, Stats]) -> list[HopReport]:
 
 
 @asynccontextmanager
-async def open_sessions(options: NodeOptions, model: ServedModel) -> AsyncGenerator[SessionClient]:
+async def open_sessions(
+    options: NodeOptions,
+    model: ServedModel,
+    *,
+    serve: Callable[[Node], Awaitable[None]] | None = None,
+) -> AsyncGenerator[SessionClient]:
     """Run a node that drives ``model`` until the block ends.
+
+    Args:
+        options: The member that drives.
+        model: The model that it drives.
+        serve: What the same node does besides, such as serving a shard: one identity is
+            one process.
 
     Raises:
         RosterUnavailable: There is no verified member list.
         PortInUse: The listening address is taken.
     """
-    async with open_node(options) as node, trio.open_nursery() as nursery:
-        routes = RouteTable(node, model)
-        client = SessionClient(node, model, routes)
-        node.add_role(client)
-        nursery.start_soon(routes.run)
-        yield client
-        nursery.cancel_scope.cancel()
+    with ungrouped_errors():
+        async with open_node(options) as node, trio.open_nursery() as nursery:
+            routes = RouteTable(node, model)
+            client = SessionClient(node, model, routes)
+            node.add_role(client)
+            nursery.start_soon(routes.run)
+            if serve is not None:
+                nursery.start_soon(serve, node)
+            yield client
+            nursery.cancel_scope.cancel()

@@ -122,6 +122,7 @@ class _Dispatch:
 class Node:
     """A running member; made by `open_node`."""
 
+    options: NodeOptions
     host: Host
     links: Links
     discovery: Discovery
@@ -180,6 +181,7 @@ async def _start(
     discovery = Discovery(host, options.swarm_id, allow)
     await nursery.start(discovery.run)
     node = Node(
+        options=options,
         host=host,
         links=links,
         discovery=discovery,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -55,6 +55,9 @@ def load_shard(
     num_layers = snapshot.config.num_layers
     if layers.stop > num_layers:
         raise LayersOutsideModel(layers=layers, num_layers=num_layers)
+    if limits.max_context_tokens > snapshot.config.max_position_embeddings:
+        limits = replace(limits, max_context_tokens=snapshot.config.max_position_embeddings)
+        on_progress(f"context: {limits.max_context_tokens} tokens, the most this model takes")
     on_progress(f"loading layers {layers} of {snapshot.model_id}")
     loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits)
     started_s = time.perf_counter()
@@ -74,19 +77,14 @@ def load_shard(
     )
 
 
-async def serve_shard(
-    options: NodeOptions,
-    load: Callable[[], ServedShard],
-    *,
-    on_ready: Callable[[Node, ServedShard], None],
-) -> None:
-    """Serve a shard until cancelled.
+OnReady = Callable[[Node, ServedShard], None]
+"""Called once a shard is announced."""
 
-    Args:
-        options: The member that serves.
-        load: Loads and compiles the shard, in a thread. The network is up before, so
-            that a refused member or a taken port costs no minutes.
-        on_ready: Called once the shard is announced.
+
+async def serve_shard(
+    options: NodeOptions, load: Callable[[], ServedShard], *, on_ready: OnReady
+) -> None:
+    """Run a node that serves one shard until cancelled; see `run_shard`.
 
     Raises:
         RosterUnavailable: There is no verified member list.
@@ -94,23 +92,38 @@ async def serve_shard(
         ModelError: The model cannot be loaded.
     """
     async with open_node(options) as node:
-        shard = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
-        table = SessionTable(
-            local=node.peer_id,
-            layers=shard.layers,
-            num_layers=shard.model.num_layers,
-            limits=shard.limits,
-            idle_s=options.settings.session_idle_s,
-        )
-        service = ShardService(node.links, table, shard.model, node.nursery)
-        compute = _start_compute(shard.runner, service)
-        try:
-            service.attach(compute)
-            node.add_role(service)
-            node.nursery.start_soon(service.expire_sessions)
-            await _announce_forever(node, options, shard, service, on_ready)
-        finally:
-            compute.close()
+        await run_shard(node, load, on_ready=on_ready)
+
+
+async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady) -> None:
+    """Serve a shard on a running node until cancelled.
+
+    Args:
+        node: The member that serves.
+        load: Loads and compiles the shard, in a thread. The network is up before, so
+            that a refused member or a taken port costs no minutes.
+        on_ready: Called once the shard is announced.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+    shard = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
+    table = SessionTable(
+        local=node.peer_id,
+        layers=shard.layers,
+        num_layers=shard.model.num_layers,
+        limits=shard.limits,
+        idle_s=node.options.settings.session_idle_s,
+    )
+    service = ShardService(node.links, table, shard.model, node.nursery)
+    compute = _start_compute(shard.runner, service)
+    try:
+        service.attach(compute)
+        node.add_role(service)
+        node.nursery.start_soon(service.expire_sessions)
+        await _announce_forever(node, shard, service, on_ready)
+    finally:
+        compute.close()
 
 
 def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
@@ -128,17 +141,13 @@ def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
 
 
 async def _announce_forever(
-    node: Node,
-    options: NodeOptions,
-    shard: ServedShard,
-    service: ShardService,
-    on_ready: Callable[[Node, ServedShard], None],
+    node: Node, shard: ServedShard, service: ShardService, on_ready: OnReady
 ) -> None:
     """Announce often at first, while the members find each other, and then steadily."""
     count = 0
     while True:
         announcement = _build_announcement(node, shard, service)
-        await node.discovery.announce(sign_announcement(options.identity, announcement))
+        await node.discovery.announce(sign_announcement(node.options.identity, announcement))
         if count == 0:
             on_ready(node, shard)
         count += 1

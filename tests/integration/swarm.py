@@ -27,7 +27,7 @@ from pals.driver.sessions import (
 from pals.models.snapshot import Snapshot
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import Node, NodeOptions
-from pals.net.serving import ServedShard, load_shard, serve_shard
+from pals.net.serving import ServedShard, load_shard, run_shard, serve_shard
 from pals.swarm.identity import load_or_create_identity
 from pals.types import Dtype, EngineLimits, LayerRange
 from tests.checkpoints import make_llama_checkpoint
@@ -114,6 +114,18 @@ class RunningShard:
     finished: trio.Event
 
 
+def loader(swarm: TestSwarm, layers: str, dtype: Dtype = "f32") -> Callable[[], ServedShard]:
+    """Return what loads a shard of the swarm's checkpoint."""
+    return partial(
+        load_shard,
+        str(swarm.checkpoint),
+        LayerRange.parse(layers),
+        dtype,
+        LIMITS,
+        on_progress=lambda _: None,
+    )
+
+
 async def start_shard(
     nursery: trio.Nursery,
     swarm: TestSwarm,
@@ -123,14 +135,7 @@ async def start_shard(
     dtype: Dtype = "f32",
 ) -> RunningShard:
     """Load and serve a shard; returns once it is announced."""
-    load = partial(
-        load_shard,
-        str(swarm.checkpoint),
-        LayerRange.parse(layers),
-        dtype,
-        LIMITS,
-        on_progress=lambda _: None,
-    )
+    load = loader(swarm, layers, dtype)
     ready, finished, scope, nodes = trio.Event(), trio.Event(), trio.CancelScope(), []
 
     def on_ready(node: Node, _: ServedShard) -> None:
@@ -215,9 +220,23 @@ async def ask(client: SessionClient, wanted: SessionRequest) -> Answer:
 
 @asynccontextmanager
 async def open_client(
-    swarm: TestSwarm, profile: Profile | None = None, **options: object
+    swarm: TestSwarm,
+    profile: Profile | None = None,
+    *,
+    layers: str | None = None,
+    **options: object,
 ) -> AsyncIterator[SessionClient]:
-    """Run a driver of the swarm's model on a profile, the operator's by default."""
+    """Run a driver of the swarm's model on a profile, the operator's by default.
+
+    With ``layers`` its node serves them too, and is ready when they are announced.
+    """
     made = swarm.options(profile or swarm.operator, **options)
-    async with open_sessions(made, served_model(swarm)) as client:
+    ready = trio.Event()
+    serve = None
+    if layers is not None:
+        serve = partial(run_shard, load=loader(swarm, layers), on_ready=lambda *_: ready.set())
+    async with open_sessions(made, served_model(swarm), serve=serve) as client:
+        if serve is not None:
+            with trio.fail_after(DEADLINE_S):
+                await ready.wait()
         yield client

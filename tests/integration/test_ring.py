@@ -171,6 +171,20 @@ async def test_the_chain_is_found_from_the_dht_alone(tmp_path: Path, nursery: tr
     assert tokens == tokens_of_whole_model(swarm, PROMPTS[0])
 
 
+async def test_one_node_drives_and_serves_layers_of_the_same_chain(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "2:5", "5:6")
+        async with open_client(swarm, layers="0:2") as head:
+            as_head = await (await ask(head, request(PROMPTS[0]))).all_tokens()
+        async with open_client(swarm, layers="0:6") as alone:
+            as_whole = await (await ask(alone, request(PROMPTS[0]))).all_tokens()
+        nursery.cancel_scope.cancel()
+
+    assert as_head == as_whole == tokens_of_whole_model(swarm, PROMPTS[0])
+
+
 async def test_a_removed_member_is_cut_off_within_one_poll(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
