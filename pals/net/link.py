@@ -280,7 +280,8 @@ class LaneReceiver:
         with memoryview(self._buffer) as view:
             header = bytes(view[:HEADER_BYTES])
             sealed = bytes(view[HEADER_BYTES:end])
-        body = self._key.open(header, sealed)
+        frame = parse_body(self._remote, self._lane, head, self._key.open(header, sealed))
+        # Only now: a frame that was refused stays first, so that the lane stays dead.
         del self._buffer[:end]
         self._head = None
-        return parse_body(self._remote, self._lane, head, body)
+        return frame
