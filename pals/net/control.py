@@ -16,6 +16,8 @@ MAX_HOPS = 256
 MAX_ADDRESSES = 16
 MAX_STOP_TOKENS = 64
 MAX_CONTEXT = 1 << 20
+MAX_SHOWN = 200
+"""Characters of a refusal that may repeat what the peer sent."""
 
 _Session = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Text = Annotated[str, msgspec.Meta(max_length=512)]
@@ -114,7 +116,9 @@ def decode_control(peer: PeerId, payload: memoryview) -> Control:
     try:
         return _decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidFrame(peer=peer, problem=f"control message: {error}") from None
+        # The text quotes the peer, who must neither fill the log nor steer a terminal.
+        shown = ascii(str(error)[:MAX_SHOWN])
+        raise InvalidFrame(peer=peer, problem=f"control message: {shown}") from None
 
 
 def session_of(message: Open | Opened | Refused | Close | Failed) -> SessionId:

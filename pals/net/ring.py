@@ -16,9 +16,9 @@ from pals.net.wire import Lane, Row
 from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class ShardSession:
-    """One session as this shard sees it.
+    """One session as this shard sees it; equal only to itself, since its id may come again.
 
     Attributes:
         session: Its id.
@@ -107,18 +107,17 @@ class SessionTable:
     def _check_chain(self, message: Open) -> int:
         """Return this shard's place in the chain; every layer must be covered once."""
         expected = 0
-        places: list[int] = []
-        for index, hop in enumerate(message.chain):
+        for hop in message.chain:
             if hop.start != expected or hop.stop <= hop.start:
                 raise self._refusal(f"the chain has a gap at layer {expected}")
             expected = hop.stop
-            if hop.peer == self.local and LayerRange(hop.start, hop.stop) == self.layers:
-                places.append(index)
         if expected != self.num_layers:
             raise self._refusal(f"the chain ends at layer {expected} of {self.num_layers}")
-        if len(places) != 1:
-            raise self._refusal(f"the chain does not hold this shard's layers {self.layers}")
-        return places[0]
+        own = [i for i, hop in enumerate(message.chain) if hop.peer == self.local]
+        layers = [LayerRange(message.chain[i].start, message.chain[i].stop) for i in own]
+        if layers != [self.layers]:
+            raise self._refusal(f"the chain does not hold this shard's layers {self.layers} once")
+        return own[0]
 
     def _build(
         self, session: SessionId, driver: PeerId, message: Open, index: int, now: float
@@ -182,8 +181,9 @@ class SessionTable:
             self.remove(found)
 
     def remove(self, session: ShardSession) -> None:
-        """Free a session's slot."""
-        if self._sessions.pop(session.session, None) is not None:
+        """Free a session's slot, unless that was done before."""
+        if self._sessions.get(session.session) is session:
+            del self._sessions[session.session]
             self._free_slots.append(session.slot)
 
     def remove_peer(self, peer: PeerId) -> list[ShardSession]:

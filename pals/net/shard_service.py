@@ -209,7 +209,7 @@ class ShardService:
     def _forget(self, session: ShardSession) -> None:
         """Drop what waits for a session whose slot is free again."""
         assert self._compute is not None
-        self._compute.drop(session.session)
+        self._compute.drop(session)
         self._last_arrival.pop(session.session, None)
 
     def _fail(self, session: ShardSession, error: PalsError) -> None:
@@ -286,7 +286,7 @@ class ShardService:
             samples = self._is_tail and end >= session.prompt_tokens
             items.append(
                 WorkItem(
-                    session=session.session,
+                    session=session,
                     slot=session.slot,
                     position=row.position + start,
                     inputs=part,
@@ -334,9 +334,13 @@ class ShardService:
             timings.codec_s.append(item.codec_s)
 
     def _find(self, item: WorkItem) -> ShardSession | None:
-        """Return the item's session unless it ended while the step ran."""
-        assert isinstance(item.session, bytes)
-        return self._table.get(SessionId(item.session))
+        """Return the item's session unless it ended while the step ran.
+
+        Another session may have its id by now; the step's output is not for that one.
+        """
+        assert isinstance(item.session, ShardSession)
+        session = item.session
+        return session if self._table.get(session.session) is session else None
 
     def _send_hidden(self, result: StepResult) -> None:
         lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL

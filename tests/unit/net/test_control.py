@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pals.errors import InvalidFrame
+from pals.net.control import (
+    MAX_ADDRESSES,
+    MAX_CONTEXT,
+    MAX_HOPS,
+    MAX_STOP_TOKENS,
+    Close,
+    Control,
+    Failed,
+    Hop,
+    Open,
+    Opened,
+    Refused,
+    Stats,
+    StatsRequest,
+    decode_control,
+    encode_control,
+    session_of,
+)
+from pals.types import PeerId
+
+PEER = PeerId("peer-a")
+SESSION = b"s" * 16
+HOP = Hop(peer="peer-b", start=0, stop=2, addresses=("/ip4/127.0.0.1/tcp/1",))
+OPEN = Open(
+    session=SESSION,
+    chain=(HOP, Hop(peer="peer-c", start=2, stop=4)),
+    prompt_tokens=5,
+    max_new_tokens=7,
+    stop_token_ids=(0, 2),
+    temperature=0.5,
+    top_p=0.9,
+    seed=2**32 - 1,
+)
+MESSAGES: list[Control] = [
+    OPEN,
+    Opened(session=SESSION),
+    Refused(session=SESSION, code="PALS-X", problem="no"),
+    Close(session=SESSION),
+    Failed(session=SESSION, code="PALS-X", problem="lost"),
+    StatsRequest(),
+    Stats(steps=3, step_ms=1.5, queue_ms=0.1, codec_ms=0.2, turn_ms=9.0),
+]
+
+
+def decode(data: bytes) -> Control:
+    return decode_control(PEER, memoryview(data))
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(InvalidFrame) as caught:
+        decode(data)
+    assert caught.value.fields["peer"] == PEER
+    return str(caught.value.fields["problem"])
+
+
+def encoded_open(**changes: Any) -> bytes:
+    """Return an `Open` on the wire with fields that no `Open` can be made with."""
+    return msgspec.msgpack.encode({**msgspec.to_builtins(OPEN, builtin_types=(bytes,)), **changes})
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_message_survives_the_wire(message: Control) -> None:
+    assert decode(encode_control(message)) == message
+
+
+def test_session_id_is_that_of_the_message() -> None:
+    assert session_of(OPEN) == session_of(Close(session=SESSION)) == SESSION
+
+
+def test_hand_made_open_is_taken() -> None:
+    assert decode(encoded_open()) == OPEN
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("session", b"s" * 15),
+        ("session", b"s" * 17),
+        ("session", "s" * 16),
+        ("chain", ()),
+        ("chain", [msgspec.to_builtins(HOP)] * (MAX_HOPS + 1)),
+        ("chain", [{"peer": "p" * 129, "start": 0, "stop": 2}]),
+        ("chain", [{"peer": "p", "start": -1, "stop": 2}]),
+        ("chain", [{"peer": "p", "start": 0, "stop": 65536}]),
+        ("chain", [{"peer": "p", "start": 0, "stop": 2, "addresses": ["a"] * 17}]),
+        ("chain", [{"peer": "p", "start": 0, "stop": 2, "addresses": ["a" * 513]}]),
+        ("chain", [{"peer": "p", "start": 0, "stop": 2, "extra": 1}]),
+        ("prompt_tokens", 0),
+        ("prompt_tokens", MAX_CONTEXT + 1),
+        ("prompt_tokens", 1.5),
+        ("prompt_tokens", True),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", MAX_CONTEXT + 1),
+        ("stop_token_ids", [0] * (MAX_STOP_TOKENS + 1)),
+        ("stop_token_ids", ["0"]),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("type", "Nothing"),
+        ("type", 3),
+        ("unknown", 1),
+    ],
+)
+def test_open_with_a_value_out_of_range_is_refused(field: str, value: object) -> None:
+    refusal(encoded_open(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("chain", [msgspec.to_builtins(HOP)] * MAX_HOPS),
+        ("chain", [{"peer": "p", "start": 0, "stop": 65535, "addresses": ["a"] * MAX_ADDRESSES}]),
+        ("stop_token_ids", [0] * MAX_STOP_TOKENS),
+        ("prompt_tokens", MAX_CONTEXT),
+        ("temperature", 2.0),
+        ("top_p", 1.0),
+    ],
+)
+def test_open_with_a_value_at_its_limit_is_taken(field: str, value: object) -> None:
+    assert isinstance(decode(encoded_open(**{field: value})), Open)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\xc1", id="reserved byte"),
+        pytest.param(b"\x80", id="no tag"),
+        pytest.param(b"\x81\xa4type\xa1\xff", id="tag that is not UTF-8"),
+        pytest.param(b"\x81\xa1\xff\x01", id="key that is not UTF-8"),
+        pytest.param(b"\x91" * 100_000, id="deep nesting"),
+        pytest.param(b"\x81\xa4type\xdd\xff\xff\xff\xff", id="array of 2^32 elements"),
+        pytest.param(b"\x81\xa4type\xc6\xff\xff\xff\xff", id="binary of 2^32 bytes"),
+        pytest.param(b"\x80\x04\x95\x0b\x00\x00\x00", id="pickle"),
+        pytest.param(encode_control(StatsRequest()) + b"\0", id="trailing byte"),
+        pytest.param(encode_control(OPEN)[:-1], id="truncated"),
+    ],
+)
+def test_garbage_is_refused(data: bytes) -> None:
+    refusal(data)
+
+
+def test_refusal_repeats_little_of_a_hostile_message() -> None:
+    tag = "\x1b[2J\n" * 20_000
+    for data in (msgspec.msgpack.encode({"type": tag}), encoded_open(**{tag: 1})):
+        problem = refusal(data)
+        assert len(problem) < 1000
+        assert problem.isprintable()
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_raise_nothing_but_invalid_frame(data: bytes) -> None:
+    refusal(data)
+
+
+@given(st.sampled_from(MESSAGES), st.data())
+def test_changed_message_raises_nothing_but_invalid_frame(
+    message: Control, data: st.DataObject
+) -> None:
+    encoded = bytearray(encode_control(message))
+    position = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[position] = data.draw(st.integers(0, 255))
+    with suppress(InvalidFrame):
+        assert isinstance(decode(bytes(encoded)), Control)
