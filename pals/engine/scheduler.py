@@ -67,7 +67,9 @@ class Scheduler:
         if self._bytes + item.inputs.nbytes > self.max_bytes:
             raise QueueFull(queue="step", limit=f"{self.max_bytes} bytes")
         self._bytes += item.inputs.nbytes
-        (self._decode if item.is_decode else self._prefill).append(item)
+        # A decode row that is ahead of its own prompt waits in line behind it.
+        is_early = any(item.session == waiting.session for waiting in self._prefill)
+        (self._decode if item.is_decode and not is_early else self._prefill).append(item)
 
     def next_step(self) -> list[WorkItem]:
         """Return the rows of the next step: decode rows, or a single chunk, or nothing."""

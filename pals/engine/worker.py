@@ -110,7 +110,8 @@ class ComputeThread:
 
     def _run(self) -> None:
         while (step := self._wait_for_step()) is not None:
-            self._deliver(self._run_step(step))
+            for result in self._run_step(step):
+                self._deliver(result)
 
     def _wait_for_step(self) -> list[WorkItem] | None:
         with self._changed:
@@ -120,7 +121,14 @@ class ComputeThread:
                 self._changed.wait()
         return None
 
-    def _run_step(self, items: list[WorkItem]) -> StepResult:
+    def _run_step(self, items: list[WorkItem]) -> list[StepResult]:
+        """Run a step; a batch that is refused is run row by row to find whose fault it is."""
+        result = self._try_step(items)
+        if len(items) > 1 and isinstance(result.error, PalsError):
+            return [self._try_step([item]) for item in items]
+        return [result]
+
+    def _try_step(self, items: list[WorkItem]) -> StepResult:
         started_s = time.perf_counter()
         outputs: list[npt.NDArray[np.generic]] = []
         error: Exception | None = None

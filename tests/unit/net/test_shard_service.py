@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+
+from pals.engine.scheduler import WorkItem
+from pals.engine.worker import ComputeThread, StepResult
+from pals.net.control import Close, Control, Hop, Open, Opened, decode_control
+from pals.net.links import Arrival, Links, Outgoing
+from pals.net.ring import SessionTable
+from pals.net.shard_service import ModelShape, ShardService
+from pals.net.wire import Frame, Kind, Lane, Row, tokens_shape
+from pals.types import EngineLimits, LayerRange, PeerId, SessionId
+
+DRIVER, LOCAL = PeerId("driver"), PeerId("local")
+SESSION = SessionId(b"s" * 16)
+MODEL = ModelShape(manifest=b"m" * 32, num_layers=2, hidden_size=4, dtype="bf16")
+
+
+class FakeLinks:
+    """Notes what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[PeerId, Outgoing]] = []
+        self.decode_seal_s: list[float] = []
+
+    async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
+        self.sent.append((peer, outgoing))
+
+    def control(self) -> list[Control]:
+        return [
+            decode_control(peer, memoryview(outgoing.payload))
+            for peer, outgoing in self.sent
+            if outgoing.shape.kind is Kind.CONTROL
+        ]
+
+    def rows(self) -> list[tuple[PeerId, Row]]:
+        return [(peer, row) for peer, outgoing in self.sent for row in outgoing.rows]
+
+
+class FakeCompute:
+    """Keeps submitted rows until the test says what came out of them."""
+
+    def __init__(self) -> None:
+        self.items: list[WorkItem] = []
+
+    def submit(self, items: list[WorkItem]) -> None:
+        self.items += items
+
+    def drop(self, session: object) -> None:
+        self.items = [item for item in self.items if item.session is not session]
+
+
+class Bench:
+    """A whole-model shard between fakes."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.links, self.compute = FakeLinks(), FakeCompute()
+        table = SessionTable(
+            local=LOCAL,
+            layers=LayerRange(0, MODEL.num_layers),
+            num_layers=MODEL.num_layers,
+            limits=EngineLimits(max_sessions=2, max_context_tokens=32, max_chunk_tokens=16),
+            idle_s=60.0,
+        )
+        self.service = ShardService(cast("Links", self.links), table, MODEL, nursery)
+        self.service.attach(cast("ComputeThread", self.compute))
+
+    async def open(self) -> None:
+        chain = (Hop(peer=LOCAL, start=0, stop=MODEL.num_layers),)
+        message = Open(session=SESSION, chain=chain, prompt_tokens=3, max_new_tokens=4)
+        self.service.on_control(DRIVER, message)
+        await trio.testing.wait_all_tasks_blocked()
+
+    def send_prompt(self) -> WorkItem:
+        payload = memoryview(np.arange(3, dtype="<i4").tobytes())
+        frame = Frame(Lane.PREFILL, tokens_shape(MODEL.manifest), (Row(SESSION, 0, 3),), payload)
+        self.service.on_rows(DRIVER, Arrival(frame, 0.0, 0.0))
+        return self.compute.items[-1]
+
+    def finish(self, item: WorkItem) -> None:
+        token = np.array([7], np.int32)
+        step = StepResult(items=[item], outputs=[token], started_s=1.0, finished_s=2.0)
+        self.service.on_step(step)
+
+
+@pytest.mark.trio
+async def test_sampled_token_goes_round_the_ring_and_to_the_driver() -> None:
+    async with trio.open_nursery() as nursery:
+        bench = Bench(nursery)
+        await bench.open()
+        bench.finish(bench.send_prompt())
+    assert bench.links.control() == [Opened(session=SESSION)]
+    assert bench.links.rows() == [(LOCAL, Row(SESSION, 3, 1)), (DRIVER, Row(SESSION, 3, 1))]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("prompt_again", [False, True])
+async def test_step_of_an_ended_session_is_not_given_to_its_successor(prompt_again: bool) -> None:
+    """Otherwise the driver could make this process send rows that its own ring refuses."""
+    async with trio.open_nursery() as nursery:
+        bench = Bench(nursery)
+        await bench.open()
+        running = bench.send_prompt()
+        bench.service.on_control(DRIVER, Close(session=SESSION))
+        await bench.open()
+        if prompt_again:
+            bench.send_prompt()
+        bench.finish(running)
+    assert bench.links.rows() == []
