@@ -24,6 +24,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import platformdirs
@@ -154,10 +155,11 @@ def read_private(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
         InvalidConfig: It is larger than a profile file can be.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # Without O_NONBLOCK a named pipe would hold the program up.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise ProfileMissing(path=path) from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         check_private(path, status, PRIVATE_FILE)
         if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
@@ -166,7 +168,10 @@ def read_private(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
                 problem=f"not a regular file of at most {max_bytes} bytes",
                 advice="restore it from a backup or make a new profile",
             )
-        return file.read(max_bytes)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    finally:
+        os.close(handle)
 
 
 def check_private(path: Path, status: os.stat_result, wanted: int) -> None:
@@ -273,9 +278,14 @@ class Profile:
 
         Raises:
             ProfileInUse: Another process holds it.
+            InvalidConfig: The lock file cannot be made or opened.
         """
         path = self.path / "node.lock"
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_FILE)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_FILE)
+        except OSError as error:
+            advice = "remove what is there, and check the rights of the profile's folder"
+            raise InvalidConfig(source=path, problem=str(error), advice=advice) from error
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,19 +307,22 @@ def _damaged(path: Path, problem: str) -> InvalidConfig:
 
 # --- presets -------------------------------------------------------------------------
 
+_Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+
 
 class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the membership service listens."""
 
     host: str = "127.0.0.1"
-    port: int = 8470
+    port: _Port = 8470
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the OpenAI endpoint listens."""
 
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: _Port = 8080
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -317,9 +330,9 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     listen: str = "/ip4/0.0.0.0/tcp/0"
     peers: tuple[str, ...] = ()
-    poll_interval_s: float = 27.0
-    step_deadline_s: float = 30.0
-    session_idle_s: float = 120.0
+    poll_interval_s: _Seconds = 27.0
+    step_deadline_s: _Seconds = 30.0
+    session_idle_s: _Seconds = 120.0
 
 
 class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -364,11 +377,21 @@ def load_settings(preset: str | None = None) -> Settings:
     """
     path = preset_path(preset or "default")
     try:
-        return msgspec.toml.decode(path.read_bytes()[:MAX_CONFIG_BYTES], type=Settings)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise InvalidConfig(
-            source=path, problem=str(error), advice="compare it with configs/default.toml"
-        ) from error
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        settings = msgspec.toml.decode(data, type=Settings)
+    # ValueError: the file is not UTF-8, or the path has a zero byte
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise _bad_preset(path, str(error)) from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise _bad_preset(path, f"longer than {MAX_CONFIG_BYTES} bytes")
+    return settings
+
+
+def _bad_preset(path: Path, problem: str) -> InvalidConfig:
+    return InvalidConfig(
+        source=path, problem=problem, advice="compare it with configs/default.toml"
+    )
 
 
 def preset_path(preset: str) -> Path:

@@ -27,7 +27,7 @@ Dtype = Literal["bf16", "f32"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "f32": 4}
 
-_RANGE = re.compile(r"^(\d{1,5}):(\d{1,5})$")
+_RANGE = re.compile(r"([0-9]{1,5}):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,7 +48,7 @@ class LayerRange:
         Raises:
             InvalidLayerRange: ``text`` is not two numbers with ``a < b``.
         """
-        match = _RANGE.match(text)
+        match = _RANGE.fullmatch(text)
         if match is None:
             raise InvalidLayerRange(text=text)
         return cls(int(match[1]), int(match[2]))
