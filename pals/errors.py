@@ -310,6 +310,19 @@ class RosterUnavailable(PeerError):
     )
 
 
+class NotAMember(PeerError):
+    """This machine is not, or no longer, on its swarm's member list."""
+
+    code = "PALS-NOT-A-MEMBER"
+    message = "this machine, peer {peer}, is not a member of swarm `{swarm}`: it was removed"
+    hint_template = (
+        "ask the operator for a new invite, and join with a new profile: "
+        "`pals login --config-dir FOLDER`"
+    )
+    http_status = 403
+    retryable = False
+
+
 class SwarmFull(CapacityError):
     """The roster has as many live members as it may."""
 

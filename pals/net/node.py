@@ -18,7 +18,7 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
-from pals.errors import InvalidConfig, InvalidFrame, PalsError
+from pals.errors import InvalidConfig, InvalidFrame, NotAMember, PalsError
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery
 from pals.net.host import Host, open_host, ungrouped_errors
@@ -148,6 +148,7 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
 
     Raises:
         RosterUnavailable: There is no verified member list; nothing is served then.
+        NotAMember: This machine is not on the list, or was taken from it meanwhile.
         PortInUse: The listening address is taken.
     """
     allow_list = AllowList()
@@ -157,6 +158,8 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
     def allow(peer: PeerId) -> bool:
         return allow_list.allows(peer, trio.current_time())
 
+    if not allow(options.identity.peer_id):
+        raise _not_a_member(options)
     with ungrouped_errors():
         async with (
             open_host(options.identity, listen=options.settings.listen, allow=allow) as host,
@@ -199,7 +202,10 @@ async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> N
     """Follow the member list; whoever leaves it loses connections, links and sessions."""
 
     def on_change(removed: frozenset[PeerId], _added: frozenset[PeerId]) -> None:
-        for peer in removed:
+        if node.peer_id in removed:
+            # The poller outlives every error of its own, so another task has to end the node.
+            node.nursery.start_soon(_end_membership, options)
+        for peer in removed - {node.peer_id}:
             _log.info("peer %s is no longer a member", short_id(peer))
             node.links.drop(peer, "it is no longer a member")
             node.nursery.start_soon(node.host.drop_peer, peer)
@@ -212,6 +218,14 @@ async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> N
         interval=options.settings.poll_interval_s,
         on_change=on_change,
     )
+
+
+async def _end_membership(options: NodeOptions) -> None:
+    raise _not_a_member(options)
+
+
+def _not_a_member(options: NodeOptions) -> NotAMember:
+    return NotAMember(peer=short_id(options.identity.peer_id), swarm=options.entry.name)
 
 
 async def _keep_meeting(node: Node, client: MembershipClient, options: NodeOptions) -> None:
