@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def backend(
     from pals.api.server import HttpServer, listen_anywhere
     from pals.backend.database import sqlite_url
     from pals.backend.service import BackendService
+    from pals.cli.interrupt import exiting_on_termination
 
     settings = config.load_settings(preset).backend
     file = data or config.config_dir(config_dir) / DATABASE_NAME
@@ -58,8 +60,6 @@ def backend(
         else:
             console.out(f"listening on {url}")
 
-    try:
+    with exiting_on_termination(), closing(service):
         app = build_membership_app(service, gate=gate)
         HttpServer(app, listener, on_ready=announce_ready).run()
-    finally:
-        service.close()

@@ -122,8 +122,8 @@ async def demo(
                 _explain_endpoint(swarm)
                 await trio.sleep_forever()
 
-    if await run_until_signal(run):
-        raise KeyboardInterrupt
+    if await run_until_signal(run) is not None:
+        raise KeyboardInterrupt  # by whatever signal, it did not finish
 
 
 def _plan_layers(settings: DemoSettings, shards: int | None) -> list[LayerRange]:

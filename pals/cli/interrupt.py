@@ -1,10 +1,17 @@
-"""An orderly end on Ctrl-C, SIGTERM and SIGHUP."""
+"""An orderly end on Ctrl-C, SIGTERM and SIGHUP.
+
+Ctrl-C ends a command with status 130. SIGTERM and SIGHUP ask a server to stop, and one
+that did as it was asked ends with 0.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import NoReturn
 
 import trio
 
@@ -14,16 +21,16 @@ WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @dataclass(slots=True)
 class _Watch:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    interrupted: bool = False
+    received: signal.Signals | None = None
 
     async def run(self, signals: AsyncIterator[int]) -> None:
-        async for _ in signals:
-            self.interrupted = True
+        async for number in signals:
+            self.received = self.received or signal.Signals(number)
             self.scope.cancel()
 
 
-async def run_until_signal(body: Callable[[], Awaitable[None]]) -> bool:
-    """Run ``body``, cancel it on a signal, and return whether one came.
+async def run_until_signal(body: Callable[[], Awaitable[None]]) -> signal.Signals | None:
+    """Run ``body``, cancel it on a signal, and return the first one that came.
 
     Signals are still taken while ``body`` cleans up, so that a second one cannot break
     that off.
@@ -35,4 +42,33 @@ async def run_until_signal(body: Callable[[], Awaitable[None]]) -> bool:
             with watch.scope:
                 await body()
             nursery.cancel_scope.cancel()
-    return watch.interrupted
+    return watch.received
+
+
+def raise_interrupt(received: signal.Signals | None) -> None:
+    """Raise `KeyboardInterrupt` when a server was ended by Ctrl-C."""
+    if received is signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def exiting_on_termination() -> Generator[None]:
+    """Let SIGTERM and SIGHUP unwind the main thread, which exits with 0.
+
+    For servers on uvicorn: it ends by itself on SIGTERM, and then raises that signal
+    again, which by default kills the process before anything else is closed.
+    """
+
+    def leave(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    handlers = {signal.SIGTERM: leave, signal.SIGHUP: terminate}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

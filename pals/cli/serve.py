@@ -15,6 +15,7 @@ from pals.api.gate import GateSettings
 from pals.api.openai.app import build_openai_app
 from pals.api.server import HttpServer, Listener, check_public_bind, listen
 from pals.cli import console
+from pals.cli.interrupt import exiting_on_termination
 from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
@@ -85,7 +86,7 @@ def serve(
     if layer_range is not None:
         also = _shard_role(shard_options.make_loader(model, layer_range, settings.shard), json)
     listener = listen(bind.host, bind.port, api_key=key)
-    with member.profile.lock(), listener.socket:
+    with exiting_on_termination(), member.profile.lock(), listener.socket:
         _serve(member, settings, model, listener, key, also=also, json=json)
 
 
@@ -142,8 +143,8 @@ def _serve(
         partial(open_sessions, node_options(member, settings), served, serve=also),
         on_crash=stop_servers,
     )
-    client = network.start()
     try:
+        client = network.start()
         driver = _build_driver(network, client, served, snapshot, settings)
         gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
         app = build_openai_app(driver, gate=gate)

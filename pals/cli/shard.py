@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from pals.cli.interrupt import run_until_signal
+from pals.cli.interrupt import raise_interrupt, run_until_signal
 from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
@@ -58,4 +58,4 @@ async def _serve(options: NodeOptions, load: Callable[[], ServedShard], json: bo
     from pals.net.serving import serve_shard
 
     on_ready = partial(announce_shard, json)
-    await run_until_signal(partial(serve_shard, options, load, on_ready=on_ready))
+    raise_interrupt(await run_until_signal(partial(serve_shard, options, load, on_ready=on_ready)))

@@ -54,7 +54,7 @@ class TrioThread(Generic[T]):
         self._ready: Future[T] = Future()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        self._stop = trio.Event()
+        self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="pals-trio", daemon=True)
         self.error: BaseException | None = None
 
@@ -63,13 +63,14 @@ class TrioThread(Generic[T]):
 
         Raises:
             BaseException: Whatever opening the resource raised.
+            PeerUnreachable: It was stopped before that.
         """
         self._thread.start()
         return self._ready.result()
 
     def stop(self) -> None:
-        """Close the resource and end the thread, within `STOP_DEADLINE_S`."""
-        self.post(self._stop.set)
+        """Close the resource, open or half open, and end the thread in `STOP_DEADLINE_S`."""
+        self.post(self._scope.cancel)
         self._thread.join(STOP_DEADLINE_S)
         if self._thread.is_alive():
             _log.warning("the network did not stop within %s s", STOP_DEADLINE_S)
@@ -102,30 +103,42 @@ class TrioThread(Generic[T]):
             else:
                 outcome.set_result(result)  # type: ignore[arg-type]  # R, since error is None
 
-        async def run() -> None:
-            with scope:
-                try:
-                    result = await function()
-                except Exception as error:  # every error belongs to the asyncio caller
-                    post_to(loop, partial(settle, None, _single(error)))
-                else:
-                    post_to(loop, partial(settle, result, None))
+        def refuse() -> None:
+            post_to(loop, partial(settle, None, _stopped()))
 
-        self._spawn(run)
+        async def run() -> None:
+            try:
+                with scope:
+                    try:
+                        result = await function()
+                    except Exception as error:  # every error belongs to the asyncio caller
+                        post_to(loop, partial(settle, None, _single(error)))
+                    else:
+                        post_to(loop, partial(settle, result, None))
+            finally:
+                refuse()  # nothing else tells a caller that the network stopped meanwhile
+
+        self._spawn(run, refuse)
         try:
             return await outcome
         except asyncio.CancelledError:
             self.post(scope.cancel)
             raise
 
-    def _spawn(self, run: Callable[[], Awaitable[None]]) -> None:
+    def _spawn(self, run: Callable[[], Awaitable[None]], refuse: Callable[[], None]) -> None:
         def start_soon() -> None:
             assert self._nursery is not None
-            self._nursery.start_soon(run)
+            try:
+                self._nursery.start_soon(run)
+            except RuntimeError:  # the nursery is closed while the resource closes
+                refuse()
 
         if self._token is None or not self._thread.is_alive():
-            raise PeerUnreachable(peer="self", problem="the network has stopped")
-        self._token.run_sync_soon(start_soon)
+            raise _stopped()
+        try:
+            self._token.run_sync_soon(start_soon)
+        except trio.RunFinishedError:
+            raise _stopped() from None
 
     def _run(self) -> None:
         try:
@@ -137,14 +150,21 @@ class TrioThread(Generic[T]):
                 self._on_crash()
             else:
                 self._ready.set_exception(_single(error))
+        else:
+            if not self._ready.done():
+                self._ready.set_exception(_stopped())
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        async with self._open_resource() as resource, trio.open_nursery() as nursery:
-            self._nursery = nursery
-            self._ready.set_result(resource)
-            await self._stop.wait()
-            nursery.cancel_scope.cancel()
+        with self._scope:
+            async with self._open_resource() as resource, trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._ready.set_result(resource)
+                await trio.sleep_forever()
+
+
+def _stopped() -> PeerUnreachable:
+    return PeerUnreachable(peer="self", problem="the network has stopped")
 
 
 def _single(error: BaseException) -> BaseException:
