@@ -110,10 +110,11 @@ def without_option(arguments: Sequence[str], option: str) -> list[str]:
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument == option:
-            next(rest, None)
-        elif not argument.startswith(f"{option}="):
+        name, equals, _ = argument.partition("=")
+        if name.replace("_", "-") != option:  # cyclopts takes `--api_key` for `--api-key`
             kept.append(argument)
+        elif not equals:
+            next(rest, None)
     return kept
 
 
