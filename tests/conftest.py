@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pals import config
+
+# Every run plays the same examples, and a machine under load makes none of them fail.
+settings.register_profile("pals", derandomize=True, deadline=None)
+settings.load_profile("pals")
 
 
 @pytest.fixture(autouse=True)
