@@ -88,17 +88,17 @@ def test_budget_counts_both_queues_and_is_given_back(is_decode: bool) -> None:
     scheduler.add(make_item("x", is_decode=is_decode, tokens=2))
 
 
-def test_dropped_session_gives_its_budget_back() -> None:
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_dropped_session_gives_exactly_its_budget_back(is_decode: bool) -> None:
     scheduler = make_scheduler(max_bytes=16)
-    scheduler.add(make_item("a", is_decode=False, tokens=2))
-    scheduler.add(make_item("b", is_decode=True, tokens=1))
-    scheduler.add(make_item("b", is_decode=True, number=1, tokens=1))
+    for session in ("a", "b", "a"):
+        scheduler.add(make_item(session, is_decode=is_decode))
     scheduler.drop("a")
     scheduler.drop("nobody")
-    scheduler.add(make_item("c", is_decode=False, tokens=2))
-    scheduler.drop("b")
-    scheduler.add(make_item("d", is_decode=False, tokens=2))
-    assert run_all(scheduler) == ["c0", "d0"]
+    scheduler.add(make_item("c", is_decode=not is_decode, tokens=3))
+    with pytest.raises(QueueFull):
+        scheduler.add(make_item("d", is_decode=is_decode))
+    assert sorted(run_all(scheduler)) == ["b0", "c0"]
 
 
 SESSIONS = st.sampled_from("abcde")
