@@ -16,14 +16,20 @@ BENCHMARKS = {"demo": "benchmarks.demo"}
 """Name -> the module whose `run` measures it."""
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options of a command line, this process's when left out."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish within a minute")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="also replace the tables in this file"
     )
     parser.add_argument("names", nargs="*", metavar="name", help=f"any of: {', '.join(BENCHMARKS)}")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, this process's when left out."""
+    parser = build_parser()
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - set(BENCHMARKS)):
         parser.error(f"no benchmark `{unknown[0]}`: choose any of {', '.join(BENCHMARKS)}")

@@ -1,7 +1,8 @@
 """The whole model in one process without a network: what a chain of shards is held against.
 
-Run as a process of its own, since threads and huge pages are set before one starts. Takes
-a `Job` as JSON in its one argument and prints a `Report` as JSON.
+A process of its own, since threads and huge pages are set before one starts. It takes a
+`Job` as JSON in its one argument, says on standard output when it is `Ready`, and then
+answers each line on standard input with the `Timing` of one more answer.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ if TYPE_CHECKING:
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure: the same request several times, the first one as a warm-up."""
+    """What to answer, always the same, and with how many compute threads."""
 
     model: str
     prompt: str
     max_tokens: int
-    requests: int
     threads: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """The model is loaded on this kind of device."""
+
+    device: str
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,44 +47,36 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The timings of all requests but the first."""
-
-    device: str
-    timings: list[Timing]
-
-
 def main() -> None:
-    """Run the job of the command line."""
+    """Serve the job of the command line until standard input ends."""
     job = msgspec.json.decode(sys.argv[1], type=Job)
     config.limit_compute_threads(job.threads)
-    report = run(job)
-    print(msgspec.json.encode(report).decode())
+    # Only a process that computes pays for importing jax.
+    import jax
+
+    shard = load_whole_model(job.model)
+    prompt = encode_prompt(resolve_model(job.model).path, job.prompt)
+    _write(Ready(device=jax.default_backend()))
+    for _ in sys.stdin:
+        _write(answer(shard, prompt, job.max_tokens))
 
 
-def run(job: Job) -> Report:
-    """Load the model and answer the job's request again and again.
+def load_whole_model(model: str) -> Shard:
+    """Return all layers of a model as one shard, with the limits of a shard by default.
 
     Raises:
         ModelError: The model cannot be found or loaded.
     """
-    # Only a process that computes pays for importing jax.
-    import jax
-
     from pals.engine.shard import Shard
 
     settings = config.load_settings().shard
-    snapshot = resolve_model(job.model)
-    whole = LayerRange(0, snapshot.config.num_layers)
+    layers = LayerRange(0, resolve_model(model).config.num_layers)
     limits = EngineLimits(
         max_sessions=settings.max_sessions,
         max_context_tokens=settings.max_context_tokens,
         max_chunk_tokens=settings.max_chunk_tokens,
     )
-    shard = Shard.load(resolve_model(job.model, whole), whole, dtype=settings.dtype, limits=limits)
-    prompt = encode_prompt(snapshot.path, job.prompt)
-    timings = [_answer(shard, prompt, job.max_tokens) for _ in range(job.requests)]
-    return Report(device=jax.default_backend(), timings=timings[1:])
+    return Shard.load(resolve_model(model, layers), layers, dtype=settings.dtype, limits=limits)
 
 
 def encode_prompt(folder: Path, prompt: str) -> list[int]:
@@ -87,24 +85,28 @@ def encode_prompt(folder: Path, prompt: str) -> list[int]:
     return Tokenizer.load(folder).encode(text, add_special_tokens=False)
 
 
-def _answer(shard: Shard, prompt: list[int], max_tokens: int) -> Timing:
+def answer(shard: Shard, prompt: list[int], max_tokens: int) -> Timing:
+    """Generate exactly ``max_tokens`` tokens greedily and return how long it took."""
     started_s = time.perf_counter()
-    sampling = Sampling()
-    chunk = shard.limits.max_chunk_tokens
     output = np.empty(0, np.int32)
+    chunk = shard.limits.max_chunk_tokens
     for start in range(0, len(prompt), chunk):
         part = np.array(prompt[start : start + chunk], np.int32)
-        last = start + chunk >= len(prompt)
-        output = shard.prefill(
-            slot=0, position=start, inputs=part, sampling=sampling if last else None
-        )
+        sampling = Sampling() if start + chunk >= len(prompt) else None
+        output = shard.prefill(slot=0, position=start, inputs=part, sampling=sampling)
     first_s = time.perf_counter()
     for position in range(len(prompt), len(prompt) + max_tokens - 1):
-        output = shard.decode(slots=[0], positions=[position], inputs=output, samplings=[sampling])
+        output = shard.decode(
+            slots=[0], positions=[position], inputs=output, samplings=[Sampling()]
+        )
     return Timing(
         time_to_first_token_s=first_s - started_s,
         tokens_per_s=(max_tokens - 1) / (time.perf_counter() - first_s),
     )
+
+
+def _write(document: Ready | Timing) -> None:
+    print(msgspec.json.encode(document).decode(), flush=True)
 
 
 if __name__ == "__main__":

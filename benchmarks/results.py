@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import msgspec
@@ -59,27 +59,17 @@ class Subject:
             load=self.load,
         )
 
+    def compare(
+        self, metric: str, samples: Sequence[float], others: Sequence[float], *, to: str
+    ) -> Result:
+        """Return the line of a ratio, whose samples are the ratios of two samples of a round.
 
-def compare(result: Result, other: Result, *, metric: str, to: str) -> Result:
-    """Return how many times as large ``result`` is as ``other``.
-
-    Args:
-        result: One side, whose system and setting the line keeps.
-        other: The other side.
-        metric: Name of the ratio, ending in `_ratio`.
-        to: What people call the other side.
-
-    Returns:
-        The ratio of the medians, between the smallest and the largest that any two of the
-        samples have.
-    """
-    return msgspec.structs.replace(
-        result,
-        metric=metric,
-        unit="ratio",
-        value=result.value / other.value,
-        min=result.min / other.max,
-        max=result.max / other.min,
-        n=min(result.n, other.n),
-        setting=result.setting | {"to": to},
-    )
+        Args:
+            metric: Name of the ratio, ending in `_ratio`.
+            samples: Of this subject, one of each round.
+            others: Of the other side, one of each round.
+            to: What people call the other side.
+        """
+        ratios = [one / other for one, other in zip(samples, others, strict=True)]
+        subject = replace(self, setting={**self.setting, "to": to})
+        return subject.summarise(metric, "ratio", ratios)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import msgspec
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS, parse_arguments
-from benchmarks.demo import hop_results
+from benchmarks.demo import System, summarise, summarise_hops
 from benchmarks.markdown import update_tables
-from benchmarks.one_process import encode_prompt
-from benchmarks.results import Result, Subject, compare
+from benchmarks.one_process import Timing, encode_prompt
+from benchmarks.results import Result, Subject
 from pals.cli.demo import HopLine
 from tests.checkpoints import make_llama_checkpoint
 
@@ -40,25 +41,47 @@ def test_a_line_holds_the_median_and_the_range():
     }
 
 
-def test_a_ratio_names_the_other_side_and_spans_every_pair_of_samples():
-    chain, alone = rates(CHAIN, 10.0, 20.0, 30.0), rates(ALONE, 40.0, 50.0)
-    ratio = compare(chain, alone, metric="decode_ratio", to="one-process")
-    assert (ratio.value, ratio.min, ratio.max) == (20 / 45, 10 / 50, 30 / 40)
-    assert (ratio.metric, ratio.unit, ratio.n) == ("decode_ratio", "ratio", 2)
-    assert ratio.setting == {"threads": 1, "shards": 2, "to": "one-process"}
-    assert "to" not in chain.setting
+def test_a_ratio_pairs_the_samples_of_a_round_and_names_the_other_side():
+    ratio = CHAIN.compare("decode_ratio", [10.0, 20.0, 30.0], [20.0, 80.0, 30.0], to="other")
+    assert (ratio.value, ratio.min, ratio.max, ratio.n) == (0.5, 0.25, 1.0, 3)
+    assert (ratio.metric, ratio.unit) == ("decode_ratio", "ratio")
+    assert ratio.setting == {"threads": 1, "shards": 2, "to": "other"}
+    assert "to" not in CHAIN.setting
+
+
+def test_rounds_without_a_pair_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        CHAIN.compare("decode_ratio", [1.0, 2.0], [1.0], to="other")
+
+
+def hop(peer: str, step_ms: float) -> HopLine:
+    return HopLine(
+        peer=peer, layers="0:1", steps=9, step_ms=step_ms, queue_ms=1, codec_ms=2, wire_ms=4
+    )
 
 
 def test_the_parts_of_a_hop_are_taken_over_the_shards():
-    hops = [
-        HopLine(peer=peer, layers="0:1", steps=9, step_ms=step, queue_ms=1, codec_ms=2, wire_ms=4)
-        for peer, step in (("a", 10.0), ("b", 20.0))
-    ]
-    lines = {line.metric: line for line in hop_results(CHAIN, hops)}
-    assert lines["hop_compute_ms"].value == 15.0
-    assert (lines["hop_compute_ms"].min, lines["hop_compute_ms"].max) == (10.0, 20.0)
-    assert lines["hop_software_ms"].value == 7.0
+    lines = {line.metric: line for line in summarise_hops(CHAIN, [hop("a", 10), hop("b", 20)])}
+    compute = lines["hop_compute_ms"]
+    assert (compute.value, compute.min, compute.max) == (15, 10, 20)
+    assert lines["hop_software_ms"].value == 7
     assert {line.n for line in lines.values()} == {2}
+
+
+def test_swarms_are_compared_with_one_process_and_with_the_smallest_swarm():
+    def system(subject: Subject, rate: float, *hops: HopLine) -> System:
+        timing = Timing(time_to_first_token_s=1.0, tokens_per_s=rate)
+        return System(subject=subject, samples=[timing], hops=hops)
+
+    one = replace(CHAIN, setting={"shards": 1})
+    results = summarise(
+        [system(ALONE, 40), system(one, 20, hop("a", 1)), system(CHAIN, 10, hop("b", 1))]
+    )
+    ratios = [(r.setting["shards"], r.setting["to"], r.value) for r in results if r.unit == "ratio"]
+    assert ratios == [(1, "one-process", 0.5), (2, "one-process", 0.25), (2, "1 shard", 0.5)]
+    speeds = [r.value for r in results if r.metric == "decode_tokens_per_s"]
+    assert speeds == [40, 20, 10]
+    assert "hop_compute_ms" not in {r.metric for r in results if r.system == "one-process"}
 
 
 def test_both_sides_of_the_comparison_are_asked_the_same(tmp_path: Path):
@@ -72,9 +95,8 @@ def test_tables_are_replaced_and_prose_stays(tmp_path: Path):
     file = tmp_path / "performance.md"
     other = "<!-- results: other -->\nkept\n<!-- end of results -->\n"
     file.write_text(f"Before\n<!-- results: demo -->\nold\n<!-- end of results -->\n{other}After\n")
-    chain = rates(CHAIN, 10.0)
-    results = [chain, compare(chain, rates(ALONE, 40.0), metric="decode_ratio", to="one-process")]
-    update_tables(file, [rates(ALONE, 40.0), *results])
+    ratio = CHAIN.compare("decode_ratio", [10.0], [40.0], to="one-process")
+    update_tables(file, [rates(ALONE, 40.0), rates(CHAIN, 10.0), ratio])
     assert (
         file.read_text()
         == f"""Before
