@@ -18,7 +18,7 @@ from typing import IO
 
 from pals import config
 
-DEADLINE_S = 50.0
+DEADLINE_S = 240.0
 END_S = 5.0
 MARK_VARIABLE = "PALS_TEST_MARK"
 SECRET_VARIABLES = (
@@ -90,9 +90,13 @@ class Running:
         """Return the first line on stderr that holds ``text``."""
         return self._found(self._err.find(text, DEADLINE_S), text)
 
+    def wait_for_line(self, text: str) -> str:
+        """Return the first line on stdout that holds ``text``."""
+        return self._found(self._out.find(text, DEADLINE_S), text)
+
     def wait_for_event(self, event: str) -> dict[str, object]:
         """Return the JSON line on stdout of that event."""
-        return json.loads(self._found(self._out.find(f'"event":"{event}"', DEADLINE_S), event))
+        return json.loads(self.wait_for_line(f'"event":"{event}"'))
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

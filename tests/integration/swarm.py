@@ -59,6 +59,7 @@ class TestSwarm:
     operator: Profile
     peers: Sequence[Profile]
     checkpoint: Path
+    limits: EngineLimits = LIMITS
 
     def options(
         self,
@@ -121,7 +122,7 @@ def loader(swarm: TestSwarm, layers: str, dtype: Dtype = "f32") -> Callable[[], 
         str(swarm.checkpoint),
         LayerRange.parse(layers),
         dtype,
-        LIMITS,
+        swarm.limits,
         on_progress=lambda _: None,
     )
 

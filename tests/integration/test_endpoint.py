@@ -1,0 +1,275 @@
+"""The real model over three shards and the network, as OpenAI's own client sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from openai import APITimeoutError, BadRequestError, InternalServerError, OpenAI, Stream
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from pals import config
+from pals.driver.bridge import TrioThread
+from pals.driver.local import LocalDriver
+from pals.driver.routes import ServedModel
+from pals.driver.sessions import SessionClient, open_sessions
+from pals.models.gguf import DEMO_MODEL_ID
+from pals.text.template import ChatTemplate
+from pals.text.tokenizer import Tokenizer
+from pals.types import EngineLimits
+from tests.demo_model import import_demo_model, load_goldens
+from tests.integration.api.servers import running
+from tests.integration.swarm import ask, make_swarm, request, served_model, start_chain
+
+pytestmark = pytest.mark.timeout(180)
+
+LIMITS = EngineLimits(max_sessions=2, max_context_tokens=512, max_chunk_tokens=64)
+SPLIT = ("0:10", "10:20", "20:30")
+GOLDENS = load_goldens()["prompts"]
+PARIS, EMOJI, _, _, STORY = GOLDENS
+NEW_TOKENS = 48
+MANY_TOKENS = 400
+DEADLINE_S = 60.0
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A driver of the model, whose shards all run."""
+
+    sessions: SessionClient
+    model: ServedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """A chain on its network thread, and the endpoint over it."""
+
+    network: TrioThread[Chain]
+    chain: Chain
+    tokenizer: Tokenizer
+    url: str
+
+    def steps(self) -> int:
+        """Return how many decode steps the head has made so far."""
+        hops = asyncio.run(self.network.call(self.chain.sessions.report))
+        return hops[0].steps if hops else 0
+
+
+@asynccontextmanager
+async def open_chain(folder: Path, checkpoint: Path) -> AsyncIterator[Chain]:
+    async with make_swarm(folder) as tiny, trio.open_nursery() as nursery:
+        swarm = replace(tiny, checkpoint=checkpoint, limits=LIMITS)
+        await start_chain(nursery, swarm, *SPLIT)
+        model = replace(served_model(swarm), model_id=DEMO_MODEL_ID)
+        async with open_sessions(swarm.options(swarm.operator), model) as sessions:
+            yield Chain(sessions=sessions, model=model)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[World]:
+    checkpoint = import_demo_model(shared_cache)
+    folder = tmp_path_factory.mktemp("endpoint")
+    network = TrioThread(partial(open_chain, folder, checkpoint))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(config.CACHE_DIR_VARIABLE, str(shared_cache))
+        chain = network.start()
+    tokenizer = Tokenizer.load(checkpoint)
+    driver = LocalDriver(
+        network,
+        chain.sessions,
+        chain.model,
+        tokenizer,
+        ChatTemplate.load(checkpoint),
+        eos_token_ids=tokenizer.eos_token_ids,
+        step_deadline_s=DEADLINE_S,
+    )
+    try:
+        with running(driver) as url:
+            yield World(network=network, chain=chain, tokenizer=tokenizer, url=url)
+    finally:
+        network.stop()
+
+
+@pytest.fixture
+def client(world: World) -> Iterator[OpenAI]:
+    with OpenAI(
+        base_url=f"{world.url}/v1", api_key="unused", max_retries=0, timeout=DEADLINE_S
+    ) as made:
+        yield made
+
+
+def complete(client: OpenAI, golden: dict, **options: object) -> ChatCompletion:
+    values = {"max_tokens": NEW_TOKENS, "temperature": 0} | options
+    return client.chat.completions.create(
+        model=DEMO_MODEL_ID, messages=golden["messages"], **values
+    )
+
+
+def stream(client: OpenAI, golden: dict, **options: object) -> Stream[ChatCompletionChunk]:
+    return complete(client, golden, stream=True, stream_options={"include_usage": True}, **options)
+
+
+def pieces(chunks: Stream[ChatCompletionChunk]) -> tuple[list[str], str, tuple[int, int]]:
+    """Return the texts, the finish reason, and the tokens of prompt and answer."""
+    with chunks:
+        *deltas, usage = chunks
+    texts = [c.choices[0].delta.content for c in deltas if c.choices[0].delta.content]
+    reasons = [c.choices[0].finish_reason for c in deltas if c.choices[0].finish_reason]
+    assert len(reasons) == 1
+    assert usage.choices == []
+    return texts, reasons[0], (usage.usage.prompt_tokens, usage.usage.completion_tokens)
+
+
+@contextmanager
+def open_streams(client: OpenAI, count: int) -> Iterator[None]:
+    """Hold ``count`` long answers open, each past its first token."""
+    opened = [stream(client, STORY, max_tokens=MANY_TOKENS) for _ in range(count)]
+    try:
+        for chunks in opened:
+            next(iter(chunks))
+        yield
+    finally:
+        for chunks in opened:
+            chunks.close()
+
+
+# --- the tokens ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=[g["text"][:12] for g in GOLDENS])
+def test_the_network_gives_the_token_ids_of_the_reference(world: World, golden: dict) -> None:
+    async def all_tokens() -> list[int]:
+        wanted = request(golden["prompt_ids"], NEW_TOKENS)
+        stops = tuple(world.tokenizer.eos_token_ids)
+        answer = await ask(world.chain.sessions, replace(wanted, stop_token_ids=stops))
+        return await answer.all_tokens()
+
+    assert asyncio.run(world.network.call(all_tokens)) == golden["token_ids"]
+
+
+# --- the client ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=[g["text"][:12] for g in GOLDENS])
+def test_whole_and_streamed_answers_are_the_reference_s(client: OpenAI, golden: dict) -> None:
+    with ThreadPoolExecutor() as pool:  # both at the same time, on both slots
+        whole_answer = pool.submit(complete, client, golden)
+        texts, reason, usage = pieces(stream(client, golden))
+        whole = whole_answer.result()
+
+    counts = (len(golden["prompt_ids"]), len(golden["token_ids"]))
+    assert whole.choices[0].message.content == "".join(texts) == golden["text"]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == usage == counts
+    assert whole.choices[0].finish_reason == reason
+    assert reason == ("length" if counts[1] == NEW_TOKENS else "stop")
+
+
+def test_an_emoji_of_several_tokens_is_streamed_in_one_piece(world: World, client: OpenAI) -> None:
+    ids = EMOJI["token_ids"]
+    whole = max(
+        n for n in range(len(ids)) if not world.tokenizer.decode(ids[:n]).endswith(REPLACEMENT)
+    )
+
+    texts, _, _ = pieces(stream(client, EMOJI, max_tokens=whole))
+
+    assert "".join(texts) == world.tokenizer.decode(ids[:whole])
+    assert sum("\N{PARTY POPPER}" in text for text in texts) > 1
+    assert not any(REPLACEMENT in text for text in texts)
+    assert len(texts) < whole, "no character had several tokens: this proves nothing"
+
+
+@pytest.mark.parametrize("stop", [["France"], [" of Fra", "never"], ["Paris", "capital of Fr"]])
+def test_the_text_ends_before_the_first_stop_string(client: OpenAI, stop: list[str]) -> None:
+    expected = min((PARIS["text"].partition(s)[0] for s in stop), key=len)
+
+    whole = complete(client, PARIS, stop=stop)
+    texts, reason, _ = pieces(stream(client, PARIS, stop=stop))
+
+    assert whole.choices[0].message.content == "".join(texts) == expected
+    assert whole.choices[0].finish_reason == reason == "stop"
+
+
+def test_max_tokens_cuts_the_answer_and_says_so(world: World, client: OpenAI) -> None:
+    whole = complete(client, PARIS, max_tokens=5)
+
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage.completion_tokens == 5
+    assert whole.choices[0].message.content == world.tokenizer.decode(PARIS["token_ids"][:5])
+
+
+def test_a_seed_repeats_an_answer_and_another_gives_another(client: OpenAI) -> None:
+    drawn = [
+        complete(client, STORY, temperature=1.2, seed=seed, max_tokens=24) for seed in (7, 7, 8)
+    ]
+    texts = [answer.choices[0].message.content for answer in drawn]
+
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("messages", "max_tokens"),
+    [(PARIS["messages"], 600), ([{"role": "user", "content": "word " * 600}], 1)],
+    ids=["long answer", "long prompt"],
+)
+def test_what_exceeds_the_context_is_refused_with_openai_s_code(
+    world: World, client: OpenAI, messages: list[dict], max_tokens: int, streamed: bool
+) -> None:
+    steps = world.steps()
+    with pytest.raises(BadRequestError) as caught:
+        complete(client, {"messages": messages}, max_tokens=max_tokens, stream=streamed)
+
+    assert caught.value.code == "context_length_exceeded"
+    assert str(LIMITS.max_context_tokens) in caught.value.message
+    assert world.steps() == steps
+
+
+# --- slots ---------------------------------------------------------------------------
+
+
+def wait_for_free_slots(client: OpenAI) -> None:
+    """Return once every shard takes as many sessions as it has slots."""
+    for _ in range(200):
+        try:
+            with open_streams(client, LIMITS.max_sessions):
+                return
+        except InternalServerError as error:
+            if error.code != "PALS-SESSION-REFUSED":
+                raise
+    raise AssertionError("the slots are still taken")
+
+
+def test_readers_that_go_away_free_the_slots_of_every_shard(world: World, client: OpenAI) -> None:
+    wait_for_free_slots(client)
+    steps = world.steps()
+    for _ in range(3):
+        with open_streams(client, LIMITS.max_sessions):
+            with pytest.raises(InternalServerError) as caught:
+                complete(client, PARIS)
+            assert caught.value.code == "PALS-SESSION-REFUSED"
+        wait_for_free_slots(client)
+
+    assert world.steps() - steps < MANY_TOKENS, "they were generated to their end"
+    assert complete(client, PARIS).choices[0].message.content == PARIS["text"]
+
+
+def test_a_reader_of_a_whole_answer_that_goes_away_frees_its_slot(
+    world: World, client: OpenAI
+) -> None:
+    wait_for_free_slots(client)
+    steps = world.steps()
+    with pytest.raises(APITimeoutError):
+        complete(client.with_options(timeout=0.3), STORY, max_tokens=MANY_TOKENS)
+    wait_for_free_slots(client)
+
+    assert world.steps() - steps < MANY_TOKENS, "it was generated to its end"
