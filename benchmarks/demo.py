@@ -236,6 +236,7 @@ def open_one_process(job: Job) -> Generator[OneProcess]:
         env=config.child_environment({MALLOC_VARIABLE: HUGE_PAGES}),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for this program, which ends it
     ) as process:
         try:
             yield OneProcess(process)
