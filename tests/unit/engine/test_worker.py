@@ -138,6 +138,7 @@ def test_failed_step_is_delivered_and_the_next_one_runs(bench: Bench, failure: E
     bench.compute.submit([item])
     result = bench.next()
     assert (result.items, result.outputs, result.error) == ([item], [], failure)
+    assert len(bench.shard.calls) == 1
     bench.shard.failure = None
     bench.compute.submit([make_item(1, 5)])
     assert outputs(bench.next()) == [[6]]
