@@ -36,7 +36,14 @@ from pals.net.wire import (
 )
 from pals.swarm import keys as swarm_keys
 from pals.swarm.identity import Identity
-from pals.swarm.keys import FrameKey, Role, epoch_prk
+from pals.swarm.keys import (
+    FrameKey,
+    Role,
+    epoch_prk,
+    key_confirmation,
+    link_id,
+    link_prk,
+)
 from pals.types import PeerId, SessionId, SwarmId
 
 A, B, C = (Identity.from_seed(bytes([i]) * 32).peer_id for i in (1, 2, 3))
@@ -155,6 +162,25 @@ def test_both_sides_end_with_the_same_link() -> None:
     assert (RESPONDER.local, RESPONDER.remote) == (B, A)
     assert INITIATOR.address.swarm == SWARM[:16]
     assert INITIATOR.address.epoch == EPOCH
+
+
+def test_keys_are_those_of_the_documented_schedule() -> None:
+    ours = X25519PrivateKey.from_private_bytes(bytes([11]) * 32)
+    theirs = X25519PrivateKey.from_private_bytes(bytes([22]) * 32)
+    shares = [
+        nonce * NONCE_BYTES + key.public_key().public_bytes_raw()
+        for nonce, key in ((b"i", ours), (b"r", theirs))
+    ]
+    proposal = SWARM[:16] + EPOCH.to_bytes(8, "big")
+    assert HELLO == b"PALS\x01\x00" + proposal + shares[0]
+    assert WELCOME[:HELLO_BYTES] == b"PALS\x01\x00" + proposal + shares[1]
+    prk = link_prk(
+        epoch_prk(SWARM, EPOCH, SECRET), ours.exchange(theirs.public_key()), *shares, A, B
+    )
+    assert INITIATOR.prk == prk
+    assert WELCOME[HELLO_BYTES:] == key_confirmation(prk, "responder")
+    assert CONFIRMATION == key_confirmation(prk, "initiator")
+    assert INITIATOR.address.link == link_id(prk)
 
 
 def test_flights_have_the_documented_sizes() -> None:
