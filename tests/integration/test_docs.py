@@ -33,7 +33,7 @@ on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.nam
 # --- examples ------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
 def test_examples_of_a_page_run_in_their_order(page: Path, tmp_path: Path):
     with Terminals(tmp_path) as terminals:
