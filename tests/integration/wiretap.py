@@ -1,0 +1,144 @@
+"""Records what every member of this process writes to its streams, inside Noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from pals.net.host import Host, Stream, StreamHandler
+from pals.net.links import LINK_PROTOCOL, Links, Outgoing
+from pals.net.wire import Lane
+from pals.types import PeerId
+
+WRITES_OF_A_NEW_LINK = 5
+"""Hello, welcome, confirmation, and the prefaces of two lanes."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class StreamEnd:
+    """One member's end of a stream, and all that it wrote there."""
+
+    local: PeerId
+    remote: PeerId
+    protocol: str
+    is_opener: bool
+    writes: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TappedStream:
+    """Both directions of one stream."""
+
+    protocol: str
+    opener: PeerId
+    acceptor: PeerId
+    from_opener: bytes
+    from_acceptor: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SentFrame:
+    """A frame as a member handed it to its links: what it means to say."""
+
+    sender: PeerId
+    receiver: PeerId
+    lane: Lane
+    outgoing: Outgoing
+
+
+Tamper = Callable[[StreamEnd, bytes], bytes]
+
+
+class Wiretap:
+    """One recorder for all nodes of the process; also the source of their ephemeral keys."""
+
+    def __init__(self) -> None:
+        self.ends: list[StreamEnd] = []
+        self.sent: list[SentFrame] = []
+        self.private_keys: dict[bytes, bytes] = {}
+        self.tamper: Tamper = lambda _, data: data
+        self._end_of: dict[Stream, StreamEnd] = {}
+
+    def make_ephemeral(self) -> X25519PrivateKey:
+        """Return the next of a fixed row of keys, and remember it."""
+        seed = hashlib.sha256(b"ephemeral %d" % len(self.private_keys)).digest()
+        key = X25519PrivateKey.from_private_bytes(seed)
+        self.private_keys[key.public_key().public_bytes_raw()] = seed
+        return key
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        """Tap all streams that are opened from now on, until ``patch`` is undone."""
+        write, open_stream, handle, send = Stream.write, Host.open_stream, Host.handle, Links.send
+
+        async def tapped_write(stream: Stream, data: bytes) -> None:
+            end = self._end_of[stream]
+            data = self.tamper(end, data)
+            end.writes.append(data)
+            await write(stream, data)
+
+        async def tapped_open(host: Host, peer: PeerId, protocol: str, **options: float) -> Stream:
+            stream = await open_stream(host, peer, protocol, **options)
+            self._add(stream, host.peer_id, protocol, is_opener=True)
+            return stream
+
+        def tapped_handle(host: Host, protocol: str, handler: StreamHandler) -> None:
+            async def tapped(stream: Stream) -> None:
+                self._add(stream, host.peer_id, protocol, is_opener=False)
+                await handler(stream)
+
+            handle(host, protocol, tapped)
+
+        def tapped_send(links: Links, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
+            send(links, peer, lane, outgoing)
+            self.sent.append(SentFrame(links._host.peer_id, peer, lane, outgoing))
+
+        patch.setattr(Stream, "write", tapped_write)
+        patch.setattr(Host, "open_stream", tapped_open)
+        patch.setattr(Host, "handle", tapped_handle)
+        patch.setattr(Links, "send", tapped_send)
+
+    def all_sent_is_written(self) -> bool:
+        """Return whether no frame waits in an outbox."""
+        links = len(self.links_opened())
+        writes = sum(len(end.writes) for end in self.ends)
+        return writes == WRITES_OF_A_NEW_LINK * links + len(self.sent)
+
+    def links_opened(self) -> list[StreamEnd]:
+        return [e for e in self.ends if e.protocol == LINK_PROTOCOL and e.is_opener]
+
+    def streams(self) -> list[TappedStream]:
+        """Pair the ends: the n-th that A opened to B is the n-th that B served for A."""
+        sides: dict[bool, defaultdict[tuple[str, PeerId, PeerId], list[bytes]]]
+        sides = {True: defaultdict(list), False: defaultdict(list)}
+        for end in self.ends:
+            peers = (end.local, end.remote) if end.is_opener else (end.remote, end.local)
+            sides[end.is_opener][end.protocol, *peers].append(b"".join(end.writes))
+        assert sides[True].keys() == sides[False].keys()
+        return [
+            TappedStream(
+                protocol=protocol,
+                opener=opener,
+                acceptor=acceptor,
+                from_opener=from_opener,
+                from_acceptor=from_acceptor,
+            )
+            for (protocol, opener, acceptor), opened in sides[True].items()
+            for from_opener, from_acceptor in zip(
+                opened, sides[False][protocol, opener, acceptor], strict=True
+            )
+        ]
+
+    def _add(self, stream: Stream, local: PeerId, protocol: str, *, is_opener: bool) -> None:
+        end = StreamEnd(local=local, remote=stream.peer_id, protocol=protocol, is_opener=is_opener)
+        self._end_of[stream] = end
+        self.ends.append(end)
+
+
+def flip(data: bytes, bit: int) -> bytes:
+    """Return ``data`` with one bit changed; bit 8 is the lowest of the second byte."""
+    return (int.from_bytes(data, "little") ^ 1 << bit).to_bytes(len(data), "little")
