@@ -6,6 +6,18 @@ each side brings a fresh X25519 key and 16 random bytes, so no key ever repeats.
 it runs inside Noise, which has already authenticated the two peer ids; the swarm secret
 and both ids go into the keys, so a machine that lacks the secret gets no further.
 
+Bytes of the handshake, integers big-endian::
+
+    prefix       = "PALS" || wire version (1) || status (1)
+    proposal     = swarm id (its first 16) || epoch (8) || random (16) || X25519 public key (32)
+    hello        = prefix || proposal                               initiator
+    welcome      = prefix || proposal || confirmation (32)          responder
+    finish       = confirmation (32)                                initiator
+    share        = random || X25519 public key
+
+A responder that refuses answers with a prefix alone. Control frames follow the handshake
+on its stream; the other lanes' streams begin with link id (16) || lane (1).
+
 Nothing here reads a socket, a clock or randomness: callers pass bytes and keys in.
 """
 

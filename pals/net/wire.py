@@ -5,6 +5,15 @@ header it expects and compares before anything is decrypted. The sealed body sta
 with the row table, one `Row` for each session that travels in the frame, followed by
 the payload: token ids, or hidden states of all rows one after another.
 
+Bytes of a frame, integers of header and rows big-endian, elements little-endian::
+
+    header = "PALS" || wire version (1) || lane (1) || kind (1) || dtype (1) || codec (1)
+             || swarm id (its first 16) || epoch (8) || link id (16) || counter (8)
+             || manifest (32) || boundary (2) || row count (2) || body bytes (4)
+    row    = session (16) || position (4) || tokens (2) || flags (2)
+    body   = row || row ... || payload
+    frame  = header || AES-256-GCM(body, AAD header), 16 bytes longer than the body
+
 Pure functions over bytes; `InvalidFrame` is the only error they raise on bad input.
 """
 
