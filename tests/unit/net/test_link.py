@@ -172,14 +172,14 @@ def test_keys_are_those_of_the_documented_schedule() -> None:
         for nonce, key in ((b"i", ours), (b"r", theirs))
     ]
     proposal = SWARM[:16] + EPOCH.to_bytes(8, "big")
-    assert HELLO == b"PALS\x01\x00" + proposal + shares[0]
+    assert b"PALS\x01\x00" + proposal + shares[0] == HELLO
     assert WELCOME[:HELLO_BYTES] == b"PALS\x01\x00" + proposal + shares[1]
     prk = link_prk(
         epoch_prk(SWARM, EPOCH, SECRET), ours.exchange(theirs.public_key()), *shares, A, B
     )
     assert INITIATOR.prk == prk
     assert WELCOME[HELLO_BYTES:] == key_confirmation(prk, "responder")
-    assert CONFIRMATION == key_confirmation(prk, "initiator")
+    assert key_confirmation(prk, "initiator") == CONFIRMATION
     assert INITIATOR.address.link == link_id(prk)
 
 
