@@ -5,9 +5,12 @@ Commands are registered by import path, so that each start loads only its own.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import NoReturn, cast
 
@@ -78,8 +81,8 @@ def run(tokens: Sequence[str]) -> int:
         return _report_usage(error)
     except console.OutputClosed:
         return EXIT_OUTPUT_CLOSED
-    except SystemExit:
-        raise
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else EXIT_FAILURE
     # The outermost frame of the program: whatever gets here becomes an exit status.
     except BaseException as error:
         return _report(error)
@@ -88,7 +91,15 @@ def run(tokens: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if threading.active_count() > 1:
+        # A thread that is still compiling would abort the process when the interpreter is
+        # taken down under it; every file is closed or was written whole by now.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _report_usage(error: CycloptsError) -> int:
