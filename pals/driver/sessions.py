@@ -167,6 +167,8 @@ class SessionClient:
                 raise
             else:
                 self._last_chain = chain
+                name, tokens = short_id(session.session), len(request.prompt)
+                _log.info("session %s: %d prompt tokens over %s", name, tokens, chain)
                 return session
         raise AssertionError("unreachable")
 
