@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
-from pals.errors import LayersOutsideModel
+from pals.errors import InvalidRecord, LayersOutsideModel
 from pals.net.announce import Announcement, sign_announcement
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
@@ -20,6 +21,9 @@ ANNOUNCE_INTERVAL_S = 60.0
 ANNOUNCE_SOON_S = 2.0
 ANNOUNCE_SOON_TIMES = 5
 ANNOUNCEMENT_LIFETIME_S = 180.0
+OWN_RECORD_DEADLINE_S = 3.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,22 +144,59 @@ def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
     return compute
 
 
+@dataclass(slots=True)
+class Sequence:
+    """Numbers the records of one peer; they grow even when the wall clock steps back.
+
+    Attributes:
+        last: The highest number that was used, by this process or one before.
+    """
+
+    last: int = 0
+
+    def next(self, now_unix: float) -> int:
+        """Return a number above every one before, by default the time in milliseconds."""
+        self.last = max(self.last + 1, int(now_unix * 1000))
+        return self.last
+
+
 async def _announce_forever(
     node: Node, shard: ServedShard, service: ShardService, on_ready: OnReady
 ) -> None:
     """Announce often at first, while the members find each other, and then steadily."""
-    count = 0
+    sequence, count = Sequence(), 0
     while True:
-        announcement = _build_announcement(node, shard, service)
-        await node.discovery.announce(sign_announcement(node.options.identity, announcement))
-        if count == 0:
-            on_ready(node, shard)
-        count += 1
+        if await _announce(node, shard, service, sequence):
+            if count == 0:
+                on_ready(node, shard)
+            count += 1
         soon = count < ANNOUNCE_SOON_TIMES
         await trio.sleep(ANNOUNCE_SOON_S if soon else ANNOUNCE_INTERVAL_S)
 
 
-def _build_announcement(node: Node, shard: ServedShard, service: ShardService) -> Announcement:
+async def _announce(
+    node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
+) -> bool:
+    """Announce once and return whether it was accepted here.
+
+    An expired member list or a clock that was changed refuses a record for a while; the
+    sessions that run are not to end with it.
+    """
+    own = (await node.discovery.find((node.peer_id,), deadline_s=OWN_RECORD_DEADLINE_S)).values()
+    sequence.last = max(sequence.last, *(a.seq for a in own), 0)
+    announcement = _build_announcement(node, shard, service, sequence)
+    record = sign_announcement(node.options.identity, announcement)
+    try:
+        await node.discovery.announce(record)
+    except InvalidRecord as error:
+        _log.warning("this shard could not be announced: %s", error)
+        return False
+    return True
+
+
+def _build_announcement(
+    node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
+) -> Announcement:
     now = time.time()
     return Announcement(
         peer=node.peer_id,
@@ -168,6 +209,6 @@ def _build_announcement(node: Node, shard: ServedShard, service: ShardService) -
         max_context_tokens=shard.limits.max_context_tokens,
         step_ms=service.step_ms,
         addresses=node.host.addresses(),
-        seq=int(now * 1000),
+        seq=sequence.next(now),
         expires_at=now + ANNOUNCEMENT_LIFETIME_S,
     )

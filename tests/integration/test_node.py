@@ -1,0 +1,52 @@
+"""Members over a real backend and real libp2p whose clocks and lists misbehave."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trio
+import trio.testing
+
+from pals.net import serving
+from tests.integration.net.harness import until
+from tests.integration.swarm import make_swarm, start_shard
+
+pytestmark = [pytest.mark.trio, pytest.mark.timeout(120)]
+
+
+async def test_a_clock_that_steps_back_does_not_end_a_shard(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(
+        offset_s=0.0, time=lambda: time.time() + clock.offset_s, perf_counter=time.perf_counter
+    )
+    monkeypatch.setattr(serving, "time", clock)
+    monkeypatch.setattr(serving, "ANNOUNCE_SOON_S", 0.1)
+    async with make_swarm(tmp_path, count=2) as swarm:
+        first, second = swarm.peers
+        meeting = await start_shard(nursery, swarm, swarm.options(first), "0:3")
+        shard = await start_shard(nursery, swarm, swarm.options(second), "3:6")
+        own = shard.node.peer_id
+
+        async def seen() -> int:
+            found = await meeting.node.discovery.find((own,), deadline_s=5.0)
+            return found[own].seq
+
+        before = await seen()
+        clock.offset_s = -100.0
+        with trio.fail_after(10):
+            while (after := await seen()) == before:
+                await trio.testing.wait_all_tasks_blocked(0.05)
+        shard.scope.cancel()
+        await shard.finished.wait()
+        clock.offset_s = -130.0
+        await until(lambda: own not in meeting.node.host.connected_peers())
+        again = await start_shard(nursery, swarm, swarm.options(second), "3:6")
+        restarted = await seen()
+        assert not again.finished.is_set()
+        nursery.cancel_scope.cancel()
+
+    assert before < after < restarted
