@@ -19,7 +19,7 @@ import trio
 
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
-from pals.errors import InternalStepError, PalsError, ShardLost
+from pals.errors import InternalStepError, InvalidFrame, PalsError, ShardLost
 from pals.net.control import (
     Close,
     Control,
@@ -243,22 +243,34 @@ class ShardService:
     # --- rows in ---------------------------------------------------------------------
 
     def on_rows(self, peer: PeerId, arrival: Arrival) -> None:
-        """Check every row against its session and queue it for the compute thread.
-
-        Raises:
-            InvalidFrame: A row that its session does not allow.
-        """
+        """Check every row against its session and queue it for the compute thread."""
         assert self._compute is not None
         frame = arrival.frame
         values = np.frombuffer(frame.payload, _NUMPY_DTYPES[frame.shape.dtype])
         inputs = values if frame.shape.width == 1 else values.reshape(-1, frame.shape.width)
         offset = 0
         for row in frame.rows:
-            session = self._table.take_row(peer, frame.lane, row, trio.current_time())
+            session = self._take_row(peer, frame.lane, row)
             if session is not None:
                 part = inputs[offset : offset + row.num_tokens]
                 self._submit(session, self._build_items(session, frame.lane, row, part, arrival))
             offset += row.num_tokens
+
+    def _take_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
+        """Return the session that takes a row, having ended one that it does not fit.
+
+        The link stays, for it carries other sessions, and ``peer`` need not be at fault: a
+        driver may tell two shards different things, or open an id again under way.
+        """
+        try:
+            return self._table.take_row(peer, lane, row, trio.current_time())
+        except InvalidFrame as error:
+            session = self._table.get(row.session)
+            if session is not None and peer in (session.upstream, session.ring_upstream):
+                self._fail(session, error)
+            else:
+                _log.debug("row of a session of others: %s", error)
+            return None
 
     def _submit(self, session: ShardSession, items: list[WorkItem]) -> None:
         assert self._compute is not None

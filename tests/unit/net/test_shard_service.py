@@ -10,7 +10,8 @@ import trio.testing
 
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
-from pals.net.control import Close, Control, Hop, Open, Opened, decode_control
+from pals.errors import InvalidFrame
+from pals.net.control import Close, Control, Failed, Hop, Open, Opened, decode_control
 from pals.net.links import Arrival, Links, Outgoing
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
@@ -18,7 +19,7 @@ from pals.net.wire import Frame, Kind, Lane, Row, tokens_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
 DRIVER, LOCAL = PeerId("driver"), PeerId("local")
-SESSION = SessionId(b"s" * 16)
+SESSION, OTHER = SessionId(b"s" * 16), SessionId(b"o" * 16)
 MODEL = ModelShape(manifest=b"m" * 32, num_layers=2, hidden_size=4, dtype="bf16")
 
 
@@ -74,17 +75,21 @@ class Bench:
         self.service = ShardService(cast("Links", self.links), table, MODEL, nursery)
         self.service.attach(cast("ComputeThread", self.compute))
 
-    async def open(self) -> None:
+    async def open(self, session: SessionId = SESSION) -> None:
         chain = (Hop(peer=LOCAL, start=0, stop=MODEL.num_layers),)
-        message = Open(session=SESSION, chain=chain, prompt_tokens=3, max_new_tokens=4)
+        message = Open(session=session, chain=chain, prompt_tokens=3, max_new_tokens=4)
         self.service.on_control(DRIVER, message)
         await trio.testing.wait_all_tasks_blocked()
 
-    def send_prompt(self) -> WorkItem:
-        payload = memoryview(np.arange(3, dtype="<i4").tobytes())
-        frame = Frame(Lane.PREFILL, tokens_shape(MODEL.manifest), (Row(SESSION, 0, 3),), payload)
-        self.service.on_rows(DRIVER, Arrival(frame, 0.0, 0.0))
+    def send_prompt(self, session: SessionId = SESSION) -> WorkItem:
+        self.send_rows(DRIVER, Lane.PREFILL, Row(session, 0, 3))
         return self.compute.items[-1]
+
+    def send_rows(self, sender: PeerId, lane: Lane, *rows: Row) -> None:
+        count = sum(row.num_tokens for row in rows)
+        payload = memoryview(np.arange(count, dtype="<i4").tobytes())
+        frame = Frame(lane, tokens_shape(MODEL.manifest), rows, payload)
+        self.service.on_rows(sender, Arrival(frame, 0.0, 0.0))
 
     def finish(self, item: WorkItem) -> None:
         token = np.array([7], np.int32)
@@ -116,3 +121,35 @@ async def test_step_of_an_ended_session_is_not_given_to_its_successor(prompt_aga
             bench.send_prompt()
         bench.finish(running)
     assert bench.links.rows() == []
+
+
+@pytest.mark.trio
+async def test_stale_row_ends_its_own_session_and_the_others_of_its_frame_go_on() -> None:
+    async with trio.open_nursery() as nursery:
+        bench = Bench(nursery)
+        for session in (SESSION, OTHER):
+            await bench.open(session)
+            bench.finish(bench.send_prompt(session))
+        bench.service.on_control(DRIVER, Close(session=SESSION))
+        await bench.open(SESSION)
+        bench.links.sent.clear()
+        bench.send_rows(LOCAL, Lane.DECODE, Row(SESSION, 3, 1), Row(OTHER, 3, 1))
+        taken = bench.compute.items[-1]
+        bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 0, 3))
+    (failed,) = bench.links.control()
+    assert isinstance(failed, Failed)
+    assert (failed.session, failed.code) == (SESSION, InvalidFrame.code)
+    assert (taken.position, taken.inputs.tolist()) == (3, [1])
+    assert bench.compute.items[-1] is taken
+
+
+@pytest.mark.trio
+async def test_row_of_a_session_of_others_is_ignored() -> None:
+    async with trio.open_nursery() as nursery:
+        bench = Bench(nursery)
+        await bench.open()
+        bench.send_rows(PeerId("stranger"), Lane.PREFILL, Row(SESSION, 0, 3))
+        assert bench.compute.items == []
+        bench.send_prompt()
+    assert bench.links.control() == [Opened(session=SESSION)]
+    assert len(bench.compute.items) == 1

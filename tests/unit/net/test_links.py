@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+import trio
+import trio.testing
+
+from pals.errors import InvalidFrame
+from pals.net.host import Host, StreamHandler
+from pals.net.link import LinkSecrets
+from pals.net.links import Arrival, Links, Outgoing
+from pals.net.wire import CONTROL_SHAPE, FrameShape, Lane
+from pals.types import PeerId, SwarmId
+
+LOCAL = PeerId("local")
+
+
+class FakeHost:
+    """A host that nobody dials."""
+
+    peer_id = LOCAL
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, StreamHandler] = {}
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        self.handlers[protocol] = handler
+
+
+class Events:
+    """Refuses the frames that say so, and notes the others."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+
+    def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
+        return (CONTROL_SHAPE,)
+
+    def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
+        payload = bytes(arrival.frame.payload)
+        if payload == b"stale":
+            raise InvalidFrame(peer=peer, problem="stale")
+        self.taken.append(payload)
+
+    def on_link_lost(self, peer: PeerId, problem: str) -> None:
+        raise AssertionError("there was no link")
+
+
+def make_links(events: Events) -> Links:
+    secrets = LinkSecrets(swarm_id=SwarmId(bytes(32)), epoch=0, epoch_prk=bytes(32), local=LOCAL)
+    return Links(cast("Host", FakeHost()), secrets, events)
+
+
+@pytest.mark.trio
+async def test_refused_frame_of_the_process_to_itself_ends_nothing(nursery: trio.Nursery) -> None:
+    events = Events()
+    links = make_links(events)
+    await nursery.start(links.run)
+    for payload in (b"stale", b"next"):
+        links.send(LOCAL, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), payload))
+    await trio.testing.wait_all_tasks_blocked()
+    assert events.taken == [b"next"]
