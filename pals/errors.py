@@ -488,6 +488,14 @@ class ShardFull(CapacityError):
     hint_template = "try again in a moment"
 
 
+class ShardBusy(CapacityError):
+    """A shard of the chain takes no more sessions now."""
+
+    code = "PALS-SHARD-BUSY"
+    message = "peer {peer} takes no more sessions now: {problem}"
+    hint_template = "try again in a moment, or start another shard"
+
+
 class QueueFull(CapacityError):
     """A bounded queue is full."""
 

@@ -83,10 +83,20 @@ class TrioThread(Generic[T]):
         except trio.RunFinishedError:
             _log.debug("the network has stopped")
 
-    async def call(self, function: Callable[[], Awaitable[R]]) -> R:
+    async def call(
+        self,
+        function: Callable[[], Awaitable[R]],
+        *,
+        on_lost: Callable[[R], object] = lambda _: None,
+    ) -> R:
         """Run an async function on the trio thread and wait for it on the asyncio loop.
 
         Cancelling the wait cancels the function.
+
+        Args:
+            function: Called on the trio thread.
+            on_lost: Called there with a result that came too late for a cancelled wait,
+                so that what it holds can be given back.
 
         Raises:
             PeerUnreachable: The trio thread has ended.
@@ -96,12 +106,16 @@ class TrioThread(Generic[T]):
         scope = trio.CancelScope()
 
         def settle(result: R | None, error: BaseException | None) -> None:
-            if outcome.done():
-                return
             if error is not None:
-                outcome.set_exception(error)
+                if not outcome.done():
+                    outcome.set_exception(error)
+            elif outcome.done():
+                lose(cast("R", result))
             else:
-                outcome.set_result(result)  # type: ignore[arg-type]  # R, since error is None
+                outcome.set_result(cast("R", result))
+
+        def lose(result: R) -> None:
+            self.post(partial(on_lost, result))
 
         def refuse() -> None:
             post_to(loop, partial(settle, None, _stopped()))
@@ -123,6 +137,8 @@ class TrioThread(Generic[T]):
             return await outcome
         except asyncio.CancelledError:
             self.post(scope.cancel)
+            if outcome.done() and not outcome.cancelled() and outcome.exception() is None:
+                lose(outcome.result())
             raise
 
     def _spawn(self, run: Callable[[], Awaitable[None]], refuse: Callable[[], None]) -> None:

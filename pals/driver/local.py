@@ -78,7 +78,9 @@ class LocalDriver:
         )
         events: asyncio.Queue[SessionEvent] = asyncio.Queue()
         sink = partial(_put_soon, asyncio.get_running_loop(), events)
-        session = await self._network.call(partial(self._client.open, request, sink))
+        session = await self._network.call(
+            partial(self._client.open, request, sink), on_lost=self._client.close
+        )
         return LocalCompletion(
             self._network,
             self._client,
@@ -185,6 +187,7 @@ class LocalCompletion:
         try:
             event = await asyncio.wait_for(self._events.get(), deadline_s)
         except TimeoutError:
+            await self._network.call(partial(self._client.give_up, self._session))
             raise StepTimeout(deadline_s=deadline_s, chain=self._session.chain) from None
         if isinstance(event, PalsError):
             raise event

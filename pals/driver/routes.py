@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import trio
@@ -17,6 +18,7 @@ FIND_DEADLINE_S = 5.0
 REFRESH_S = 10.0
 REFRESH_INCOMPLETE_S = 1.0
 FAILED_FOR_S = 15.0
+MAX_FAILED_FOR_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +45,7 @@ class RouteTable:
         self._node = node
         self._model = model
         self._announcements: dict[PeerId, Announcement] = {}
-        self._failed_until: dict[PeerId, float] = {}
+        self._failures: dict[PeerId, tuple[int, float]] = {}
         self._refreshing = trio.Lock()
 
     async def run(self) -> None:
@@ -60,41 +62,60 @@ class RouteTable:
             )
             self._announcements.update(found)
 
-    async def find(self) -> Chain:
+    async def find(self, *, without: Set[PeerId] = frozenset()) -> Chain:
         """Return the best chain now, after asking again if none is known.
+
+        Peers that failed lately are used only when nothing else completes a chain: it
+        may have been their connection that failed.
+
+        Args:
+            without: Peers that must not be used.
 
         Raises:
             NoChain: The missing layers are served by nobody reachable.
         """
         try:
-            return self._chain()
+            return self._chain(without)
         except NoChain:
             await self.refresh()
-            return self._chain()
+            return self._chain(without)
 
     def mark_failed(self, peer: PeerId) -> None:
-        """Leave ``peer`` out for a while: its announcement outlives it."""
-        self._failed_until[peer] = trio.current_time() + FAILED_FOR_S
+        """Use ``peer`` last for a while, longer each time: its announcement outlives it."""
+        count = self._failures.get(peer, (0, 0.0))[0] + 1
+        pause_s = min(FAILED_FOR_S * 2.0 ** (count - 1), MAX_FAILED_FOR_S)
+        self._failures[peer] = (count, trio.current_time() + pause_s)
 
-    def _chain(self) -> Chain:
+    def mark_good(self, peers: Iterable[PeerId]) -> None:
+        """Forget what was held against peers: they gave an answer."""
+        for peer in peers:
+            self._failures.pop(peer, None)
+
+    def _chain(self, without: Set[PeerId]) -> Chain:
+        usable = [a for a in self._usable() if a.peer not in without]
+        now = trio.current_time()
+        trusted = [a for a in usable if self._failures.get(a.peer, (0, now))[1] <= now]
+        try:
+            return self._find(trusted)
+        except NoChain:
+            return self._find(usable)
+
+    def _find(self, announcements: Sequence[Announcement]) -> Chain:
         return find_chain(
-            self._usable(),
+            announcements,
             manifest=self._model.manifest,
             num_layers=self._model.num_layers,
             model=self._model.model_id,
         )
 
     def _usable(self) -> list[Announcement]:
-        members, now, unix = self._node.members(), trio.current_time(), time.time()
-        return [
-            a
-            for peer, a in self._announcements.items()
-            if peer in members and a.expires_at > unix and self._failed_until.get(peer, now) <= now
-        ]
+        members, unix = self._node.members(), time.time()
+        known = self._announcements.items()
+        return [a for peer, a in known if peer in members and a.expires_at > unix]
 
     def _is_covered(self) -> bool:
         try:
-            self._chain()
+            self._chain(frozenset())
         except NoChain:
             return False
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -18,12 +18,17 @@ import trio
 from pals.driver.interface import HopReport
 from pals.driver.routes import RouteTable, ServedModel
 from pals.errors import (
+    CapacityError,
     ContextTooLong,
     InvalidFrame,
+    NoChain,
     PalsError,
     PeerError,
+    PeerUnreachable,
     ProtocolError,
     SessionRefused,
+    ShardBusy,
+    ShardFull,
     ShardLost,
     StepTimeout,
 )
@@ -56,13 +61,13 @@ from pals.net.wire import (
     sampled_shape,
     tokens_shape,
 )
-from pals.types import PeerId, SessionId, short_id
+from pals.types import LayerRange, PeerId, SessionId, short_id
 
 _log = logging.getLogger(__name__)
 
 OPEN_DEADLINE_S = 15.0
 STATS_DEADLINE_S = 5.0
-MAX_ATTEMPTS = 3
+PROBE_DEADLINE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +111,31 @@ class ClientSession:
     chain: Chain
     sink: Sink
     next_position: int
-    max_new_tokens: int
+    remaining_tokens: int
     unanswered: set[PeerId]
     answered: trio.Event = field(default_factory=trio.Event)
     error: PalsError | None = None
+    failed: set[PeerId] = field(default_factory=set[PeerId])
 
     @property
     def peers(self) -> frozenset[PeerId]:
         return frozenset(hop.peer for hop in self.chain.hops)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Question:
+    """A request for timings that waits for its answers."""
+
+    unanswered: set[PeerId]
+    stats: dict[PeerId, Stats] = field(default_factory=dict[PeerId, Stats])
+    answered: trio.Event = field(default_factory=trio.Event)
+
+    def take(self, peer: PeerId, stats: Stats) -> None:
+        if peer in self.unanswered:
+            self.unanswered.discard(peer)
+            self.stats[peer] = stats
+        if not self.unanswered:
+            self.answered.set()
 
 
 class SessionClient:
@@ -127,8 +149,7 @@ class SessionClient:
         self._model = model
         self._routes = routes
         self._sessions: dict[SessionId, ClientSession] = {}
-        self._stats: dict[PeerId, Stats] = {}
-        self._stats_changed = trio.Event()
+        self._questions: list[_Question] = []
         self._last_chain: Chain | None = None
         self._tokens = tokens_shape(model.manifest)
         self._sampled = sampled_shape(model.manifest, model.num_layers)
@@ -149,19 +170,22 @@ class SessionClient:
             ContextTooLong: Prompt and answer do not fit the chain's context.
             NoChain: No reachable shards cover every layer.
             SessionRefused: A shard does not take the session.
+            ShardBusy: A shard has no slot, and there is no other chain.
             PeerError: A shard could not be reached or did not answer.
+            ProtocolError: A shard speaks another wire version, or has another secret.
         """
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            chain = await self._routes.find()
+        avoided: set[PeerId] = set()
+        failure: PalsError | None = None
+        while True:
+            chain = await self._find_chain(avoided, failure)
             session = self._build(request, chain, sink)
             try:
                 await self._open_chain(session, request)
-            except (PeerError, ProtocolError) as error:
+            except (PeerError, ProtocolError, CapacityError) as error:
                 self.close(session)
-                if attempt == MAX_ATTEMPTS:
-                    raise
                 _log.info("chain %s: %s", chain, error)
-                await self._routes.refresh()
+                avoided |= session.failed or session.peers
+                failure = error
             except BaseException:
                 self.close(session)
                 raise
@@ -170,7 +194,19 @@ class SessionClient:
                 name, tokens = short_id(session.session), len(request.prompt)
                 _log.info("session %s: %d prompt tokens over %s", name, tokens, chain)
                 return session
-        raise AssertionError("unreachable")
+
+    async def _find_chain(self, avoided: Set[PeerId], failure: PalsError | None) -> Chain:
+        """Return a chain without the peers that failed this request already.
+
+        When there is none, the error says why the last one failed; a peer that is simply
+        gone is told as the layers that are missing.
+        """
+        try:
+            return await self._routes.find(without=avoided)
+        except NoChain as no_chain:
+            if failure is None or isinstance(failure, PeerUnreachable | ShardLost):
+                raise
+            raise failure from no_chain
 
     def close(self, session: ClientSession) -> None:
         """Free the session on every shard; may be called twice."""
@@ -178,19 +214,33 @@ class SessionClient:
             for peer in session.peers:
                 self._send_control(peer, Close(session=session.session))
 
+    async def give_up(self, session: ClientSession) -> None:
+        """Close a session whose tokens stopped coming, and use its silent shards last."""
+        self.close(session)
+        stats = await self._ask_for_stats(session.chain, deadline_s=PROBE_DEADLINE_S)
+        silent = session.peers - stats.keys()
+        for peer in silent or session.peers:
+            self._routes.mark_failed(peer)
+
     async def report(self) -> list[HopReport]:
         """Ask the shards of the last used chain how long their steps take."""
         chain = self._last_chain
         if chain is None:
             return []
-        self._stats.clear()
-        for hop in chain.hops:
-            self._send_control(hop.peer, StatsRequest())
-        with trio.move_on_after(STATS_DEADLINE_S):
-            while not self._stats.keys() >= {hop.peer for hop in chain.hops}:
-                self._stats_changed = trio.Event()
-                await self._stats_changed.wait()
-        return _build_reports(chain, self._stats)
+        return _build_reports(chain, await self._ask_for_stats(chain, deadline_s=STATS_DEADLINE_S))
+
+    async def _ask_for_stats(self, chain: Chain, *, deadline_s: float) -> dict[PeerId, Stats]:
+        """Return the timings of those shards that answer in time."""
+        question = _Question(unanswered={hop.peer for hop in chain.hops})
+        self._questions.append(question)
+        try:
+            for hop in chain.hops:
+                self._send_control(hop.peer, StatsRequest())
+            with trio.move_on_after(deadline_s):
+                await question.answered.wait()
+        finally:
+            self._questions.remove(question)
+        return question.stats
 
     # --- opening ---------------------------------------------------------------------
 
@@ -206,14 +256,14 @@ class SessionClient:
             chain=chain,
             sink=sink,
             next_position=prompt_tokens,
-            max_new_tokens=wanted,
+            remaining_tokens=wanted,
             unanswered={hop.peer for hop in chain.hops},
         )
         self._sessions[session.session] = session
         return session
 
     async def _open_chain(self, session: ClientSession, request: SessionRequest) -> None:
-        await self._link_all(session.chain)
+        await self._link_all(session)
         message = _build_open(session, request)
         for peer in session.peers:
             self._links.send(peer, Lane.CONTROL, _control_frame(message))
@@ -223,25 +273,30 @@ class SessionClient:
             raise session.error
         if session.unanswered:
             for peer in session.unanswered:
-                self._routes.mark_failed(peer)
+                self._blame(session, peer)
             raise StepTimeout(deadline_s=OPEN_DEADLINE_S, chain=session.chain)
         self._send_prompt(session, request.prompt)
 
-    async def _link_all(self, chain: Chain) -> None:
+    async def _link_all(self, session: ClientSession) -> None:
         errors: list[PalsError] = []
 
         async def link(hop: Announcement) -> None:
             try:
                 await self._links.ensure(hop.peer, hop.addresses)
             except PalsError as error:
-                self._routes.mark_failed(hop.peer)
+                self._blame(session, hop.peer)
                 errors.append(error)
 
         async with trio.open_nursery() as nursery:
-            for hop in chain.hops:
+            for hop in session.chain.hops:
                 nursery.start_soon(link, hop)
         if errors:
             raise errors[0]
+
+    def _blame(self, session: ClientSession, peer: PeerId) -> None:
+        """Leave ``peer`` out of this request's next chain, and use it last for a while."""
+        session.failed.add(peer)
+        self._routes.mark_failed(peer)
 
     def _send_prompt(self, session: ClientSession, prompt: Sequence[int]) -> None:
         for start in range(0, len(prompt), MAX_ROW_TOKENS):
@@ -258,8 +313,8 @@ class SessionClient:
     def on_control(self, peer: PeerId, message: Control) -> None:
         """Take an answer of a shard; messages about sessions that are over are ignored."""
         if isinstance(message, Stats):
-            self._stats[peer] = message
-            self._stats_changed.set()
+            for question in self._questions:
+                question.take(peer, message)
         elif isinstance(message, Opened | Refused | Failed):
             session = self._sessions.get(session_of(message))
             if session is not None and peer in session.peers:
@@ -272,21 +327,30 @@ class SessionClient:
             InvalidFrame: They are not from the session's tail, or out of order.
         """
         tokens = np.frombuffer(arrival.frame.payload, "<i4")
+        if len(tokens) != len(arrival.frame.rows):
+            raise InvalidFrame(peer=peer, problem="rows of more than one sampled token")
         for row, token in zip(arrival.frame.rows, tokens, strict=True):
             session = self._sessions.get(row.session)
-            if session is None:
-                continue  # what the tail overshoots after a close
-            if peer != session.chain.tail.peer or row.position != session.next_position:
-                problem = f"a token for position {row.position}, expected {session.next_position}"
-                raise InvalidFrame(peer=peer, problem=problem)
-            session.next_position += 1
-            session.sink(SampledToken(int(token), bool(row.flags & FLAG_LAST)))
+            if session is not None:  # else it is what the tail overshoots after a close
+                self._take_token(peer, session, row, int(token))
+
+    def _take_token(self, peer: PeerId, session: ClientSession, row: Row, token: int) -> None:
+        if peer != session.chain.tail.peer or row.position != session.next_position:
+            problem = f"a token for position {row.position}, expected {session.next_position}"
+            raise InvalidFrame(peer=peer, problem=problem)
+        session.next_position += 1
+        session.remaining_tokens -= 1
+        last = bool(row.flags & FLAG_LAST) or session.remaining_tokens == 0
+        if last:
+            self._routes.mark_good(session.peers)
+            self.close(session)
+        session.sink(SampledToken(token, last))
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         for session in [s for s in self._sessions.values() if peer in s.peers]:
-            self._routes.mark_failed(peer)
-            layers = next(h.layers for h in session.chain.hops if h.peer == peer)
-            self._fail(session, ShardLost(peer=short_id(peer), layers=layers, problem=problem))
+            self._blame(session, peer)
+            lost = ShardLost(peer=short_id(peer), layers=_layers_of(session, peer), problem=problem)
+            self._fail(session, lost)
 
     def _on_answer(
         self, peer: PeerId, session: ClientSession, message: Opened | Refused | Failed
@@ -295,12 +359,16 @@ class SessionClient:
             session.unanswered.discard(peer)
             if not session.unanswered:
                 session.answered.set()
-        elif isinstance(message, Refused):
-            self._fail(session, SessionRefused(peer=short_id(peer), problem=message.problem))
+            return
+        name, problem = short_id(peer), message.problem
+        session.failed.add(peer)
+        if isinstance(message, Failed):
+            layers = _layers_of(session, peer)
+            self._fail(session, ShardLost(peer=name, layers=layers, problem=problem))
+        elif message.code == ShardFull.code:
+            self._fail(session, ShardBusy(peer=name, problem=problem))
         else:
-            layers = next(h.layers for h in session.chain.hops if h.peer == peer)
-            lost = ShardLost(peer=short_id(peer), layers=layers, problem=message.problem)
-            self._fail(session, lost)
+            self._fail(session, SessionRefused(peer=name, problem=problem))
 
     def _fail(self, session: ClientSession, error: PalsError) -> None:
         """End a session with an error, told to whoever waits for it."""
@@ -318,6 +386,10 @@ class SessionClient:
             _log.debug("no message to %s: %s", short_id(peer), error)
 
 
+def _layers_of(session: ClientSession, peer: PeerId) -> LayerRange:
+    return next(hop.layers for hop in session.chain.hops if hop.peer == peer)
+
+
 def _control_frame(message: Control) -> Outgoing:
     return Outgoing(CONTROL_SHAPE, (), encode_control(message))
 
@@ -331,7 +403,7 @@ def _build_open(session: ClientSession, request: SessionRequest) -> Open:
         session=session.session,
         chain=hops,
         prompt_tokens=len(request.prompt),
-        max_new_tokens=session.max_new_tokens,
+        max_new_tokens=session.remaining_tokens,
         stop_token_ids=request.stop_token_ids,
         temperature=request.temperature,
         top_p=request.top_p,

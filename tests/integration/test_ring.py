@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from pals.driver.sessions import open_sessions
-from pals.errors import ContextTooLong, NoChain, PeerUnreachable, SessionRefused, ShardLost
+from pals.errors import ContextTooLong, NoChain, PeerUnreachable, ShardBusy, ShardLost
 from pals.models.snapshot import Snapshot
 from pals.net.enrolment import remove_peer
 from tests.integration.net.harness import until
@@ -150,7 +150,7 @@ async def test_more_sessions_than_slots_are_refused_and_harm_nobody(
             answers = [
                 await ask(client, request(PROMPTS[i], count=30)) for i in range(LIMITS.max_sessions)
             ]
-            with pytest.raises(SessionRefused) as caught:
+            with pytest.raises(ShardBusy) as caught:
                 await ask(client, request(PROMPTS[2]))
             tokens = [await answer.all_tokens() for answer in answers]
         nursery.cancel_scope.cancel()

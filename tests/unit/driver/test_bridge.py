@@ -228,6 +228,34 @@ def test_waiting_call_holds_neither_loop_up(network: TrioThread[Resource]) -> No
     within_deadline(main)
 
 
+def test_result_that_comes_too_late_is_given_back(network: TrioThread[Resource]) -> None:
+    """A cancellation meets the result in every order; none of the results may be lost."""
+    kept: list[int] = []
+    given_back: list[int] = []
+
+    async def one(number: int) -> None:
+        loop, cancel = asyncio.get_running_loop(), asyncio.Event()
+
+        async def finish() -> int:
+            loop.call_soon_threadsafe(cancel.set)
+            return number
+
+        task = asyncio.ensure_future(network.call(finish, on_lost=given_back.append))
+        await cancel.wait()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            kept.append(await task)
+
+    async def main() -> None:
+        for number in range(200):
+            await one(number)
+        await network.call(trio.lowlevel.checkpoint)  # behind whatever was posted before
+
+    asyncio.run(main())
+    assert sorted(kept + given_back) == list(range(200))
+    assert given_back
+
+
 def test_call_that_outlives_its_asyncio_loop_harms_nobody(
     network: TrioThread[Resource], bench: Bench
 ) -> None:

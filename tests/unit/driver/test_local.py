@@ -135,7 +135,10 @@ class FakeNetwork:
     def post(self, function: Callable[[], object]) -> None:
         function()
 
-    async def call(self, function: Callable[[], Awaitable[Any]]) -> Any:
+    async def call(
+        self, function: Callable[[], Awaitable[Any]], *, on_lost: Callable[[Any], object] = id
+    ) -> Any:
+        del on_lost
         return await function()
 
 
@@ -146,6 +149,7 @@ class FakeClient:
         self.requests: list[SessionRequest] = []
         self.sinks: list[Sink] = []
         self.closed: list[object] = []
+        self.given_up: list[object] = []
         self.refusal: Exception | None = None
         hops = [SimpleNamespace(peer=f"peer-{i}-abcdefgh", layers=f"{i}:{i + 1}") for i in (1, 2)]
         self.session = SimpleNamespace(chain=SimpleNamespace(hops=hops))
@@ -159,6 +163,9 @@ class FakeClient:
 
     def close(self, session: object) -> None:
         self.closed.append(session)
+
+    async def give_up(self, session: object) -> None:
+        self.given_up.append(session)
 
 
 class FakeTemplate:
@@ -320,6 +327,7 @@ def test_silence_ends_at_the_deadline_of_a_step_and_closes_the_session(bench: Be
         assert caught.value.fields["deadline_s"] == 0.01
 
     run(main)
+    assert bench.client.given_up == [bench.client.session]
     assert bench.client.closed == [bench.client.session]
 
 

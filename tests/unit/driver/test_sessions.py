@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from pals.driver.routes import FAILED_FOR_S, RouteTable, ServedModel
+from pals.driver.sessions import SampledToken, SessionClient, SessionEvent, SessionRequest
+from pals.errors import (
+    InvalidFrame,
+    LinkRefused,
+    NoChain,
+    PalsError,
+    PeerUnreachable,
+    ShardBusy,
+    ShardFull,
+    ShardLost,
+    WireVersionMismatch,
+)
+from pals.net.announce import Announcement
+from pals.net.control import Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
+from pals.net.links import Arrival, Outgoing
+from pals.net.wire import FLAG_LAST, Frame, Lane, Row, sampled_shape
+from pals.types import LayerRange, PeerId, SessionId
+
+pytestmark = pytest.mark.trio
+
+MANIFEST = b"m" * 32
+MODEL = ServedModel(model_id="test/m", manifest=MANIFEST, num_layers=4, max_position_embeddings=64)
+A, B, C, D = (PeerId(f"12D3KooW{name}-abcdefgh") for name in "ABCD")
+
+
+def announcement(peer: PeerId, layers: str, *, free: int = 2) -> Announcement:
+    return Announcement(
+        peer=peer,
+        model_id="test/m",
+        manifest=MANIFEST,
+        layers=LayerRange.parse(layers),
+        num_layers=4,
+        dtype="f32",
+        free_sessions=free,
+        max_context_tokens=32,
+        step_ms=1.0,
+        addresses=("/ip4/127.0.0.1/tcp/1",),
+        seq=1,
+        expires_at=time.time() + 60,
+    )
+
+
+class FakeDiscovery:
+    def __init__(self, announcements: Iterable[Announcement]) -> None:
+        self.announcements = {a.peer: a for a in announcements}
+
+    async def find(self, peers: Iterable[PeerId], *, deadline_s: float) -> dict[PeerId, Any]:
+        assert deadline_s > 0
+        return {p: a for p, a in self.announcements.items() if p in set(peers)}
+
+
+class FakeLinks:
+    """Answers `Open` at once, as the shards of a test would."""
+
+    def __init__(self) -> None:
+        self.unreachable: dict[PeerId, PalsError] = {}
+        self.refusals: dict[PeerId, tuple[str, str]] = {}
+        self.silent: set[PeerId] = set()
+        self.opened: list[tuple[PeerId, ...]] = []
+        self.closed: list[PeerId] = []
+        self.client: SessionClient | None = None
+
+    async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        if peer in self.unreachable:
+            raise self.unreachable[peer]
+
+    def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
+        assert self.client is not None
+        if lane is not Lane.CONTROL or peer in self.silent:
+            return
+        message = decode_control(peer, memoryview(outgoing.payload))
+        if isinstance(message, Open):
+            if peer == message.chain[0].peer:
+                self.opened.append(tuple(PeerId(hop.peer) for hop in message.chain))
+            if peer in self.refusals:
+                code, problem = self.refusals[peer]
+                answer: Any = Refused(session=message.session, code=code, problem=problem)
+            else:
+                answer = Opened(session=message.session)
+            self.client.on_control(peer, answer)
+        elif isinstance(message, StatsRequest):
+            stats = Stats(steps=1, step_ms=1.0, queue_ms=0.0, codec_ms=0.0, turn_ms=3.0)
+            self.client.on_control(peer, stats)
+        elif isinstance(message, Close):
+            self.closed.append(peer)
+
+
+class FakeNode:
+    peer_id = PeerId("12D3KooWself-abcdefgh")
+
+    def __init__(self, *announcements: Announcement) -> None:
+        self.discovery = FakeDiscovery(announcements)
+        self.links = FakeLinks()
+
+    def members(self) -> frozenset[PeerId]:
+        return frozenset({A, B, C, D, self.peer_id})
+
+
+class Bench:
+    def __init__(self, *announcements: Announcement) -> None:
+        self.node: Any = FakeNode(*announcements)
+        self.links: FakeLinks = self.node.links
+        self.routes = RouteTable(self.node, MODEL)
+        self.client = SessionClient(self.node, MODEL, self.routes)
+        self.links.client = self.client
+        self.events: list[SessionEvent] = []
+
+    async def open(self, count: int = 3):
+        request = SessionRequest(
+            prompt=(1, 2),
+            max_new_tokens=count,
+            stop_token_ids=(),
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
+        )
+        return await self.client.open(request, self.events.append)
+
+    def sample(self, peer: PeerId, session: SessionId, position: int, *, flags: int = 0) -> None:
+        payload = memoryview(np.array([7], "<i4").tobytes())
+        rows = (Row(session, position, 1, flags),)
+        frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), rows, payload)
+        self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
+
+
+async def test_a_tail_that_never_stops_is_stopped_at_the_last_token_asked_for() -> None:
+    bench = Bench(announcement(A, "0:4"))
+    session = await bench.open(count=3)
+
+    for position in range(2, 12):
+        bench.sample(A, session.session, position)
+
+    assert bench.events == [SampledToken(7, False), SampledToken(7, False), SampledToken(7, True)]
+    assert bench.links.closed == [A]
+
+
+async def test_the_tail_s_own_end_frees_the_session_at_once() -> None:
+    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+    session = await bench.open(count=9)
+
+    bench.sample(B, session.session, 2, flags=FLAG_LAST)
+
+    assert bench.events == [SampledToken(7, True)]
+    assert sorted(bench.links.closed) == [A, B]
+
+
+async def test_tokens_from_another_peer_or_position_are_refused() -> None:
+    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+    session = await bench.open()
+
+    with pytest.raises(InvalidFrame):
+        bench.sample(A, session.session, 2)
+    with pytest.raises(InvalidFrame):
+        bench.sample(B, session.session, 3)
+    assert bench.events == []
+
+
+async def test_a_row_of_several_sampled_tokens_is_refused() -> None:
+    bench = Bench(announcement(A, "0:4"))
+    session = await bench.open()
+    payload = memoryview(np.array([7, 8], "<i4").tobytes())
+    frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), (Row(session.session, 2, 2),), payload)
+
+    with pytest.raises(InvalidFrame):
+        bench.client.on_rows(A, Arrival(frame, 0.0, 0.0))
+
+
+async def test_another_chain_is_taken_when_a_shard_cannot_be_reached() -> None:
+    bench = Bench(announcement(A, "0:4"), announcement(B, "0:2"), announcement(C, "2:4"))
+    bench.links.unreachable[A] = PeerUnreachable(peer=A, problem="gone")
+
+    session = await bench.open()
+
+    assert session.peers == {B, C}
+
+
+async def test_without_another_chain_an_unreachable_shard_is_told_as_missing_layers() -> None:
+    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+    bench.links.unreachable[B] = PeerUnreachable(peer=B, problem="gone")
+
+    with pytest.raises(NoChain) as caught:
+        await bench.open()
+
+    assert caught.value.fields["missing"] == "2:4"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WireVersionMismatch(peer=A, theirs=2, ours=1),
+        LinkRefused(peer=A, problem="the swarm secrets differ"),
+    ],
+)
+async def test_without_another_chain_the_reason_of_the_last_one_is_told(error: PalsError) -> None:
+    bench = Bench(announcement(A, "0:4"))
+    bench.links.unreachable[A] = error
+
+    with pytest.raises(type(error)):
+        await bench.open()
+
+
+async def test_a_full_shard_is_passed_over_and_told_when_there_is_no_other() -> None:
+    bench = Bench(announcement(A, "0:4"), announcement(B, "0:4"))
+    bench.links.refusals = {A: (ShardFull.code, "all 2 session slots are taken")}
+    assert (await bench.open()).peers == {B}
+
+    bench.links.refusals[B] = bench.links.refusals[A]
+    with pytest.raises(ShardBusy) as caught:
+        await bench.open()
+
+    assert (caught.value.http_status, caught.value.retryable) == (429, True)
+
+
+async def test_a_peer_whose_link_broke_is_used_again_when_nobody_else_can() -> None:
+    bench = Bench(announcement(A, "0:4"))
+    await bench.open()
+
+    bench.client.on_peer_lost(A, "the stream was cut")
+
+    assert isinstance(bench.events[-1], ShardLost)
+    assert (await bench.open()).peers == {A}
+
+
+async def test_a_silent_shard_is_used_last_after_its_session_was_given_up(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"), announcement(C, "2:4"))
+    first = await bench.open()
+    (silent,) = first.peers - {A}
+    bench.links.silent.add(silent)
+
+    await bench.client.give_up(first)
+    second = await bench.open()
+
+    assert second.peers == {A, *({B, C} - {silent})}
+    await trio.sleep(FAILED_FOR_S + 1)
+    bench.links.silent.clear()
+    assert silent in (await bench.open()).peers
+
+
+async def test_reports_asked_for_together_are_each_whole(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+    await bench.open()
+    reports: list[int] = []
+
+    async def report() -> None:
+        reports.append(len(await bench.client.report()))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(report)
+        nursery.start_soon(report)
+
+    assert reports == [2, 2]
