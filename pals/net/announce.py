@@ -6,8 +6,9 @@ signature followed by the signed body, a msgpack array in one canonical form.
 
 from __future__ import annotations
 
+import ipaddress
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +21,7 @@ MAX_RECORD_BYTES = 4096
 MAX_LIFETIME_S = 300.0
 CLOCK_SKEW_S = 300.0
 MAX_ADDRESSES = 16
+BRIDGES = ipaddress.ip_network("172.16.0.0/12")
 MAX_TEXT_CHARS = 256
 MAX_LAYERS = 10_000
 MANIFEST_BYTES = 32
@@ -40,7 +42,7 @@ class Announcement:
         free_sessions: Sessions it would take now.
         max_context_tokens: Tokens one session may reach.
         step_ms: Time of one decode step over its layers.
-        addresses: Multiaddrs at which it listens.
+        addresses: Multiaddrs at which it listens, most useful first.
         seq: Grows with every record of this peer; a lower one is older.
         expires_at: Unix time in seconds, at most 5 minutes ahead.
     """
@@ -130,6 +132,27 @@ def newest(announcements: list[Announcement]) -> int:
         range(len(announcements)),
         key=lambda i: (announcements[i].seq, announcements[i].expires_at),
     )
+
+
+def useful_first(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Return multiaddrs in the order in which a cut list should keep them.
+
+    Global and private ones go before those that seldom lead here from another machine
+    (link-local ones, and 172.16.0.0/12, where container engines put their bridges), and
+    loopback goes last; the order of the host is kept within each.
+    """
+    return tuple(sorted(addresses, key=_remoteness))
+
+
+def _remoteness(address: str) -> int:
+    protocol, _, rest = address.removeprefix("/").partition("/")
+    try:
+        ip = ipaddress.ip_address(rest.partition("/")[0])
+    except ValueError:
+        return 0  # a name, which somebody gave it for others to use
+    if ip.is_loopback:
+        return 2
+    return int(ip.is_link_local or (protocol == "ip4" and ip in BRIDGES))
 
 
 def _encode(a: Announcement) -> bytes:

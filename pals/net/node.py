@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
 from pals.errors import InvalidConfig, InvalidFrame, NotAMember, PalsError
+from pals.net.announce import useful_first
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery
 from pals.net.host import Host, open_host, ungrouped_errors
@@ -241,7 +242,7 @@ async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> N
     hint = sign_hint(
         options.identity,
         swarm_id=options.swarm_id,
-        addresses=node.host.addresses(),
+        addresses=useful_first(node.host.addresses()),
         issued_at=now,
     )
     found: dict[PeerId, tuple[str, ...]] = {}

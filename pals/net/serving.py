@@ -11,7 +11,7 @@ import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
 from pals.errors import InvalidRecord, LayersOutsideModel
-from pals.net.announce import Announcement, sign_announcement
+from pals.net.announce import MAX_ADDRESSES, Announcement, sign_announcement, useful_first
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
@@ -208,7 +208,7 @@ def _build_announcement(
         free_sessions=service.free_sessions,
         max_context_tokens=shard.limits.max_context_tokens,
         step_ms=service.step_ms,
-        addresses=node.host.addresses(),
+        addresses=useful_first(node.host.addresses())[:MAX_ADDRESSES],
         seq=sequence.next(now),
         expires_at=now + ANNOUNCEMENT_LIFETIME_S,
     )

@@ -11,6 +11,8 @@ import trio
 import trio.testing
 
 from pals.net import serving
+from pals.net.announce import MAX_ADDRESSES
+from pals.net.host import Host
 from tests.integration.net.harness import until
 from tests.integration.swarm import make_swarm, start_shard
 
@@ -50,3 +52,18 @@ async def test_a_clock_that_steps_back_does_not_end_a_shard(
         nursery.cancel_scope.cancel()
 
     assert before < after < restarted
+
+
+async def test_a_host_with_many_bridges_serves_and_announces_the_useful_addresses(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridges = tuple(f"/ip4/172.{17 + i}.0.1/tcp/4001" for i in range(15))
+    lan = ("/ip4/192.168.1.2/tcp/4001", "/ip4/10.0.0.2/tcp/4001")
+    monkeypatch.setattr(Host, "addresses", lambda self: (*bridges, *lan))
+    async with make_swarm(tmp_path, count=1) as swarm:
+        shard = await start_shard(nursery, swarm, swarm.options(swarm.peers[0]), "0:6")
+        own = shard.node.peer_id
+        found = await shard.node.discovery.find((own,), deadline_s=5.0)
+        nursery.cancel_scope.cancel()
+
+    assert found[own].addresses == (*lan, *bridges[: MAX_ADDRESSES - len(lan)])

@@ -19,6 +19,7 @@ from pals.net.announce import (
     newest,
     open_announcement,
     sign_announcement,
+    useful_first,
 )
 from pals.swarm.identity import SIGNATURE_BYTES, Identity
 from pals.types import LayerRange
@@ -154,3 +155,11 @@ def test_the_highest_sequence_number_is_the_newest():
     older, newer = ANNOUNCEMENT, replace(ANNOUNCEMENT, seq=8, expires_at=NOW + 1)
     assert newest([older, newer]) == 1
     assert newest([newer, older]) == 0
+
+
+def test_addresses_that_lead_here_from_elsewhere_go_first():
+    loopback = ["/ip4/127.0.0.1/tcp/1/p2p/x", "/ip6/::1/tcp/1/p2p/x"]
+    local = ["/ip4/172.17.0.1/tcp/1/p2p/x", "/ip6/fe80::1/tcp/1/p2p/x", "/ip4/169.254.1.1/tcp/1"]
+    lan = ["/ip4/192.168.1.2/tcp/1/p2p/x", "/ip4/10.0.0.2/tcp/1", "/ip4/203.0.113.1/tcp/1"]
+    lan += ["/ip6/2001:db8::1/tcp/1", "/dns4/example.org/tcp/1", "not an address"]
+    assert useful_first([*loopback, *local, *lan]) == (*lan, *local, *loopback)
