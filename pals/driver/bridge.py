@@ -149,7 +149,7 @@ class TrioThread(Generic[T]):
             except RuntimeError:  # the nursery is closed while the resource closes
                 refuse()
 
-        if self._token is None or not self._thread.is_alive():
+        if self._token is None:
             raise _stopped()
         try:
             self._token.run_sync_soon(start_soon)

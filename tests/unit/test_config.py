@@ -104,6 +104,15 @@ def test_debug_variable(monkeypatch: pytest.MonkeyPatch, value: str, enabled: bo
     assert config.debug_enabled() is enabled
 
 
+@pytest.mark.parametrize(("threads", "wanted"), [(3, "3"), (None, "8")])
+def test_compute_threads_are_bounded_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch, threads: int | None, wanted: str
+) -> None:
+    monkeypatch.setenv("NPROC", "8")
+    config.limit_compute_threads(threads)
+    assert os.environ["NPROC"] == wanted
+
+
 # --- secrets -------------------------------------------------------------------------
 
 
@@ -172,6 +181,20 @@ def test_private_file_is_written_for_its_owner_only(tmp_path: Path) -> None:
         os.umask(previous)
     assert read_private(path) == b"data"
     assert (mode_of(path), mode_of(path.parent)) == (0o600, 0o700)
+
+
+def test_file_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "secret"
+    synced: list[tuple[int, bool]] = []
+
+    def note(handle: int) -> None:
+        synced.append((os.fstat(handle).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_private(path, b"data")
+    assert synced == [(4, False)]
 
 
 def test_rewritten_file_replaces_a_file_that_others_could_read(tmp_path: Path) -> None:
@@ -380,6 +403,12 @@ def test_lock_is_given_back_when_its_block_fails(profile: Profile) -> None:
     assert mode_of(profile.path / "node.lock") == 0o600
 
 
+def test_lock_states_the_process_alone(profile: Profile) -> None:
+    (profile.path / "node.lock").write_text("9" * 30)
+    with profile.lock():
+        assert (profile.path / "node.lock").read_text() == str(os.getpid())
+
+
 def test_lock_file_that_is_a_symlink_is_refused(profile: Profile, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_bytes(b"other's")
@@ -439,6 +468,19 @@ def test_bad_preset_is_named_with_its_problem(tmp_path: Path, text: bytes, probl
         load_text(tmp_path, text)
     assert caught.value.fields["source"] == tmp_path / "preset.toml"
     assert problem in str(caught.value.fields["problem"])
+
+
+def test_preset_may_be_as_long_as_the_limit(tmp_path: Path) -> None:
+    assert load_text(tmp_path, b"#" * config.MAX_CONFIG_BYTES) == Settings()
+
+
+def test_preset_with_a_slash_or_a_suffix_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, preset in (("mine.toml", "mine.toml"), ("mine", "./mine")):
+        (tmp_path / name).write_text("[backend]\nport = 9\n")
+        assert load_settings(preset).backend.port == 9
 
 
 def test_unknown_preset_names_those_there_are() -> None:

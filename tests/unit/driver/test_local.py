@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -249,6 +250,12 @@ def test_request_says_what_the_caller_asked_for(bench: Bench, tokenizer: Tokeniz
             seed=7,
         )
     ]
+
+
+def test_driver_says_what_it_serves_and_since_when(bench: Bench) -> None:
+    driver = bench.driver()
+    assert driver.model_id == "test/tiny"
+    assert abs(driver.created - time.time()) < 60
 
 
 def test_seed_that_is_not_given_is_drawn_each_time(bench: Bench) -> None:
