@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import uvicorn
 from litestar.types import ASGIApp
 
+from pals.api.protocol import ConnectionLimits, guarded_protocol
 from pals.errors import PortInUse, PublicBindWithoutKey
 
 BACKLOG = 128
-MAX_CONNECTIONS = 512
 MAX_HEAD_BYTES = 16 << 10
 KEEP_ALIVE_S = 30
 GRACEFUL_SHUTDOWN_S = 10
@@ -98,10 +98,18 @@ class HttpServer:
     """
 
     def __init__(
-        self, app: ASGIApp, listener: Listener, *, on_ready: Callable[[str], None] | None = None
+        self,
+        app: ASGIApp,
+        listener: Listener,
+        *,
+        on_ready: Callable[[str], None] | None = None,
+        limits: ConnectionLimits | None = None,
     ) -> None:
         self._listener = listener
-        self._server = _Server(app, on_ready=lambda: on_ready(listener.url) if on_ready else None)
+        self._server = _Server(
+            _uvicorn_config(app, limits or ConnectionLimits()),
+            on_ready=lambda: on_ready(listener.url) if on_ready else None,
+        )
 
     def run(self) -> None:
         with self._listener.socket as bound:
@@ -112,8 +120,8 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
-        super().__init__(_uvicorn_config(app))
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -121,11 +129,11 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
 
-def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+def _uvicorn_config(app: ASGIApp, limits: ConnectionLimits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=guarded_protocol(limits),
         ws="none",
         interface="asgi3",
         log_config=None,
@@ -135,7 +143,8 @@ def _uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         backlog=BACKLOG,
-        limit_concurrency=MAX_CONNECTIONS,
+        # Never reached by connections, of which there are fewer: it bounds what still runs.
+        limit_concurrency=limits.total + 1,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,

@@ -8,18 +8,24 @@ from contextlib import contextmanager
 
 from pals.api.gate import GateSettings
 from pals.api.openai import build_openai_app
+from pals.api.protocol import ConnectionLimits
 from pals.api.server import HttpServer, listen
 from pals.driver.interface import Driver
 
 
 @contextmanager
-def running(driver: Driver, *, api_key: str | None = None) -> Iterator[str]:
+def running(
+    driver: Driver, *, api_key: str | None = None, limits: ConnectionLimits | None = None
+) -> Iterator[str]:
     """Serve ``driver`` on a free port and give its address."""
     listener = listen("127.0.0.1", 0, api_key=api_key)
     gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
     ready = threading.Event()
     server = HttpServer(
-        build_openai_app(driver, gate=gate), listener, on_ready=lambda _: ready.set()
+        build_openai_app(driver, gate=gate),
+        listener,
+        on_ready=lambda _: ready.set(),
+        limits=limits,
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
