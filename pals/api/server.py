@@ -20,7 +20,7 @@ from pals.errors import PortInUse, PublicBindWithoutKey
 BACKLOG = 128
 MAX_HEAD_BYTES = 16 << 10
 KEEP_ALIVE_S = 30
-GRACEFUL_SHUTDOWN_S = 10
+GRACEFUL_SHUTDOWN_S = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,10 +3,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.fakes import FakeDriver
 
 PROGRAM = """
 from pals.api.gate import GateSettings
@@ -19,19 +24,30 @@ gate = GateSettings.for_bind(listener.host, listener.port)
 app = build_openai_app(FakeDriver(), gate=gate)
 HttpServer(app, listener, on_ready=lambda url: print(url, flush=True)).run()
 """
+ENDLESS = PROGRAM.replace("FakeDriver()", 'FakeDriver(["a"], end=None)')
+QUESTION = {
+    "model": FakeDriver.model_id,
+    "messages": [{"role": "user", "content": "hi"}],
+    "stream": True,
+}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_which_itself_prints_nothing(number: signal.Signals) -> None:
+@contextmanager
+def started(program: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         cwd=Path(__file__).parents[3],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
+        yield process, process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_which_itself_prints_nothing(number: signal.Signals) -> None:
+    with started(PROGRAM) as (process, url):
         answer = httpx.get(f"{url}/health")
         process.send_signal(number)
         output, _ = process.communicate(timeout=20)
@@ -40,3 +56,17 @@ def test_a_signal_ends_the_server_which_itself_prints_nothing(number: signal.Sig
     assert "server" not in answer.headers
     assert process.returncode == -number
     assert output == ""
+
+
+def test_an_open_stream_does_not_hold_up_the_end() -> None:
+    with (
+        started(ENDLESS) as (process, url),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=QUESTION) as answer,
+    ):
+        assert next(answer.iter_lines()).startswith("data:")
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+    assert time.monotonic() - begin < 5
+    assert process.returncode == -signal.SIGINT
