@@ -77,10 +77,7 @@ class Shard:
         self.is_tail = layers.stop == config.num_layers
         self._programs = programs
         self._leaves = leaves
-        self._lengths = SlotLengths(limits)
-        self._cache: Cache = build_cache(
-            config, num_layers=len(layers), limits=limits, dtype=NUMPY_DTYPES[dtype]
-        )
+        self._reset()
 
     @classmethod
     def load(
@@ -210,10 +207,28 @@ class Shard:
     def _run(
         self, key: ProgramKey, *arguments: np.ndarray | SamplingRows[np.ndarray] | None
     ) -> np.ndarray:
-        """Run a program over the cache and wait for its result."""
-        program = self._programs.get(key, self._leaves, self._cache)
-        output, self._cache = program(self._leaves, self._cache, *arguments)
-        return np.asarray(output)
+        """Run a program over the cache and wait for its result.
+
+        Any failure empties every slot: the cache was given to the program, and is gone.
+        """
+        try:
+            program = self._programs.get(key, self._leaves, self._cache)
+            output, self._cache = program(self._leaves, self._cache, *arguments)
+            return np.asarray(output)
+        except Exception:  # XLA's errors have no common type; each is raised again
+            self._reset()
+            raise
+
+    def _reset(self) -> None:
+        """Reserve an empty cache."""
+        self._lengths = SlotLengths(self.limits)
+        self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
+        self._cache = build_cache(
+            self.config,
+            num_layers=len(self.layers),
+            limits=self.limits,
+            dtype=NUMPY_DTYPES[self.dtype],
+        )
 
     def _check_inputs(self, inputs: np.ndarray, most: int) -> int:
         """Return the number of tokens, having checked dtype, shape and range."""

@@ -196,6 +196,10 @@ class SessionTable:
             s for s in self._sessions.values() if now - s.last_seen > self.idle_s
         )
 
+    def remove_all(self) -> list[ShardSession]:
+        """Free and return every session."""
+        return self._remove_all(self._sessions.values())
+
     def _remove_all(self, sessions: Iterable[ShardSession]) -> list[ShardSession]:
         found = list(sessions)
         for session in found:

@@ -331,11 +331,17 @@ class ShardService:
             self._send_hidden(result)
 
     def _fail_step(self, items: Iterable[WorkItem], error: Exception) -> None:
-        shown = error if isinstance(error, PalsError) else InternalStepError(layers=self.layers)
-        for item in items:
-            session = self._find(item)
-            if session is not None:
-                self._fail(session, shown)
+        """End the sessions of a refused step, and all when it failed: the cache is gone."""
+        if isinstance(error, PalsError):
+            for item in items:
+                session = self._find(item)
+                if session is not None:
+                    self._fail(session, error)
+            return
+        shown = InternalStepError(layers=self.layers)
+        for session in self._table.remove_all():
+            self._forget(session)
+            self._report(session, shown.code, str(shown))
 
     def _note_step(self, result: StepResult) -> None:
         timings = self._timings

@@ -1,3 +1,6 @@
+from functools import partial
+
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -318,3 +321,29 @@ def test_layers_outside_the_model_are_refused(snapshot):
 def test_limits_out_of_range_are_refused(snapshot, limits):
     with pytest.raises(InvalidConfig):
         Shard.load(snapshot, LayerRange(0, 1), dtype="f32", limits=limits)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_step_that_fails_empties_every_slot_and_the_next_session_runs(snapshot, kind, monkeypatch):
+    shards = load_chain(snapshot, [0])
+    expected = generate(shards, OTHER)
+    prefill(shards, 1, OTHER)
+    run_step = {
+        "prefill": partial(prefill, shards, 0, OTHER),
+        "decode": partial(decode, shards, [0], [len(OTHER)], [1]),
+    }[kind]
+
+    def fail(leaves, cache, *_):
+        """Fail as XLA does: after the cache was given away."""
+        for array in jax.tree.leaves(cache):
+            array.delete()
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards[0]._programs, "get", lambda *_: fail)
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            run_step()
+    with pytest.raises(InvalidStep, match="which holds 0"):
+        decode(shards, [1], [len(OTHER)], [1])
+
+    assert generate(shards, OTHER) == expected

@@ -10,7 +10,7 @@ import trio.testing
 
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
-from pals.errors import InvalidFrame
+from pals.errors import InternalStepError, InvalidFrame, InvalidStep
 from pals.net.control import Close, Control, Failed, Hop, Open, Opened, decode_control
 from pals.net.links import Arrival, Links, Outgoing
 from pals.net.ring import SessionTable
@@ -153,3 +153,30 @@ async def test_row_of_a_session_of_others_is_ignored() -> None:
         bench.send_prompt()
     assert bench.links.control() == [Opened(session=SESSION)]
     assert len(bench.compute.items) == 1
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("error", "code", "ended"),
+    [
+        (RuntimeError("XLA"), InternalStepError.code, {SESSION, OTHER}),
+        (InvalidStep(problem="x"), InvalidStep.code, {SESSION}),
+    ],
+)
+async def test_step_that_fails_ends_all_sessions_and_one_that_is_refused_its_own(
+    error: Exception, code: str, ended: set[SessionId]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        bench = Bench(nursery)
+        items: list[WorkItem] = []
+        for session in (SESSION, OTHER):
+            await bench.open(session)
+            items.append(bench.send_prompt(session))
+        bench.service.on_step(
+            StepResult(items=items[:1], outputs=[], started_s=1.0, finished_s=2.0, error=error)
+        )
+    failed = [message for message in bench.links.control() if isinstance(message, Failed)]
+    assert {message.session for message in failed} == ended
+    assert {message.code for message in failed} == {code}
+    assert bench.service.free_sessions == len(ended)
+    assert bench.compute.items == items[len(ended) :]
