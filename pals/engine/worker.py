@@ -78,6 +78,7 @@ class ComputeThread:
         self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=MAX_QUEUED_BYTES)
         self._changed = threading.Condition()
         self._closing = False
+        self._dropped: set[Hashable] = set()
         self._thread = threading.Thread(target=self._run, name="pals-compute", daemon=True)
 
     def start(self) -> None:
@@ -97,9 +98,13 @@ class ComputeThread:
                 self._changed.notify()
 
     def drop(self, session: Hashable) -> None:
-        """Forget the waiting rows of a session; the step that runs now is not touched."""
+        """Forget the waiting rows of a session; the step that runs now is not touched.
+
+        Call it before the session's slot is given to another.
+        """
         with self._changed:
             self._scheduler.drop(session)
+            self._dropped.add(session)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step it is in, waiting at most ``timeout_s``."""
@@ -117,6 +122,7 @@ class ComputeThread:
         with self._changed:
             while not self._closing:
                 if step := self._scheduler.next_step():
+                    self._dropped.clear()  # their rows have left the queue
                     return step
                 self._changed.wait()
         return None
@@ -125,8 +131,12 @@ class ComputeThread:
         """Run a step; a batch that is refused is run row by row to find whose fault it is."""
         result = self._try_step(items)
         if len(items) > 1 and isinstance(result.error, PalsError):
-            return [self._try_step([item]) for item in items]
+            return [self._try_step([item]) for item in items if not self._is_dropped(item)]
         return [result]
+
+    def _is_dropped(self, item: WorkItem) -> bool:
+        with self._changed:
+            return item.session in self._dropped
 
     def _try_step(self, items: list[WorkItem]) -> StepResult:
         started_s = time.perf_counter()

@@ -201,6 +201,25 @@ def test_dropped_rows_do_not_run_but_the_running_step_ends(bench: Bench) -> None
     assert [outputs(bench.next()) for _ in range(2)] == [[[6]], [[8]]]
 
 
+def test_dropped_row_of_a_refused_batch_is_not_run_again(bench: Bench) -> None:
+    """Its slot may be another session's by then."""
+    bench.shard.released.clear()
+    bench.compute.submit([make_item(0, 5), make_item(1, 99), make_item(2, 7)])
+    bench.compute.start()
+    assert bench.shard.entered.wait(WAIT_S)
+    bench.compute.drop("session-0")
+    bench.shard.released.set()
+    assert [bench.next().items[0].slot for _ in range(2)] == [1, 2]
+    assert [call[1] for call in bench.shard.calls] == [[0, 1, 2], [1], [2]]
+
+
+def test_session_that_was_dropped_before_may_come_again(bench: Bench) -> None:
+    bench.compute.drop("session-0")
+    bench.compute.submit([make_item(0, 5)])
+    bench.compute.start()
+    assert outputs(bench.next()) == [[6]]
+
+
 def test_close_ends_the_step_that_runs_and_starts_no_other(bench: Bench) -> None:
     bench.shard.released.clear()
     bench.compute.start()
