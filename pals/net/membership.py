@@ -46,6 +46,8 @@ REQUEST_DEADLINE_S = 10.0
 MAX_RESPONSE_BYTES = 12 << 20
 MAX_BACKOFF_S = 30.0
 MAX_COUNTED_FAILURES = 8
+DRAIN_S = 60.0
+EXPIRY_INTERVAL_S = 5.0
 POLL_SPREAD = (0.9, 1.1)
 NOT_MODIFIED = 304
 
@@ -261,6 +263,23 @@ async def poll_roster(
             if failures:
                 _log.info("the member list is renewed again")
             failures = 0
+
+
+async def cut_when_expired(allow_list: AllowList, cut: Callable[[], None]) -> None:
+    """Call ``cut`` again and again while the list has been expired for `DRAIN_S`.
+
+    New connections are refused from the first second; what runs may end in that time.
+    A renewed list ends that by itself.
+    """
+    warned = False
+    while True:
+        expired_s = allow_list.expired_s(trio.current_time())
+        if expired_s > 0 and not warned:
+            _log.warning("the member list expired: nobody may connect until it is renewed")
+        warned = expired_s > 0
+        if expired_s >= DRAIN_S:
+            cut()
+        await trio.sleep(EXPIRY_INTERVAL_S)
 
 
 async def _poll_once(

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -25,7 +26,7 @@ from pals.net.discovery import Discovery
 from pals.net.host import Host, open_host, ungrouped_errors
 from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
-from pals.net.membership import MembershipClient, first_roster, poll_roster
+from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
 from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import open_hint, sign_hint
@@ -194,6 +195,7 @@ async def _start(
         _dispatch=dispatch,
     )
     nursery.start_soon(_poll, node, client, options)
+    nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
     await _meet(node, client, options)
     nursery.start_soon(_keep_meeting, node, client, options)
     return node
@@ -208,8 +210,7 @@ async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> N
             node.nursery.start_soon(_end_membership, options)
         for peer in removed - {node.peer_id}:
             _log.info("peer %s is no longer a member", short_id(peer))
-            node.links.drop(peer, "it is no longer a member")
-            node.nursery.start_soon(node.host.drop_peer, peer)
+            _cut(node, peer, "it is no longer a member")
 
     await poll_roster(
         client,
@@ -219,6 +220,16 @@ async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> N
         interval=options.settings.poll_interval_s,
         on_change=on_change,
     )
+
+
+def _cut_everybody(node: Node) -> None:
+    for peer in node.links.linked_peers() | node.host.connected_peers():
+        _cut(node, peer, "the member list expired")
+
+
+def _cut(node: Node, peer: PeerId, problem: str) -> None:
+    node.links.drop(peer, problem)
+    node.nursery.start_soon(node.host.drop_peer, peer)
 
 
 async def _end_membership(options: NodeOptions) -> None:

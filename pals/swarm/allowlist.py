@@ -59,6 +59,12 @@ class AllowList:
             return "fresh"
         return "stale" if age_s <= self._max_stale_s else "expired"
 
+    def expired_s(self, now: float) -> float:
+        """Return for how long the list has been expired: 0 while it is not."""
+        if self._roster is None:
+            return 0.0
+        return max(0.0, now - self._verified_at - self._max_stale_s)
+
     def allows(self, peer: PeerId, now: float) -> bool:
         """Return whether ``peer`` is a member on a list that is not too old."""
         return peer in self.members(now)

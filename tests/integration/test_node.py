@@ -10,11 +10,14 @@ import pytest
 import trio
 import trio.testing
 
-from pals.net import serving
+from pals.driver.sessions import SessionClient
+from pals.errors import NoChain, PalsError, ShardLost
+from pals.net import membership, serving
 from pals.net.announce import MAX_ADDRESSES
 from pals.net.host import Host
+from pals.swarm.allowlist import MAX_STALE_S
 from tests.integration.net.harness import until
-from tests.integration.swarm import make_swarm, start_shard
+from tests.integration.swarm import ask, make_swarm, open_client, request, start_shard
 
 pytestmark = [pytest.mark.trio, pytest.mark.timeout(120)]
 
@@ -67,3 +70,41 @@ async def test_a_host_with_many_bridges_serves_and_announces_the_useful_addresse
         nursery.cancel_scope.cancel()
 
     assert found[own].addresses == (*lan, *bridges[: MAX_ADDRESSES - len(lan)])
+
+
+async def test_an_expired_list_cuts_running_sessions_and_recovers_with_the_backend(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one whose list expires cuts; that of the other is fresh all the time."""
+    monkeypatch.setattr(membership, "DRAIN_S", 0.01)
+    monkeypatch.setattr(membership, "EXPIRY_INTERVAL_S", 0.01)
+    async with make_swarm(tmp_path, count=1) as swarm:
+        shard = await start_shard(
+            nursery, swarm, swarm.options(swarm.peers[0], poll_interval_s=1e6), "0:6"
+        )
+        async with open_client(swarm) as client:
+            answer = await ask(client, request([5, 9, 200, 31], count=80))
+            await answer.next_token()
+            allow_list, host = shard.node.allow_list, shard.node.host
+            roster = allow_list.roster
+            assert roster is not None
+            allow_list.update(roster, trio.current_time(), age_s=MAX_STALE_S)
+            with pytest.raises(ShardLost):
+                await answer.all_tokens()
+            await until(lambda: not host.connected_peers())
+            with pytest.raises(NoChain):
+                await ask(client, request([5, 9, 200, 31]))
+            allow_list.update(roster, trio.current_time())
+            with trio.fail_after(30):
+                while len(tokens := await answer_again(client)) == 0:
+                    await trio.testing.wait_all_tasks_blocked(0.05)
+        assert len(tokens) == 12
+        assert not shard.finished.is_set()
+        nursery.cancel_scope.cancel()
+
+
+async def answer_again(client: SessionClient) -> list[int]:
+    try:
+        return await (await ask(client, request([5, 9, 200, 31]))).all_tokens()
+    except PalsError:
+        return []

@@ -15,7 +15,13 @@ import trio.testing
 from pals.config import Profile
 from pals.errors import BackendUnreachable, PalsError
 from pals.net import membership
-from pals.net.membership import MembershipClient, load_roster, poll_roster, save_roster
+from pals.net.membership import (
+    MembershipClient,
+    cut_when_expired,
+    load_roster,
+    poll_roster,
+    save_roster,
+)
 from pals.swarm.allowlist import AllowList
 from pals.swarm.records import digest
 from pals.types import PeerId, SwarmId
@@ -200,3 +206,23 @@ async def test_full_disk_does_not_stop_a_removal(
         await trio.sleep(100)
         assert not poll.allows(P.peer_id)
     assert poll.changes == [(frozenset({P.peer_id}), frozenset())]
+
+
+async def test_an_expired_list_cuts_everybody_after_the_drain_until_it_is_renewed(
+    poll: Poll, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    cuts: list[float] = []
+    poll.allow_list = AllowList(max_stale_s=300)
+    poll.allow_list.update(poll.chain.roster(), trio.current_time())
+    expires_at = trio.current_time() + 300
+    nursery.start_soon(cut_when_expired, poll.allow_list, lambda: cuts.append(trio.current_time()))
+    await trio.sleep_until(expires_at + 1)
+    assert not poll.allows(P.peer_id)
+    await trio.sleep_until(expires_at + membership.DRAIN_S - 1)
+    assert cuts == []
+    await trio.sleep_until(expires_at + membership.DRAIN_S + 3 * membership.EXPIRY_INTERVAL_S)
+    assert len(cuts) >= 2
+    poll.allow_list.update(poll.chain.roster(), trio.current_time())
+    before = len(cuts)
+    await trio.sleep(300)
+    assert len(cuts) == before
