@@ -22,6 +22,7 @@ from pals.errors import CorruptModel, UnsupportedModel
 from pals.models.gguf_plan import ImportPlan, PlannedTensor, plan_import
 from pals.models.gguf_reader import GgufHeader, read_header
 from pals.models.gguf_tokenizer import Json
+from pals.models.hashes import keep_hash
 from pals.models.names import imported_folder
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -112,6 +113,7 @@ def _is_import_of(folder: Path, origin: Mapping[str, Json]) -> bool:
 def _write_folder(work: Path, source: Path, plan: ImportPlan, origin: Mapping[str, Json]) -> None:
     with source.open("rb") as weights, (work / WEIGHTS_FILE).open("xb") as out:
         size, digest = _write_weights(weights, out, plan, source)
+    keep_hash(work / WEIGHTS_FILE, digest)
     entry: Json = {"size": size, "sha256": digest}
     manifest: Json = {"files": {WEIGHTS_FILE: entry}}
     files = {

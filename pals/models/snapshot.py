@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pals.config import cache_dir, write_private
 from pals.errors import CorruptModel, ModelNotFound
 from pals.models.config import ModelConfig
 from pals.models.files import (
@@ -18,17 +15,15 @@ from pals.models.files import (
     MAX_TOKENIZER_BYTES,
     contained_path,
     json_object,
-    open_regular,
     parse_json_object,
     read_file,
 )
+from pals.models.hashes import SHA256, hash_file
 from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, read_index
 
 MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "config.json"
 TEXT_NAMES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +70,7 @@ def manifest_of(folder: Path, model_id: str) -> bytes:
 
     Raises:
         ModelNotFound: Weight files are missing and ``manifest.json`` does not list them.
-        CorruptModel: A file is malformed or differs in size from ``manifest.json``.
+        CorruptModel: A file is malformed or differs from ``manifest.json``.
     """
     texts = {
         name: hashlib.sha256(read_file(folder, name, most=MAX_TOKENIZER_BYTES)).hexdigest()
@@ -95,27 +90,52 @@ def manifest_of(folder: Path, model_id: str) -> bytes:
     return hashlib.sha256(canonical.encode()).digest()
 
 
+def weight_names(folder: Path) -> list[str]:
+    """Return the names of the model's weight files: those of the index, or the single one.
+
+    Raises:
+        CorruptModel: The index is malformed.
+    """
+    has_index = (folder / INDEX_NAME).is_file()
+    return sorted(set(read_index(folder).values())) if has_index else [SINGLE_NAME]
+
+
 def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
     """Return size and SHA-256 of each weight file that ``manifest.json`` lists.
 
     Raises:
-        CorruptModel: It is malformed, or a local file has another size.
+        CorruptModel: It is malformed, does not list exactly the model's weight files, or
+            a file that is there has another size or hash.
     """
     path = folder / MANIFEST_NAME
     values = parse_json_object(read_file(folder, MANIFEST_NAME, most=MAX_INDEX_BYTES), path)
-    weights: dict[str, tuple[int, str]] = {}
-    for name, value in json_object(values.get("files"), path).items():
-        entry = json_object(value, path)
-        size, sha256 = entry.get("size"), entry.get("sha256")
-        if type(size) is not int or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise CorruptModel(source=path, problem=f"`{name}` has no size or no sha256")
+    files = json_object(values.get("files"), path)
+    differing = sorted(files.keys() ^ set(weight_names(folder)))
+    if differing:
+        problem = f"`{differing[0][:200]}` is in the list or in the model's index, but not in both"
+        raise CorruptModel(source=path, problem=problem)
+    weights = {name: _parse_entry(name, value, path) for name, value in files.items()}
+    for name, (size, sha256) in weights.items():
         local = contained_path(folder, name)
-        if local.is_file() and local.stat().st_size != size:
-            raise CorruptModel(source=local, problem=f"it does not have the {size} bytes it should")
-        weights[name] = (size, sha256)
-    if not weights:
-        raise CorruptModel(source=path, problem="it lists no weight files")
+        if local.is_file():
+            _check_file(local, size, sha256)
     return weights
+
+
+def _parse_entry(name: str, value: object, path: Path) -> tuple[int, str]:
+    entry = json_object(value, path)
+    size, sha256 = entry.get("size"), entry.get("sha256")
+    if type(size) is not int or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise CorruptModel(source=path, problem=f"`{name}` has no size or no sha256")
+    return size, sha256
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    if path.stat().st_size != size:
+        raise CorruptModel(source=path, problem=f"it does not have the {size} bytes it should")
+    if hash_file(path) != sha256:
+        problem = f"its content is not what {MANIFEST_NAME} says; fetch or import the model again"
+        raise CorruptModel(source=path, problem=problem)
 
 
 def hash_weights(folder: Path, model_id: str) -> dict[str, tuple[int, str]]:
@@ -123,36 +143,13 @@ def hash_weights(folder: Path, model_id: str) -> dict[str, tuple[int, str]]:
 
     Raises:
         ModelNotFound: A weight file is missing.
+        CorruptModel: The index is malformed, or a file cannot be read.
     """
-    has_index = (folder / INDEX_NAME).is_file()
-    names = sorted(set(read_index(folder).values())) if has_index else [SINGLE_NAME]
     weights: dict[str, tuple[int, str]] = {}
-    for name in names:
+    for name in weight_names(folder):
         path = contained_path(folder, name)
         if not path.is_file():
             problem = f"neither {name} nor {MANIFEST_NAME} is in {folder}"
             raise ModelNotFound(model=model_id, problem=problem)
         weights[name] = (path.stat().st_size, hash_file(path))
     return weights
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a large file in hex.
-
-    A blob of the hub's cache is named by it; any other file's is kept in the cache
-    folder together with the size and time of change for which it holds.
-    """
-    if path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
-        return path.name
-    status = path.stat()
-    stamp = [str(path), status.st_size, status.st_mtime_ns]
-    key = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
-    sidecar = cache_dir() / "hashes" / key
-    if sidecar.is_file():
-        known = sidecar.read_bytes()[:64].decode(errors="replace")
-        if _SHA256.fullmatch(known):
-            return known
-    with os.fdopen(open_regular(path), "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    write_private(sidecar, sha256.encode())
-    return sha256

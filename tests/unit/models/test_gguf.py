@@ -85,6 +85,16 @@ def test_the_folder_opens_as_a_snapshot_of_its_config(file: Path):
     assert snapshot.config.vocab_size == len(TOKENS)
 
 
+def test_an_imported_model_opens_without_being_hashed(file: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = import_gguf(file)
+
+    def refuse(*_):
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    Snapshot.open(folder, "test/tiny")
+
+
 def test_the_manifest_states_size_and_hash_of_the_weights(file: Path):
     folder = import_gguf(file)
     raw = (folder / "model.safetensors").read_bytes()

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -163,8 +164,11 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def write_manifest(folder: Path) -> None:
     """Write manifest.json from the files, as an import does."""
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": f"{number:064x}"}
-        for number, path in enumerate(sorted(folder.glob("*.safetensors")))
+        path.name: {
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.glob("*.safetensors")
     }
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
 

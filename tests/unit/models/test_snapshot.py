@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from pals.errors import CorruptModel, ModelNotFound
-from pals.models import snapshot
+from pals.models import hashes
 from pals.models.snapshot import Snapshot
 from tests.checkpoints import make_llama_checkpoint
 
@@ -62,22 +62,67 @@ def test_weights_are_hashed_once(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr(snapshot.hashlib, "file_digest", refuse)
+    monkeypatch.setattr(hashes.hashlib, "file_digest", refuse)
 
     assert Snapshot.open(folder, "test/model").manifest == first
 
 
-def test_blob_of_the_hub_is_not_hashed(tmp_path):
+def change_one_byte(path):
+    """Change a file's content alone: its size stays."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_blob_of_the_hub_is_not_believed_by_its_name(tmp_path, listed):
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "revision"
     blobs.mkdir()
     make_llama_checkpoint(folder)
     plain = Snapshot.open(folder, "test/model").manifest
     weights = folder / "model.safetensors"
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if listed:
+        write_manifest(folder)
     weights.rename(blobs / sha256)
     weights.symlink_to(blobs / sha256)
-
     assert Snapshot.open(folder, "test/model").manifest == plain
+
+    change_one_byte(blobs / sha256)
+
+    if listed:
+        with pytest.raises(CorruptModel):
+            Snapshot.open(folder, "test/model")
+    else:
+        assert Snapshot.open(folder, "test/model").manifest != plain
+
+
+def test_weights_that_are_not_the_listed_ones_are_corrupt(tmp_path):
+    folder = make_llama_checkpoint(tmp_path / "model", files=2)
+    write_manifest(folder)
+    Snapshot.open(folder, "test/model")
+
+    change_one_byte(folder / "model-00002-of-00002.safetensors")
+
+    with pytest.raises(CorruptModel, match="00002"):
+        Snapshot.open(folder, "test/model")
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_a_list_of_other_files_than_the_index_names_is_corrupt(tmp_path, change):
+    folder = make_llama_checkpoint(tmp_path / "model", files=2)
+    write_manifest(folder)
+    path = folder / "manifest.json"
+    listed = json.loads(path.read_text())["files"]
+    entry = listed["model-00002-of-00002.safetensors"]
+    if change == "missing":
+        del listed["model-00002-of-00002.safetensors"]
+    else:
+        listed["other.safetensors"] = entry
+    path.write_text(json.dumps({"files": listed}))
+
+    with pytest.raises(CorruptModel):
+        Snapshot.open(folder, "test/model")
 
 
 def test_folder_without_config_is_not_found(tmp_path):
