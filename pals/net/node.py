@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -29,7 +29,7 @@ from pals.net.links import Arrival, Links
 from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
 from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
-from pals.swarm.hints import open_hint, sign_hint
+from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
 from pals.swarm.identity import Identity
 from pals.swarm.keys import epoch_prk
 from pals.types import PeerId, SwarmId, short_id
@@ -196,8 +196,9 @@ async def _start(
     )
     nursery.start_soon(_poll, node, client, options)
     nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
-    await _meet(node, client, options)
-    nursery.start_soon(_keep_meeting, node, client, options)
+    contacts = Contacts(_named_peers(options))
+    await _meet(node, client, options, contacts)
+    nursery.start_soon(_keep_meeting, node, client, options, contacts)
     return node
 
 
@@ -240,14 +241,18 @@ def _not_a_member(options: NodeOptions) -> NotAMember:
     return NotAMember(peer=short_id(options.identity.peer_id), swarm=options.entry.name)
 
 
-async def _keep_meeting(node: Node, client: MembershipClient, options: NodeOptions) -> None:
-    """Renew this machine's address hint, and look for members while it knows none."""
+async def _keep_meeting(
+    node: Node, client: MembershipClient, options: NodeOptions, contacts: Contacts
+) -> None:
+    """Renew this machine's address hint, and look for members that are not connected."""
     while True:
         await trio.sleep(HINT_INTERVAL_S)
-        await _meet(node, client, options)
+        await _meet(node, client, options, contacts)
 
 
-async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> None:
+async def _meet(
+    node: Node, client: MembershipClient, options: NodeOptions, contacts: Contacts
+) -> None:
     """Say where this machine listens, and connect to a few members."""
     now = int(time.time())
     hint = sign_hint(
@@ -256,34 +261,54 @@ async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> N
         addresses=useful_first(node.host.addresses()),
         issued_at=now,
     )
-    found: dict[PeerId, tuple[str, ...]] = {}
-    try:
+    # Peers named by --peer still work without the backend, and hints without one's own.
+    with _logged("this machine's address hint was not left"):
         await client.put_hint(options.swarm_id, hint)
-        for data in await client.fetch_hints(options.swarm_id):
-            opened = open_hint(data, swarm_id=options.swarm_id, now_unix=now)
-            found[opened.peer] = opened.addresses
-    except PalsError as error:  # peers named by --peer still work without the backend
-        _log.info("no address hints: %s", error)
-    for address in options.settings.peers:
-        found.setdefault(peer_in(address), (address,))
-    await _connect_to_some(node, found)
+    with _logged("no address hints"):
+        hints = await client.fetch_hints(options.swarm_id)
+        read = partial(open_usable_hints, hints, swarm_id=options.swarm_id, now_unix=now)
+        members = node.members()
+        for opened in await trio.to_thread.run_sync(read):
+            if opened.peer in members:
+                contacts.learn(opened)
+    await _connect_to_some(node, contacts)
 
 
-async def _connect_to_some(node: Node, found: dict[PeerId, tuple[str, ...]]) -> None:
-    members = node.members()
-    wanted = [p for p in found if p in members and p != node.peer_id]
-    async with trio.open_nursery() as nursery:
-        for peer in wanted[:MAX_BOOTSTRAP_PEERS]:
-            nursery.start_soon(_try_connect, node, peer, found[peer])
-
-
-async def _try_connect(node: Node, peer: PeerId, addresses: tuple[str, ...]) -> None:
-    if peer in node.host.connected_peers():
-        return
+@contextmanager
+def _logged(what: str) -> Generator[None]:
     try:
+        yield
+    except PalsError as error:
+        _log.info("%s: %s", what, error)
+
+
+async def _connect_to_some(node: Node, contacts: Contacts) -> None:
+    """Connect until enough are, and to one more each time, so that parted groups meet."""
+    connected = node.host.connected_peers()
+    count = max(1, MAX_BOOTSTRAP_PEERS - len(connected))
+    wanted = node.members() - connected - {node.peer_id}
+    async with trio.open_nursery() as nursery:
+        for peer in contacts.choose(wanted, count):
+            nursery.start_soon(_try_connect, node, peer, contacts)
+
+
+async def _try_connect(node: Node, peer: PeerId, contacts: Contacts) -> None:
+    try:
+        addresses = contacts.addresses(peer)
         await node.host.connect(peer, addresses, deadline_s=BOOTSTRAP_DEADLINE_S)
     except PalsError as error:
+        contacts.failed(peer)
         _log.info("peer %s: %s", short_id(peer), error)
+    else:
+        contacts.reached(peer)
+
+
+def _named_peers(options: NodeOptions) -> dict[PeerId, tuple[str, ...]]:
+    named: dict[PeerId, tuple[str, ...]] = {}
+    for address in options.settings.peers:
+        peer = peer_in(address)
+        named[peer] = (*named.get(peer, ()), address)
+    return named
 
 
 def peer_in(address: str) -> PeerId:

@@ -6,6 +6,9 @@ answers must still prove the peer id.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from contextlib import suppress
 from typing import Annotated
 
 import msgspec
@@ -65,8 +68,16 @@ def sign_hint(
     return msgspec.msgpack.encode(replace(hint, signature=identity.sign(_signed_part(hint))))
 
 
-def open_hint(data: bytes, *, swarm_id: SwarmId, now_unix: float) -> AddressHint:
+def open_hint(
+    data: bytes, *, swarm_id: SwarmId, now_unix: float, max_skew_s: float = MAX_CLOCK_SKEW_S
+) -> AddressHint:
     """Read a hint and check its signature.
+
+    Args:
+        data: The hint, from anybody.
+        swarm_id: The swarm that it has to be for.
+        now_unix: Unix time in seconds.
+        max_skew_s: Seconds by which its writer's clock may be ahead.
 
     Raises:
         InvalidRecord: Too long, malformed, for another swarm, from the future, or not
@@ -75,11 +86,67 @@ def open_hint(data: bytes, *, swarm_id: SwarmId, now_unix: float) -> AddressHint
     hint = decode_strict(_DECODER, data, kind="hint", max_bytes=MAX_HINT_BYTES)
     if hint.swarm_id != swarm_id:
         raise InvalidRecord(kind="hint", problem="it is for another swarm")
-    if hint.issued_at > now_unix + MAX_CLOCK_SKEW_S:
+    if hint.issued_at > now_unix + max_skew_s:
         raise InvalidRecord(kind="hint", problem="its time lies in the future")
     if not verify(hint.key, hint.signature, _signed_part(hint)):
         raise InvalidRecord(kind="hint", problem="not signed by the peer itself")
     return hint
+
+
+def open_usable_hints(
+    hints: Iterable[bytes], *, swarm_id: SwarmId, now_unix: float
+) -> list[AddressHint]:
+    """Return those hints of a backend's list that verify; a bad one hides no other.
+
+    The backend took each within `MAX_CLOCK_SKEW_S` of its own clock, from which this
+    machine's may differ by as much again.
+    """
+    opened: list[AddressHint] = []
+    for data in hints:
+        with suppress(InvalidRecord):
+            skew_s = 2 * MAX_CLOCK_SKEW_S
+            opened.append(open_hint(data, swarm_id=swarm_id, now_unix=now_unix, max_skew_s=skew_s))
+    return opened
+
+
+class Contacts:
+    """Whom to try for a connection: those not found dead first, then the newest hints.
+
+    Args:
+        named: Peers and their addresses from the user, which go before every hint.
+    """
+
+    def __init__(self, named: Mapping[PeerId, tuple[str, ...]]) -> None:
+        self._named = named
+        self._hints: dict[PeerId, AddressHint] = {}
+        self._failures: Counter[PeerId] = Counter()
+
+    def learn(self, hint: AddressHint) -> None:
+        """Take a hint; new addresses make up for failures at the old ones."""
+        held = self._hints.get(hint.peer)
+        if held is not None and held.addresses != hint.addresses:
+            del self._failures[hint.peer]
+        self._hints[hint.peer] = hint
+
+    def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        hint = self._hints.get(peer)
+        return (*self._named.get(peer, ()), *(hint.addresses if hint is not None else ()))
+
+    def failed(self, peer: PeerId) -> None:
+        """Put a peer behind all that failed less often."""
+        self._failures[peer] += 1
+
+    def reached(self, peer: PeerId) -> None:
+        del self._failures[peer]
+
+    def choose(self, wanted: Set[PeerId], count: int) -> list[PeerId]:
+        """Return the ``count`` of ``wanted`` to try now, most hopeful first."""
+        known = (self._named.keys() | self._hints.keys()) & wanted
+        return sorted(known, key=self._rank)[:count]
+
+    def _rank(self, peer: PeerId) -> tuple[int, bool, int, str]:
+        issued_at = self._hints[peer].issued_at if peer in self._hints else 0
+        return self._failures[peer], peer not in self._named, -issued_at, peer
 
 
 _DECODER = msgspec.msgpack.Decoder(AddressHint)

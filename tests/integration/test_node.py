@@ -15,7 +15,10 @@ from pals.errors import NoChain, PalsError, ShardLost
 from pals.net import membership, serving
 from pals.net.announce import MAX_ADDRESSES
 from pals.net.host import Host
+from pals.net.membership import MembershipClient
+from pals.net.node import open_node
 from pals.swarm.allowlist import MAX_STALE_S
+from pals.types import SwarmId
 from tests.integration.net.harness import until
 from tests.integration.swarm import ask, make_swarm, open_client, request, start_shard
 
@@ -108,3 +111,19 @@ async def answer_again(client: SessionClient) -> list[int]:
         return await (await ask(client, request([5, 9, 200, 31]))).all_tokens()
     except PalsError:
         return []
+
+
+async def test_a_bad_hint_of_the_backend_hides_no_other(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = MembershipClient.fetch_hints
+
+    async def damage(self: MembershipClient, swarm_id: SwarmId) -> tuple[bytes, ...]:
+        return (b"damaged", *await fetch(self, swarm_id))
+
+    async with make_swarm(tmp_path, count=1) as swarm:
+        shard = await start_shard(nursery, swarm, swarm.options(swarm.peers[0]), "0:6")
+        monkeypatch.setattr(MembershipClient, "fetch_hints", damage)
+        async with open_node(swarm.options(swarm.operator)) as node:
+            assert node.host.connected_peers() == {shard.node.peer_id}
+        nursery.cancel_scope.cancel()
