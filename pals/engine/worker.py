@@ -78,7 +78,7 @@ class ComputeThread:
         self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=MAX_QUEUED_BYTES)
         self._changed = threading.Condition()
         self._closing = False
-        self._dropped: set[Hashable] = set()
+        self._running: list[WorkItem] = []
         self._thread = threading.Thread(target=self._run, name="pals-compute", daemon=True)
 
     def start(self) -> None:
@@ -104,7 +104,7 @@ class ComputeThread:
         """
         with self._changed:
             self._scheduler.drop(session)
-            self._dropped.add(session)
+            self._running = [item for item in self._running if item.session != session]
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step it is in, waiting at most ``timeout_s``."""
@@ -122,7 +122,7 @@ class ComputeThread:
         with self._changed:
             while not self._closing:
                 if step := self._scheduler.next_step():
-                    self._dropped.clear()  # their rows have left the queue
+                    self._running = list(step)
                     return step
                 self._changed.wait()
         return None
@@ -131,12 +131,12 @@ class ComputeThread:
         """Run a step; a batch that is refused is run row by row to find whose fault it is."""
         result = self._try_step(items)
         if len(items) > 1 and isinstance(result.error, PalsError):
-            return [self._try_step([item]) for item in items if not self._is_dropped(item)]
+            return [self._try_step([item]) for item in items if self._is_wanted(item)]
         return [result]
 
-    def _is_dropped(self, item: WorkItem) -> bool:
+    def _is_wanted(self, item: WorkItem) -> bool:
         with self._changed:
-            return item.session in self._dropped
+            return any(item is running for running in self._running)
 
     def _try_step(self, items: list[WorkItem]) -> StepResult:
         started_s = time.perf_counter()
