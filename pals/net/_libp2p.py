@@ -100,7 +100,7 @@ class MemberSwarm(Swarm):
             _connection_config(limits),
         )
         self.auto_connector = _NeverConnects(self)
-        self._allow = allow
+        self.allow = allow
         self._limits = limits
         self._handshakes: OrderedDict[int, trio.CancelScope] = OrderedDict()
         self._inbound_streams: defaultdict[ID, int] = defaultdict(int)
@@ -122,7 +122,7 @@ class MemberSwarm(Swarm):
         Raises:
             SwarmException: The peer is no member, or no address answers in time.
         """
-        if not self._allow(PeerId(peer_id.to_base58())):
+        if not self.allow(PeerId(peer_id.to_base58())):
             raise SwarmException(f"{peer_id} is not a live member")
         with trio.move_on_after(self._limits.handshake_s):
             async with self._dial_locks.setdefault(peer_id, trio.Lock()):
@@ -211,7 +211,7 @@ class MemberSwarm(Swarm):
         return connection
 
     def _refusal(self, peer: ID) -> str:
-        if not self._allow(PeerId(peer.to_base58())):
+        if not self.allow(PeerId(peer.to_base58())):
             return f"{peer} is not a live member"
         if len(self.live_connections(peer)) >= self._limits.max_connections_per_peer:
             return f"{peer} has too many connections"

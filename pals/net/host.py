@@ -155,6 +155,10 @@ class Host:
 
         self._host.set_stream_handler(TProtocol(protocol), serve)
 
+    def is_member(self, peer: PeerId) -> bool:
+        """Return whether ``peer`` is a live member now."""
+        return self._swarm.allow(peer)
+
     async def connect(
         self, peer: PeerId, addresses: Sequence[str], *, deadline_s: float = 5.0
     ) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -124,8 +125,9 @@ class Links:
         self._events = events
         self._make_ephemeral = make_ephemeral
         self._make_nonce = make_nonce
-        self._links: defaultdict[PeerId, list[_Link]] = defaultdict(list)
-        self._dialling: defaultdict[PeerId, trio.Lock] = defaultdict(trio.Lock)
+        # Both hold peers that are linked or being dialled, and none that was only named.
+        self._links: dict[PeerId, list[_Link]] = {}
+        self._dialling: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
         self._added = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._local_send, self._local_receive = trio.open_memory_channel[Arrival](OUTBOX_FRAMES)
@@ -153,8 +155,8 @@ class Links:
         """
         if peer == self._host.peer_id:
             return
-        async with self._dialling[peer]:
-            if not self._links[peer]:
+        async with self._dialling.setdefault(peer, trio.Lock()):
+            if not self._links_with(peer):
                 await self._dial(peer, addresses)
 
     def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
@@ -167,7 +169,7 @@ class Links:
         if peer == self._host.peer_id:
             self._send_local(lane, outgoing)
             return
-        links = self._links[peer]
+        links = self._links_with(peer)
         if not links:
             raise PeerUnreachable(peer=peer, problem="no link")
         try:
@@ -178,8 +180,15 @@ class Links:
 
     def drop(self, peer: PeerId, problem: str) -> None:
         """End every link with ``peer``."""
-        for link in list(self._links[peer]):
+        for link in self._links_with(peer):
             link.end(problem)
+
+    def is_member(self, peer: PeerId) -> bool:
+        """Return whether ``peer`` may be linked with now."""
+        return self._host.is_member(peer)
+
+    def _links_with(self, peer: PeerId) -> Sequence[_Link]:
+        return tuple(self._links.get(peer, ()))
 
     def linked_peers(self) -> frozenset[PeerId]:
         return frozenset(peer for peer, links in self._links.items() if links)
@@ -225,7 +234,7 @@ class Links:
             self._nursery.start_soon(self._run_lane, link, lane, stream)
 
     async def _serve_link(self, stream: Stream) -> None:
-        if len(self._links[stream.peer_id]) >= MAX_LINKS_PER_PEER:
+        if len(self._links_with(stream.peer_id)) >= MAX_LINKS_PER_PEER:
             await stream.reset()
             return
         try:
@@ -274,7 +283,7 @@ class Links:
         return handshake.keys
 
     def _add(self, link: _Link) -> None:
-        self._links[link.keys.remote].append(link)
+        self._links.setdefault(link.keys.remote, []).append(link)
         self._added.set()
         self._added = trio.Event()
         _log.debug("= link with %s", short_id(link.keys.remote))
@@ -282,7 +291,7 @@ class Links:
     async def _wait_for(self, peer: PeerId, link_id: bytes) -> _Link:
         """Return a link by its id; a lane may overtake the end of the link's handshake."""
         while True:
-            for link in self._links[peer]:
+            for link in self._links_with(peer):
                 if link.keys.address.link == link_id:
                     return link
             await self._added.wait()
@@ -330,10 +339,11 @@ class Links:
         """Close one stream of an ended link; the first to get here reports the loss."""
         link.end("it closed the link")
         peer = link.keys.remote
-        if link in self._links[peer]:
+        if link in self._links_with(peer):
             self._links[peer].remove(link)
             _log.debug("= link with %s ended: %s", short_id(peer), link.problem)
             if not self._links[peer]:
+                del self._links[peer]
                 self._events.on_link_lost(peer, link.problem)
         await _reset_all([stream])
 

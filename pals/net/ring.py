@@ -174,11 +174,13 @@ class SessionTable:
     def get(self, session: SessionId) -> ShardSession | None:
         return self._sessions.get(session)
 
-    def close(self, session: SessionId, sender: PeerId) -> None:
-        """Free a session if ``sender`` is its driver; anything else is ignored."""
+    def close(self, session: SessionId, sender: PeerId) -> ShardSession | None:
+        """Free and return a session if ``sender`` is its driver; else return None."""
         found = self._sessions.get(session)
-        if found is not None and found.driver == sender:
-            self.remove(found)
+        if found is None or found.driver != sender:
+            return None
+        self.remove(found)
+        return found
 
     def remove(self, session: ShardSession) -> None:
         """Free a session's slot, unless that was done before."""

@@ -19,7 +19,7 @@ import trio
 
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
-from pals.errors import InternalStepError, InvalidFrame, PalsError, ShardLost
+from pals.errors import InternalStepError, InvalidFrame, PalsError, SessionRefused, ShardLost
 from pals.net.control import (
     Close,
     Control,
@@ -126,6 +126,7 @@ class ShardService:
         self._compute: ComputeThread | None = None
         self._timings = _Timings()
         self._last_arrival: dict[SessionId, float] = {}
+        self._openings: dict[ShardSession, trio.CancelScope] = {}
 
     @property
     def layers(self) -> LayerRange:
@@ -180,36 +181,53 @@ class ShardService:
 
     def _open(self, driver: PeerId, message: Open) -> None:
         try:
+            self._check_members(message)
             session = self._table.open(driver, message, trio.current_time())
         except PalsError as error:
-            self._send_control(
-                driver, Refused(session=message.session, code=error.code, problem=str(error)[:512])
-            )
+            self._refuse(driver, SessionId(message.session), error)
             return
+        self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
+
+    def _check_members(self, message: Open) -> None:
+        """Raise unless all of a chain are members, before any of it is kept or dialled."""
+        for hop in message.chain:
+            if not self._links.is_member(PeerId(hop.peer)):
+                problem = f"{short_id(PeerId(hop.peer))} of its chain is no member"
+                raise SessionRefused(peer=self._table.local, problem=problem)
 
     async def _link_onward(self, session: ShardSession) -> None:
         """Link with the hop that rows go to, then say that the session is open."""
         onward: Hop = session.downstream or session.head
-        try:
-            await self._links.ensure(PeerId(onward.peer), onward.addresses)
-        except PalsError as error:
-            self._table.remove(session)
-            refusal = Refused(session=session.session, code=error.code, problem=str(error)[:512])
-            self._send_control(session.driver, refusal)
-            return
-        self._send_control(session.driver, Opened(session=session.session))
+        scope = self._openings.get(session)
+        if scope is None:
+            return  # closed in the same breath
+        with scope:
+            try:
+                await self._links.ensure(PeerId(onward.peer), onward.addresses)
+            except PalsError as error:
+                self._table.remove(session)
+                self._forget(session)
+                self._refuse(session.driver, session.session, error)
+                return
+            del self._openings[session]
+            self._send_control(session.driver, Opened(session=session.session))
+
+    def _refuse(self, driver: PeerId, session: SessionId, error: PalsError) -> None:
+        refusal = Refused(session=session, code=error.code, problem=str(error)[:512])
+        self._send_control(driver, refusal)
 
     def _close(self, driver: PeerId, session_id: SessionId) -> None:
-        session = self._table.get(session_id)
-        if session is not None and session.driver == driver:
-            self._table.remove(session)
+        session = self._table.close(session_id, driver)
+        if session is not None:
             self._forget(session)
 
     def _forget(self, session: ShardSession) -> None:
         """Drop what waits for a session whose slot is free again."""
         assert self._compute is not None
         self._compute.drop(session)
+        if (scope := self._openings.pop(session, None)) is not None:
+            scope.cancel()
         self._last_arrival.pop(session.session, None)
 
     def _fail(self, session: ShardSession, error: PalsError) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
 import trio
 import trio.testing
 
-from pals.errors import InvalidFrame
+from pals.errors import InvalidFrame, PeerUnreachable
 from pals.net.host import Host, StreamHandler
 from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links, Outgoing
@@ -23,6 +25,13 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.handlers: dict[str, StreamHandler] = {}
+
+    def connected_peers(self) -> frozenset[PeerId]:
+        return frozenset()
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        raise PeerUnreachable(peer=peer, problem="nobody dials")
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         self.handlers[protocol] = handler
@@ -61,3 +70,18 @@ async def test_refused_frame_of_the_process_to_itself_ends_nothing(nursery: trio
         links.send(LOCAL, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), payload))
     await trio.testing.wait_all_tasks_blocked()
     assert events.taken == [b"next"]
+
+
+@pytest.mark.trio
+async def test_nothing_is_kept_of_peers_that_were_only_named(nursery: trio.Nursery) -> None:
+    links = make_links(Events())
+    await nursery.start(links.run)
+    for number in range(5):
+        named = PeerId(f"peer-{number}")
+        links.drop(named, "gone")
+        with pytest.raises(PeerUnreachable, match="no link"):
+            links.send(named, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), b""))
+        with pytest.raises(PeerUnreachable, match="nobody dials"):
+            await links.ensure(named, ())
+    gc.collect()
+    assert (len(links._links), len(links._dialling)) == (0, 0)

@@ -10,15 +10,21 @@ import trio.testing
 
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
-from pals.errors import InternalStepError, InvalidFrame, InvalidStep
-from pals.net.control import Close, Control, Failed, Hop, Open, Opened, decode_control
+from pals.errors import (
+    InternalStepError,
+    InvalidFrame,
+    InvalidStep,
+    PeerUnreachable,
+    SessionRefused,
+)
+from pals.net.control import Close, Control, Failed, Hop, Open, Opened, Refused, decode_control
 from pals.net.links import Arrival, Links, Outgoing
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
 from pals.net.wire import Frame, Kind, Lane, Row, tokens_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
-DRIVER, LOCAL = PeerId("driver"), PeerId("local")
+DRIVER, LOCAL, NEXT = PeerId("driver"), PeerId("local"), PeerId("next")
 SESSION, OTHER = SessionId(b"s" * 16), SessionId(b"o" * 16)
 MODEL = ModelShape(manifest=b"m" * 32, num_layers=2, hidden_size=4, dtype="bf16")
 
@@ -30,8 +36,18 @@ class FakeLinks:
         self.sent: list[tuple[PeerId, Outgoing]] = []
         self.decode_seal_s: list[float] = []
 
+        self.unreachable = trio.Event()
+        self.silent: set[PeerId] = set()
+        self.members = {DRIVER, LOCAL, NEXT}
+
+    def is_member(self, peer: PeerId) -> bool:
+        return peer in self.members
+
     async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
         await trio.lowlevel.checkpoint()
+        if peer in self.silent:
+            await self.unreachable.wait()
+            raise PeerUnreachable(peer=peer, problem="silent")
 
     def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         self.sent.append((peer, outgoing))
@@ -61,13 +77,14 @@ class FakeCompute:
 
 
 class Bench:
-    """A whole-model shard between fakes."""
+    """A shard between fakes: of the whole model, or of its first layers."""
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    def __init__(self, nursery: trio.Nursery, stop: int = MODEL.num_layers) -> None:
         self.links, self.compute = FakeLinks(), FakeCompute()
+        self.stop = stop
         table = SessionTable(
             local=LOCAL,
-            layers=LayerRange(0, MODEL.num_layers),
+            layers=LayerRange(0, stop),
             num_layers=MODEL.num_layers,
             limits=EngineLimits(max_sessions=2, max_context_tokens=32, max_chunk_tokens=16),
             idle_s=60.0,
@@ -75,8 +92,10 @@ class Bench:
         self.service = ShardService(cast("Links", self.links), table, MODEL, nursery)
         self.service.attach(cast("ComputeThread", self.compute))
 
-    async def open(self, session: SessionId = SESSION) -> None:
-        chain = (Hop(peer=LOCAL, start=0, stop=MODEL.num_layers),)
+    async def open(self, session: SessionId = SESSION, next_hop: PeerId = NEXT) -> None:
+        chain = (Hop(peer=LOCAL, start=0, stop=self.stop),)
+        if self.stop < MODEL.num_layers:
+            chain += (Hop(peer=next_hop, start=self.stop, stop=MODEL.num_layers),)
         message = Open(session=session, chain=chain, prompt_tokens=3, max_new_tokens=4)
         self.service.on_control(DRIVER, message)
         await trio.testing.wait_all_tasks_blocked()
@@ -180,3 +199,44 @@ async def test_step_that_fails_ends_all_sessions_and_one_that_is_refused_its_own
     assert {message.code for message in failed} == {code}
     assert bench.service.free_sessions == len(ended)
     assert bench.compute.items == items[len(ended) :]
+
+
+@pytest.mark.trio
+async def test_closed_session_no_longer_waits_for_a_silent_hop(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, stop=1)
+    bench.links.silent.add(NEXT)
+    tasks = len(nursery.child_tasks)
+    for _ in range(10):
+        await bench.open()
+        assert len(nursery.child_tasks) == tasks + 1
+        bench.service.on_control(DRIVER, Close(session=SESSION))
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(nursery.child_tasks) == tasks
+    assert bench.links.control() == []
+
+
+@pytest.mark.trio
+async def test_rows_of_a_session_whose_next_hop_is_unreachable_do_not_run(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, stop=1)
+    bench.links.silent.add(NEXT)
+    await bench.open()
+    bench.send_prompt()
+    bench.links.unreachable.set()
+    await trio.testing.wait_all_tasks_blocked()
+    (refused,) = bench.links.control()
+    assert isinstance(refused, Refused)
+    assert refused.code == PeerUnreachable.code
+    assert bench.compute.items == []
+
+
+@pytest.mark.trio
+async def test_chain_with_a_stranger_is_refused_and_keeps_nothing(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, stop=1)
+    await bench.open(next_hop=PeerId("stranger"))
+    (refused,) = bench.links.control()
+    assert isinstance(refused, Refused)
+    assert refused.code == SessionRefused.code
+    assert "no member" in refused.problem
+    assert bench.service.free_sessions == 2
