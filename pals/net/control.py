@@ -23,6 +23,8 @@ _Session = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 _Text = Annotated[str, msgspec.Meta(max_length=512)]
 _Name = Annotated[str, msgspec.Meta(max_length=128)]
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_CONTEXT)]
+_Milliseconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+"""Bounded on both sides, which neither NaN nor infinity is within."""
 _Layer = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 
@@ -90,11 +92,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
     and sealing, ``turn_ms`` from one decode row of a session to its next.
     """
 
-    steps: int
-    step_ms: float
-    queue_ms: float
-    codec_ms: float
-    turn_ms: float
+    steps: Annotated[int, msgspec.Meta(ge=0)]
+    step_ms: _Milliseconds
+    queue_ms: _Milliseconds
+    codec_ms: _Milliseconds
+    turn_ms: _Milliseconds
 
 
 Control = Open | Opened | Refused | Close | Failed | StatsRequest | Stats

@@ -43,6 +43,7 @@ OPEN = Open(
     top_p=0.9,
     seed=2**32 - 1,
 )
+STATS = Stats(steps=3, step_ms=1.5, queue_ms=0.1, codec_ms=0.2, turn_ms=9.0)
 MESSAGES: list[Control] = [
     OPEN,
     Opened(session=SESSION),
@@ -50,7 +51,7 @@ MESSAGES: list[Control] = [
     Close(session=SESSION),
     Failed(session=SESSION, code="PALS-X", problem="lost"),
     StatsRequest(),
-    Stats(steps=3, step_ms=1.5, queue_ms=0.1, codec_ms=0.2, turn_ms=9.0),
+    STATS,
 ]
 
 
@@ -137,6 +138,16 @@ def test_open_with_a_value_out_of_range_is_refused(field: str, value: object) ->
 )
 def test_open_with_a_value_at_its_limit_is_taken(field: str, value: object) -> None:
     assert isinstance(decode(encoded_open(**{field: value})), Open)
+
+
+@pytest.mark.parametrize("field", ["step_ms", "queue_ms", "codec_ms", "turn_ms"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1e10])
+def test_stats_that_are_no_duration_are_refused(field: str, value: float) -> None:
+    assert field in refusal(encode_control(msgspec.structs.replace(STATS, **{field: value})))
+
+
+def test_stats_of_a_negative_count_are_refused() -> None:
+    assert "steps" in refusal(encode_control(msgspec.structs.replace(STATS, steps=-1)))
 
 
 @pytest.mark.parametrize(
