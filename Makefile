@@ -15,7 +15,7 @@ PARITY_INSTALLED := $(VENV)/.parity-installed
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install demo check format test parity test-all bench lock clean
+.PHONY: help prerequisites venv install demo check format test slow parity test-all bench lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -64,8 +64,11 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(INSTALLED) ## unit and integration tests
-	$(BIN)/pytest tests/unit tests/integration
+test: $(INSTALLED) ## unit and integration tests, but for the slow ones
+	$(BIN)/pytest tests/unit tests/integration -m "not slow"
+
+slow: $(INSTALLED) ## the slow tests
+	$(BIN)/pytest tests/unit tests/integration -m slow
 
 $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
 	$(BIN)/pip install --quiet -r $(PARITY)
@@ -74,7 +77,7 @@ $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
 parity: $(PARITY_INSTALLED) ## compare with transformers
 	$(BIN)/pytest tests/parity
 
-test-all: test parity ## every test
+test-all: test slow parity ## every test
 
 bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks --quick
