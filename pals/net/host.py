@@ -24,6 +24,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from pals.errors import InvalidConfig, PalsError, PeerUnreachable, PortInUse
 from pals.net._libp2p import (
+    MAX_ADDRESSES_PER_DIAL,
     HostLimits,
     MemberSwarm,
     abort,
@@ -40,7 +41,7 @@ __all__ = ["Host", "HostLimits", "Stream", "StreamHandler", "open_host", "ungrou
 log = logging.getLogger(__name__)
 
 CLOSE_S = 3.0
-ADDRESS_TTL_S = 3600
+MAX_ADDRESSES_READ = 64
 
 
 class Stream:
@@ -162,16 +163,18 @@ class Host:
     async def connect(
         self, peer: PeerId, addresses: Sequence[str], *, deadline_s: float = 5.0
     ) -> None:
-        """Connect to a member, trying all ``addresses`` and those already known at once.
+        """Connect to a member, trying ``addresses`` and some already known at once.
+
+        Of ``addresses``, which anybody may have made up, the first `MAX_ADDRESSES_PER_DIAL`
+        usable ones are tried, and only one that the member answers at is remembered.
 
         Raises:
             PeerUnreachable: It is no member, no address is usable, or none answers.
         """
         target = _libp2p_id(peer)
-        self._remember(target, addresses)
         with trio.move_on_after(deadline_s):
             try:
-                await self._swarm.dial_peer(target)
+                await self._swarm.dial_peer(target, _usable(target, addresses))
             except BaseLibp2pError as error:
                 raise PeerUnreachable(peer=peer, problem=str(error)) from error
             return
@@ -212,16 +215,6 @@ class Host:
     def on_disconnect(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when the last connection to a peer ends; it must not block or raise."""
         self._swarm.on_disconnect.append(callback)
-
-    def _remember(self, peer: ID, addresses: Sequence[str]) -> None:
-        usable: list[Multiaddr] = []
-        for text in addresses:
-            try:
-                usable.append(parse_address(text))
-            except (MultiaddrError, ValueError) as error:
-                log.debug("address %r of peer %s is not usable: %s", text, peer, error)
-        if usable:
-            self._swarm.peerstore.add_addrs(peer, usable, ADDRESS_TTL_S)
 
 
 @asynccontextmanager
@@ -287,6 +280,17 @@ async def _close(host: BasicHost, swarm: MemberSwarm) -> None:
         for peer in list(swarm.connections):
             nursery.start_soon(swarm.drop, peer)
     await host.close()
+
+
+def _usable(peer: ID, addresses: Sequence[str]) -> list[Multiaddr]:
+    """Return the first different addresses that can be dialled."""
+    usable: dict[Multiaddr, None] = {}
+    for text in addresses[:MAX_ADDRESSES_READ]:
+        try:
+            usable[parse_address(text)] = None
+        except (MultiaddrError, ValueError) as error:
+            log.debug("address %r of peer %s is not usable: %s", text, peer, error)
+    return list(usable)[:MAX_ADDRESSES_PER_DIAL]
 
 
 def _libp2p_id(peer: PeerId) -> ID:

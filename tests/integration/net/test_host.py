@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import trio
+from libp2p.network.exceptions import SwarmException
 
 from pals.errors import InvalidConfig, PeerUnreachable, PortInUse
 from pals.net.host import Host, HostLimits, open_host
@@ -69,7 +72,8 @@ async def test_connecting_does_not_wait_for_another_transport(monkeypatch):
 async def test_a_host_connects_to_nobody_on_its_own_account():
     """Stock dials every peer it has heard of until it has half its limit."""
     async with open_hosts(2) as (_, (a, b)):
-        a._remember(b.libp2p_host.get_id(), b.addresses())
+        b_id = b.libp2p_host.get_id()
+        a._swarm.peerstore.add_addrs(b_id, b.libp2p_host.get_addrs(), 3600)
         await a._swarm.auto_connector.maybe_connect()
         assert not a.connected_peers()
 
@@ -89,6 +93,57 @@ async def test_a_peer_that_failed_can_be_reached_as_soon_as_it_runs():
             await a.connect(b.peer_id, [DEAD_ADDRESS])
         assert caught.value.fields["peer"] == b.peer_id
         await a.connect(b.peer_id, b.addresses())
+
+
+async def test_addresses_that_were_made_up_do_not_crowd_out_the_true_ones():
+    async with open_hosts(2) as (_, (a, b)):
+        made_up = [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 17)]
+        with pytest.raises(PeerUnreachable):
+            await a.connect(b.peer_id, made_up)
+        assert a._swarm._known_addresses(b.libp2p_host.get_id()) == []
+        await a.connect(b.peer_id, b.addresses())
+        assert a.connected_peers() == {b.peer_id}
+
+
+async def test_an_address_that_answered_is_known_afterwards():
+    async with open_hosts(2) as (_, (a, b)):
+        await a.connect(b.peer_id, [DEAD_ADDRESS, *b.addresses()])
+        await a.drop_peer(b.peer_id)
+        await until(lambda: not b.connected_peers())
+        await a.connect(b.peer_id, [])
+        known = a._swarm._known_addresses(b.libp2p_host.get_id())
+        assert DEAD_ADDRESS not in map(str, known)
+
+
+async def test_a_dial_of_few_addresses_does_not_wait_for_one_that_hangs():
+    async with open_hosts(2) as (_, (a, b)), trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        port = listeners[0].socket.getsockname()[1]
+        silent = [f"/ip4/127.0.0.1/tcp/{port}"]
+
+        async def fail_to_connect():
+            with contextlib.suppress(PeerUnreachable):
+                await a.connect(b.peer_id, silent)
+
+        nursery.start_soon(fail_to_connect)
+        async with listeners[0], await listeners[0].accept():
+            with trio.fail_after(3):
+                await a.connect(b.peer_id, b.addresses())
+        nursery.cancel_scope.cancel()
+
+
+async def test_no_more_addresses_are_dialled_than_a_dial_may_cost(monkeypatch):
+    dialled = []
+
+    async def dial(address, peer):
+        dialled.append(str(address))
+        raise SwarmException("nobody there")
+
+    async with open_hosts(2) as (_, (a, b)):
+        monkeypatch.setattr(a._swarm, "dial_addr", dial)
+        with pytest.raises(PeerUnreachable):
+            await a.connect(b.peer_id, [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 101)])
+    assert sorted(dialled) == [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 9)]
 
 
 async def test_a_message_arrives_whole_in_more_than_100_short_reads():
