@@ -192,8 +192,14 @@ async def fetch_roster(
     if fetched is None:
         raise RosterRefused(problem="an answer without a list")
     entries, etag = fetched
-    verify = partial(verify_chain, swarm_id, entries, known=known)
-    return await trio.to_thread.run_sync(verify), entries, etag
+    return await _verify_in_thread(swarm_id, entries, known), entries, etag
+
+
+async def _verify_in_thread(
+    swarm_id: SwarmId, entries: tuple[bytes, ...], known: Roster | None
+) -> Roster:
+    """Verify a chain where even the longest one holds up no session."""
+    return await trio.to_thread.run_sync(partial(verify_chain, swarm_id, entries, known=known))
 
 
 async def first_roster(
@@ -300,7 +306,7 @@ async def _poll_once(
     if fetched is None:
         raise RosterRefused(problem="an answer without a list")
     entries, etag = fetched
-    roster = verify_chain(swarm_id, entries, known=before)
+    roster = await _verify_in_thread(swarm_id, entries, before)
     allow_list.update(roster, trio.current_time())
     members = before.members if before is not None else frozenset[PeerId]()
     if members != roster.members:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from pals.net.membership import (
 )
 from pals.swarm.allowlist import AllowList
 from pals.swarm.records import digest
+from pals.swarm.roster import Roster
 from pals.types import PeerId, SwarmId
 from tests.unit.swarm.chains import Chain, identity
 
@@ -99,6 +101,34 @@ def poll(tmp_path: Path) -> Poll:
     chain = Chain()
     chain.add_peer(P)
     return Poll(chain=chain, script=Script(list(chain.entries)), profile=Profile(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def verify_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The virtual clock jumps ahead while every task waits, as for a thread."""
+
+    async def run(function: Callable[[], Roster]) -> Roster:
+        return function()
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run)
+
+
+async def test_a_list_is_verified_off_the_thread_that_serves(
+    poll: Poll, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    autojump_clock.autojump_threshold = 0.2
+    threads: list[threading.Thread] = []
+
+    def verify(*args: object, **options: object) -> Roster:
+        threads.append(threading.current_thread())
+        return poll.chain.roster()
+
+    monkeypatch.setattr(membership, "verify_chain", verify)
+    async with poll.running():
+        await trio.sleep(1.2 * INTERVAL_S)
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
 
 
 async def test_unchanged_list_stays_fresh(
