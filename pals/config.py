@@ -4,6 +4,7 @@ A profile is one folder (mode 0700)::
 
     identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
     node.lock                 held by the process that runs with this identity
+    enrolment.lock            held by the process that enters a swarm
     swarms/<hex>/swarm.json   SwarmEntry, 0600: it holds the swarm secret
     swarms/<hex>/operator.key Ed25519 private key, PEM, 0600 (the operator only)
     swarms/<hex>/roster.bin   the last verified roster
@@ -20,7 +21,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,19 @@ class SwarmSecret:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` with mode 0600, all of it or nothing."""
+    _write_whole(path, data, os.replace)
+
+
+def create_private(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` like `write_private`, and replace nothing.
+
+    Raises:
+        FileExistsError: Something is there, be it that another process was faster.
+    """
+    _write_whole(path, data, os.link)
+
+
+def _write_whole(path: Path, data: bytes, place: Callable[[str, Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -140,10 +154,9 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
+        place(name, path)
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
 
 
 def read_private(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> bytes:
@@ -280,7 +293,23 @@ class Profile:
             ProfileInUse: Another process holds it.
             InvalidConfig: The lock file cannot be made or opened.
         """
-        path = self.path / "node.lock"
+        with self._held("node.lock"):
+            yield
+
+    @contextmanager
+    def enrolment_lock(self) -> Generator[None]:
+        """Hold the right to enter a swarm: of two at once, one would lose its files.
+
+        Raises:
+            ProfileInUse: Another process holds it.
+            InvalidConfig: The lock file cannot be made or opened.
+        """
+        with self._held("enrolment.lock"):
+            yield
+
+    @contextmanager
+    def _held(self, name: str) -> Generator[None]:
+        path = self.path / name
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, PRIVATE_FILE)
         except OSError as error:

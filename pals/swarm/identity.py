@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -10,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pals.config import Profile, read_private, write_private
+from pals.config import Profile, create_private, read_private
 from pals.errors import InvalidConfig, InvalidRecord
 from pals.swarm.kdf import expand, extract
 from pals.types import PeerId
@@ -139,10 +141,10 @@ def load_or_create_identity(profile: Profile) -> Identity:
     """
     profile.check_folder()
     path = profile.identity_path
-    if not path.exists() and not path.is_symlink():
-        identity = Identity.generate()
-        write_private(path, identity.to_pem())
-        return identity
+    if not path.exists():
+        # Another process that makes one at this moment may already use its own.
+        with suppress(FileExistsError):
+            create_private(path, Identity.generate().to_pem())
     try:
         return Identity.from_pem(read_private(path))
     except ValueError as error:

@@ -395,6 +395,16 @@ def test_lock_of_another_process_is_refused_until_that_ends(profile: Profile) ->
         assert (profile.path / "node.lock").read_text() == str(os.getpid())
 
 
+def test_enrolment_has_a_lock_of_its_own(profile: Profile) -> None:
+    with profile.lock(), profile.enrolment_lock():
+        with pytest.raises(ProfileInUse), profile.enrolment_lock():
+            pass
+        with pytest.raises(ProfileInUse), profile.lock():
+            pass
+    with profile.enrolment_lock():
+        assert mode_of(profile.path / "enrolment.lock") == 0o600
+
+
 def test_lock_is_given_back_when_its_block_fails(profile: Profile) -> None:
     with pytest.raises(ZeroDivisionError), profile.lock():
         raise ZeroDivisionError

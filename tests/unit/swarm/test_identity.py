@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 
-from pals.config import Profile
+from pals.config import Profile, write_private
 from pals.errors import InvalidConfig, InvalidRecord, ProfileExposed, ProfileMissing
 from pals.swarm.identity import (
     Identity,
@@ -86,6 +86,20 @@ def test_profile_keeps_one_private_identity(profile: Profile) -> None:
     first = load_or_create_identity(profile)
     assert profile.identity_path.stat().st_mode & 0o777 == 0o600
     assert load_or_create_identity(profile).peer_id == first.peer_id
+
+
+def test_identity_made_by_another_process_meanwhile_is_kept(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, others = Identity.generate, Identity.generate()
+
+    def lose_the_race() -> Identity:
+        write_private(profile.identity_path, others.to_pem())
+        return generate()
+
+    monkeypatch.setattr(Identity, "generate", lose_the_race)
+    assert load_or_create_identity(profile).peer_id == others.peer_id
+    assert [path.name for path in profile.path.iterdir()] == ["identity.key"]
 
 
 def test_missing_profile_is_named(tmp_path: Path) -> None:
