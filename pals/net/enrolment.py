@@ -1,11 +1,15 @@
 """What changes a profile's membership: make a swarm, invite, join, remove.
 
 Each step writes to the profile only after the backend accepted it and its answer was
-verified, so that a refusal leaves every file as it was.
+verified, so that a refusal leaves every file as it was. Only the operator's key is written
+before, and taken back.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -79,12 +83,19 @@ async def create_swarm(
 
     Raises:
         AlreadyMember: The profile belongs to a swarm.
+        ProfileInUse: Another process enters one with it.
         InvalidConfig: The name, the model or the address cannot be used.
         BackendUnreachable: The backend does not answer.
         BackendRefused: The backend answers with an error.
     """
     _check_backend_url(backend_url)
-    identity = _prepare(profile)
+    with _enrolling(profile) as identity:
+        return await _create_swarm(profile, identity, name, model, backend_url, now)
+
+
+async def _create_swarm(
+    profile: Profile, identity: Identity, name: str, model: str, backend_url: str, now: float
+) -> SwarmEntry:
     operator = Identity.generate()
     genesis = Genesis(
         name=name,
@@ -97,13 +108,19 @@ async def create_swarm(
     record = encode(sign_genesis(genesis, operator=operator, peer=identity))
     _check_own_record(record, "the swarm's name or model")
     swarm_id = SwarmId(digest(record))
-    stored = await MembershipClient(backend_url).create_swarm(record)
-    begin(swarm_id, decode_entry(stored))
+    # Before the backend knows the swarm: nobody else could ever act for it.
     write_private(profile.operator_key_path(swarm_id.hex()), operator.to_pem())
-    save_roster(profile, swarm_id, (stored,))
-    secret = SwarmSecret.generate()
-    entry = _entry(genesis, swarm_id, backend_url, epoch=0, secret=secret, receipt=stored)
-    profile.save_swarm(entry)
+    try:
+        stored = await MembershipClient(backend_url).create_swarm(record)
+        begin(swarm_id, decode_entry(stored))
+        save_roster(profile, swarm_id, (stored,))
+        secret = SwarmSecret.generate()
+        entry = _entry(genesis, swarm_id, backend_url, epoch=0, secret=secret, receipt=stored)
+        profile.save_swarm(entry)
+    except BaseException:
+        # The folder is this swarm's alone, which has no other member yet.
+        shutil.rmtree(profile.swarm_folder(swarm_id.hex()))
+        raise
     return entry
 
 
@@ -165,6 +182,7 @@ async def redeem_invite(profile: Profile, invite_text: str) -> SwarmEntry:
     Raises:
         InvalidInvite: The text is damaged; nothing was sent.
         AlreadyMember: The profile belongs to a swarm.
+        ProfileInUse: Another process enters one with it.
         InviteRefused: The invite is unknown, spent, closed or expired.
         BackendUnreachable: The backend does not answer.
         BackendRefused: The backend answers with an error.
@@ -172,7 +190,11 @@ async def redeem_invite(profile: Profile, invite_text: str) -> SwarmEntry:
         RosterRefused: The backend's list does not show this machine.
     """
     invite = Invite.parse(invite_text)
-    identity = _prepare(profile)
+    with _enrolling(profile) as identity:
+        return await _redeem(profile, identity, invite)
+
+
+async def _redeem(profile: Profile, identity: Identity, invite: Invite) -> SwarmEntry:
     key = invite.signing_key
     join = Join(
         swarm_id=invite.swarm_id,
@@ -266,13 +288,15 @@ async def _renew(profile: Profile, swarm_id: SwarmId, client: MembershipClient) 
     return roster
 
 
-def _prepare(profile: Profile) -> Identity:
-    """Return the identity of a profile that may still join."""
+@contextmanager
+def _enrolling(profile: Profile) -> Generator[Identity]:
+    """Give the identity of a profile that may still join, which no other process does."""
     profile.create_folder()
-    ids = profile.swarm_ids()
-    if ids:
-        raise AlreadyMember(path=profile.path, swarm=ids[0][:8])
-    return load_or_create_identity(profile)
+    with profile.enrolment_lock():
+        ids = profile.swarm_ids()
+        if ids:
+            raise AlreadyMember(path=profile.path, swarm=ids[0][:8])
+        yield load_or_create_identity(profile)
 
 
 def _load_operator(profile: Profile, entry: SwarmEntry) -> Identity:

@@ -25,6 +25,7 @@ from pals.errors import (
     NoSwarm,
     NotOperator,
     PalsError,
+    ProfileInUse,
     RosterRefused,
     RosterUnavailable,
     UnknownPeer,
@@ -214,6 +215,48 @@ async def test_lost_reply_costs_no_second_use(
     monkeypatch.undo()
     await redeem_invite(joiner, invite)
     assert len((await look_up(joiner)).roster.members) == 2
+
+
+async def test_of_two_that_enter_a_swarm_at_once_one_is_refused(
+    operator: Profile, joiner: Profile, url: str
+) -> None:
+    await found(operator, url)
+    invite = await create_invite(operator, max_uses=2, now=NOW)
+    refused: list[ProfileInUse] = []
+
+    async def attempt(entering: Awaitable[object]) -> None:
+        try:
+            await entering
+        except ProfileInUse as error:
+            refused.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(attempt, redeem_invite(joiner, invite))
+        nursery.start_soon(attempt, found(joiner, url))
+    assert len(refused) == 1
+    assert len(joiner.swarm_ids()) == 1
+    with operator.lock():  # as a running shard holds it
+        await create_invite(operator, now=NOW)
+
+
+async def test_operator_key_is_kept_before_the_backend_knows_the_swarm(
+    operator: Profile, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = MembershipClient.create_swarm
+    keys: list[Path] = []
+
+    async def lose(self: MembershipClient, genesis: bytes) -> bytes:
+        keys.extend(operator.path.rglob("operator.key"))
+        await create(self, genesis)
+        raise BackendUnreachable(url=self.url, problem="connection reset")
+
+    monkeypatch.setattr(MembershipClient, "create_swarm", lose)
+    with pytest.raises(BackendUnreachable):
+        await found(operator, url)
+    assert len(keys) == 1
+    assert list(operator.path.rglob("operator.key")) == operator.swarm_ids() == []
+    monkeypatch.undo()
+    await found(operator, url)
 
 
 async def test_damaged_invite_reaches_no_network(operator: Profile, joiner: Profile) -> None:
