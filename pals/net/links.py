@@ -75,7 +75,10 @@ class LinkEvents(Protocol):
         ...
 
     def on_link_lost(self, peer: PeerId, problem: str) -> None:
-        """Learn that no link with ``peer`` is left."""
+        """Learn that a link with ``peer`` ended: frames on it, either way, may be lost.
+
+        Another link with it may be left, but what the frames were part of cannot go on.
+        """
         ...
 
 
@@ -191,7 +194,8 @@ class Links:
         return tuple(self._links.get(peer, ()))
 
     def linked_peers(self) -> frozenset[PeerId]:
-        return frozenset(peer for peer, links in self._links.items() if links)
+        """Return the peers that a link is up with."""
+        return frozenset(self._links)
 
     def _send_local(self, lane: Lane, outgoing: Outgoing) -> None:
         """Hand a frame to this same process, which has no link to itself."""
@@ -234,7 +238,7 @@ class Links:
             self._nursery.start_soon(self._run_lane, link, lane, stream)
 
     async def _serve_link(self, stream: Stream) -> None:
-        if len(self._links_with(stream.peer_id)) >= MAX_LINKS_PER_PEER:
+        if not self._may_link(stream.peer_id):
             await stream.reset()
             return
         try:
@@ -244,9 +248,22 @@ class Links:
             _log.warning("link from %s: %s", short_id(stream.peer_id), error)
             await stream.close()
             return
+        if not self._may_link(stream.peer_id):  # it changed during the handshake
+            await stream.reset()
+            return
         link = _Link(keys)
         self._add(link)
         await self._run_lane(link, Lane.CONTROL, stream)
+
+    def _may_link(self, peer: PeerId) -> bool:
+        """Return whether ``peer`` is still a member and has few links; its connection may live."""
+        if not self.is_member(peer):
+            _log.warning("link refused: %s is no member", short_id(peer))
+            return False
+        if len(self._links_with(peer)) >= MAX_LINKS_PER_PEER:
+            _log.warning("link refused: %s has %d", short_id(peer), MAX_LINKS_PER_PEER)
+            return False
+        return True
 
     async def _serve_lane(self, stream: Stream) -> None:
         try:
@@ -258,6 +275,10 @@ class Links:
             await stream.reset()
             return
         lane = preface[-1]
+        if not self.is_member(stream.peer_id):
+            _log.warning("lane refused: %s is no member", short_id(stream.peer_id))
+            await stream.reset()
+            return
         if lane not in (Lane.DECODE, Lane.PREFILL) or lane in link.attached:
             _log.warning("no such lane, or taken: %s from %s", lane, short_id(stream.peer_id))
             await stream.reset()
@@ -341,10 +362,10 @@ class Links:
         peer = link.keys.remote
         if link in self._links_with(peer):
             self._links[peer].remove(link)
-            _log.debug("= link with %s ended: %s", short_id(peer), link.problem)
             if not self._links[peer]:
                 del self._links[peer]
-                self._events.on_link_lost(peer, link.problem)
+            _log.debug("= link with %s ended: %s", short_id(peer), link.problem)
+            self._events.on_link_lost(peer, link.problem)
         await _reset_all([stream])
 
     def _end_for(self, link: _Link, group: ExceptionGroup[PalsError]) -> None:
