@@ -22,6 +22,7 @@ from tests.integration.processes import (
 )
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
     pytest.mark.timeout(300),
 ]
