@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType(
         ProfileMissing: There is no profile.
         ProfileExposed: Others can read a secret of the profile.
     """
+    forbid_core_dumps()
     entry = profile.load_swarm()
     text = config.take_environment(config.SWARM_SECRET_VARIABLE)
     if text is None:
@@ -69,6 +71,11 @@ def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType(
         secret=SwarmSecret.parse(text),
         identity=load_or_create_identity(profile),
     )
+
+
+def forbid_core_dumps() -> None:
+    """Keep a crash from writing the secrets in memory to disk, here and in what follows."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def replace_process(secrets: Mapping[str, str], arguments: Sequence[str]) -> NoReturn:
