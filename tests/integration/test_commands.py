@@ -100,7 +100,7 @@ def edit_entry(profile: Profile, **changes: object) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Return every file under a folder, but the lock, with what is in it."""
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "node.lock")
+    files = (p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
