@@ -13,9 +13,7 @@ look-ups are our own.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from types import ModuleType
@@ -29,12 +27,10 @@ from libp2p.peer.id import ID
 from libp2p.records.validator import NamespacedValidator, Validator
 from libp2p.tools.anyio_service import background_trio_service
 
-from pals.errors import InvalidRecord, PalsError
+from pals.errors import InvalidRecord
 from pals.net.announce import Announcement, newest, open_announcement
 from pals.net.host import Host
 from pals.types import PeerId, SwarmId, short_id
-
-log = logging.getLogger(__name__)
 
 NAMESPACE = "pals"
 LOOKUPS_AT_ONCE = 16
@@ -86,31 +82,6 @@ class Discovery:
                 while True:
                     await self._learn_connected()
                     await trio.sleep(FOLLOW_INTERVAL_S)
-
-    async def bootstrap(self, addresses: Iterable[str], *, deadline_s: float = 5.0) -> int:
-        """Connect to the members at ``addresses`` and return how many answered.
-
-        Args:
-            addresses: Multiaddrs that end in ``/p2p/<peer id>``; a member may have several.
-            deadline_s: Seconds for each member.
-        """
-        by_peer: defaultdict[PeerId, list[str]] = defaultdict(list)
-        for address in addresses:
-            by_peer[PeerId(address.rpartition("/p2p/")[2])].append(address)
-        reached: list[PeerId] = []
-
-        async def try_one(peer: PeerId) -> None:
-            try:
-                await self._host.connect(peer, by_peer[peer], deadline_s=deadline_s)
-                reached.append(peer)
-            except PalsError as error:
-                log.info("bootstrap peer %s: %s", short_id(peer), error)
-
-        async with trio.open_nursery() as nursery:
-            for peer in by_peer:
-                nursery.start_soon(try_one, peer)
-        await self._learn_connected()
-        return len(reached)
 
     async def announce(self, record: bytes) -> None:
         """Store this machine's signed record at the members closest to its key.
