@@ -110,7 +110,6 @@ class MemberSwarm(Swarm):
             WeakValueDictionary()
         )
         self._dials = trio.CapacityLimiter(MAX_DIALS)
-        self.on_connect: list[Callable[[PeerId], None]] = []
         self.on_disconnect: list[Callable[[PeerId], None]] = []
 
     def live_connections(self, peer: ID) -> list[INetConn]:
@@ -211,12 +210,7 @@ class MemberSwarm(Swarm):
         if refusal:
             abort(muxed_conn)
             raise SwarmException(refusal)
-        first = not self.live_connections(peer)
-        connection = await super().add_conn(muxed_conn, direction)
-        if first:
-            for callback in self.on_connect:
-                callback(PeerId(peer.to_base58()))
-        return connection
+        return await super().add_conn(muxed_conn, direction)
 
     def _refusal(self, peer: ID) -> str:
         if not self.allow(PeerId(peer.to_base58())):
@@ -266,9 +260,6 @@ class MemberSwarm(Swarm):
                 self._release_stream(peer)
 
         super().set_stream_handler(guarded)
-
-    def inbound_streams(self) -> dict[PeerId, int]:
-        return {PeerId(p.to_base58()): count for p, count in self._inbound_streams.items()}
 
     def _release_stream(self, peer: ID) -> None:
         self._inbound_streams[peer] -= 1

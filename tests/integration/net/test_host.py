@@ -266,7 +266,7 @@ async def test_streams_of_one_peer_are_limited():
         b.handle("/test/hold/1", hold)
         await a.connect(b.peer_id, b.addresses())
         await c.connect(b.peer_id, b.addresses())
-        await until(lambda: a.peer_id not in b.streams_held())
+        await until(lambda: not b._swarm._inbound_streams)
         for _ in range(3):
             await ask(a, b, "/test/hold/1")
         with pytest.raises(PeerUnreachable):
@@ -274,7 +274,7 @@ async def test_streams_of_one_peer_are_limited():
         assert held == [a.peer_id] * 3
         assert await ask_echo(c, b) == b"hello"
         await b.drop_peer(a.peer_id)
-        await until(lambda: a.peer_id not in b.streams_held())
+        await until(lambda: not b._swarm._inbound_streams)
 
 
 async def test_half_open_handshakes_do_not_keep_a_good_peer_out():
