@@ -1,0 +1,126 @@
+"""Errors of chains, links and the shards behind them."""
+
+from __future__ import annotations
+
+from pals.errors.base import CapacityError, PalsError, PeerError, ProtocolError
+
+
+class NoChain(PeerError):
+    """No set of reachable shards covers every layer.
+
+    ``missing`` lists the ranges that nobody serves, separated by commas.
+    """
+
+    code = "PALS-NO-CHAIN"
+    message = "no chain covers `{model}`: layers {missing} are served by nobody reachable"
+
+    @property
+    def hint(self) -> str:
+        """Name the command for the first missing range."""
+        first = str(self.fields["missing"]).partition(",")[0]
+        return f"start one with `pals shard {self.fields['model']} --layers {first}`"
+
+
+class PeerUnreachable(PeerError):
+    """A member could not be dialled, or went away."""
+
+    code = "PALS-PEER-UNREACHABLE"
+    message = "peer {peer} is unreachable: {problem}"
+    hint_template = "check that it runs, and its address and firewall"
+
+
+class ShardLost(PeerError):
+    """A shard of a running session went away."""
+
+    code = "PALS-SHARD-LOST"
+    message = "lost the peer {peer} that serves layers {layers}: {problem}"
+    hint_template = "send the request again when another peer serves these layers"
+
+
+class StepTimeout(PeerError):
+    """No token came within the deadline of a step."""
+
+    code = "PALS-STEP-TIMEOUT"
+    message = "no token within {deadline_s} s from the chain {chain}"
+    hint_template = "look at `pals peers list` and the logs of these peers"
+
+
+class WireVersionMismatch(ProtocolError):
+    """The two sides speak different versions of the link protocol."""
+
+    code = "PALS-WIRE-VERSION"
+    message = "peer {peer} speaks wire version {theirs}, this machine speaks {ours}"
+    hint_template = "install the same version of pals on both machines"
+
+
+class LinkRefused(ProtocolError):
+    """The link handshake failed: another swarm, epoch or secret."""
+
+    code = "PALS-LINK-REFUSED"
+    message = "link with peer {peer} refused: {problem}"
+    hint_template = (
+        "check that both machines joined the same swarm; "
+        "run `pals login` again if the secret was rotated"
+    )
+
+
+class InvalidFrame(ProtocolError):
+    """A frame that is not the expected one or does not open; the link is dropped."""
+
+    code = "PALS-FRAME-INVALID"
+    message = "frame from peer {peer} refused: {problem}"
+
+
+class FrameKeyExhausted(ProtocolError):
+    """A frame key was used as often as it may be; the link has to be keyed anew."""
+
+    code = "PALS-FRAME-KEY-EXHAUSTED"
+    message = "the frame key of peer {peer} has reached its limit of {limit} frames"
+    retryable = True
+
+
+class InvalidStep(ProtocolError):
+    """A step that asks a shard for something outside its model, slots or context."""
+
+    code = "PALS-STEP-INVALID"
+    message = "step refused: {problem}"
+
+
+class SessionRefused(PeerError):
+    """A shard does not take the session."""
+
+    code = "PALS-SESSION-REFUSED"
+    message = "peer {peer} refused the session: {problem}"
+    hint_template = "try again when it is less busy, or start another shard"
+
+
+class ShardFull(CapacityError):
+    """Every session slot of a shard is taken."""
+
+    code = "PALS-SHARD-FULL"
+    message = "all {slots} session slots of the shard are taken"
+    hint_template = "try again in a moment"
+
+
+class ShardBusy(CapacityError):
+    """A shard of the chain takes no more sessions now."""
+
+    code = "PALS-SHARD-BUSY"
+    message = "peer {peer} takes no more sessions now: {problem}"
+    hint_template = "try again in a moment, or start another shard"
+
+
+class QueueFull(CapacityError):
+    """A bounded queue is full."""
+
+    code = "PALS-QUEUE-FULL"
+    message = "the {queue} queue is full: {limit}"
+    hint_template = "try again in a moment"
+
+
+class InternalStepError(PalsError):
+    """A step of a shard failed for a reason that is Pals's own fault."""
+
+    code = "PALS-STEP-FAILED"
+    message = "a step of layers {layers} failed"
+    hint_template = "look at the log of the shard that serves these layers"

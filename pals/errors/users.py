@@ -1,0 +1,114 @@
+"""Errors of commands: flags, files, the profile and this machine."""
+
+from __future__ import annotations
+
+from pals.errors.base import PalsError, UserError
+
+
+class InvalidLayerRange(UserError):
+    """A layer range that is not ``a:b`` with ``0 <= a < b``."""
+
+    code = "PALS-USER-LAYERS"
+    message = "not a layer range: `{text}`"
+    hint_template = "write a half-open range such as `--layers 0:10`"
+
+
+class LayersOutsideModel(UserError):
+    """A layer range that reaches past the model's last layer."""
+
+    code = "PALS-USER-LAYERS-OUTSIDE"
+    message = "layers `{layers}` reach past the model, which has {num_layers} layers"
+    hint_template = "choose a range within `0:{num_layers}`"
+
+
+class InvalidConfig(UserError):
+    """A configuration file, preset or environment variable that cannot be used."""
+
+    code = "PALS-USER-CONFIG"
+    message = "{source}: {problem}"
+    hint_template = "{advice}"
+
+
+class ProfileMissing(UserError):
+    """The profile folder or a file in it does not exist."""
+
+    code = "PALS-USER-PROFILE-MISSING"
+    message = "no profile at `{path}`"
+    hint_template = "run `pals init`, then `pals swarm create` or `pals login`"
+
+
+class ProfileExposed(UserError):
+    """A secret of the profile that other users of the machine can read."""
+
+    code = "PALS-USER-PROFILE-EXPOSED"
+    message = "`{path}` can be read by other users: mode {mode:o}"
+    hint_template = (
+        "run `chmod {wanted:o} {path}`, and rotate the secret if others use this machine"
+    )
+
+
+class ProfileInUse(UserError):
+    """Another process already runs with this profile's identity."""
+
+    code = "PALS-USER-PROFILE-IN-USE"
+    message = "the identity in `{path}` is in use by process {pid}"
+    hint_template = "stop it; `pals serve --layers a:b` is an endpoint and a shard in one process"
+
+
+class NoSwarm(UserError):
+    """The profile belongs to no swarm."""
+
+    code = "PALS-USER-NO-SWARM"
+    message = "the profile at `{path}` belongs to no swarm"
+    hint_template = "run `pals swarm create`, or redeem an invite with `pals login`"
+
+
+class SwarmSecretInvalid(UserError):
+    """``PALS_SWARM_SECRET`` is missing or malformed; there is no plaintext mode."""
+
+    code = "PALS-USER-SWARM-SECRET"
+    message = "the swarm secret is {problem}"
+    hint_template = (
+        "start through the `pals` command, which reads it from the profile, "
+        "or run `pals login` again"
+    )
+
+
+class SecretOnCommandLine(UserError):
+    """A secret was given as a command-line argument, where every user can read it."""
+
+    code = "PALS-USER-SECRET-ARGV"
+    message = "secrets are not taken from the command line: {name}"
+    hint_template = "pass it in the environment as `{variable}`, or on standard input"
+
+
+class PublicBindWithoutKey(UserError):
+    """A bind that other machines can reach, without an API key."""
+
+    code = "PALS-USER-PUBLIC-BIND"
+    message = "refusing to listen on `{host}` without an API key"
+    hint_template = "set `PALS_API_KEY`, or bind to `127.0.0.1`"
+
+
+class PortInUse(UserError):
+    """The address is taken by another process."""
+
+    code = "PALS-USER-PORT"
+    message = "cannot listen on {host}:{port}: {problem}"
+    hint_template = "choose another port with `--port`, or stop what listens there"
+
+
+class MissingExtra(UserError):
+    """An optional package that a command needs is not installed."""
+
+    code = "PALS-USER-EXTRA"
+    message = "`{package}` is not installed"
+    hint_template = "run `pip install 'pals[{extra}]'`"
+
+
+class ChildFailed(PalsError):
+    """A process that `pals demo` started did not come up."""
+
+    code = "PALS-DEMO-CHILD"
+    message = "{name} did not start: {problem}\n{log}"
+    hint_template = "run `pals doctor` to check this machine"
