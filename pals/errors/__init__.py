@@ -38,6 +38,7 @@ from pals.errors.models import (
     CorruptModel,
     InvalidText,
     ModelNotFound,
+    ModelNotWritten,
     TemplateError,
     UnsupportedModel,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "MissingExtra",
     "ModelError",
     "ModelNotFound",
+    "ModelNotWritten",
     "NoChain",
     "NoSuchRoute",
     "NoSwarm",

@@ -32,6 +32,15 @@ class CorruptModel(ModelError):
     hint_template = "delete the file and download or import it again"
 
 
+class ModelNotWritten(ModelError):
+    """An imported model that this machine could not store, as on a full disk."""
+
+    code = "PALS-MODEL-NOT-WRITTEN"
+    message = "the model cannot be written to {folder}: {problem}"
+    hint_template = "free some space there, or set PALS_CACHE_DIR to a folder that has it"
+    http_status = 500
+
+
 class TemplateError(ModelError):
     """The chat template refuses the messages or cannot be rendered."""
 

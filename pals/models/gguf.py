@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from pals.errors import CorruptModel, UnsupportedModel
+from pals.errors import CorruptModel, ModelNotWritten, UnsupportedModel
 from pals.models.gguf_plan import ImportPlan, PlannedTensor, plan_import
 from pals.models.gguf_reader import GgufHeader, read_header
 from pals.models.gguf_tokenizer import Json
@@ -63,6 +63,7 @@ def import_gguf(
         CorruptModel: The file contradicts itself or is cut short.
         UnsupportedModel: The family, the tokenizer or a tensor is not implemented.
         ModelNotFound: ``model_id`` is not a model name.
+        ModelNotWritten: The disk is full, or the folder cannot be written.
     """
     header = read_header(file)
     name = _default_model_id(header) if model_id is None else model_id
@@ -71,13 +72,11 @@ def import_gguf(
     if _is_import_of(folder, origin):
         return folder
     plan = plan_import(header)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        _write_folder(work, file, plan, origin)
-        _publish(work, folder, origin)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _write_and_publish(folder, file, plan, origin)
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+        raise ModelNotWritten(folder=folder.parent, problem=problem) from error
     return folder
 
 
@@ -108,6 +107,18 @@ def _is_import_of(folder: Path, origin: Mapping[str, Json]) -> bool:
 
 
 # --- writing -------------------------------------------------------------------------
+
+
+def _write_and_publish(
+    folder: Path, source: Path, plan: ImportPlan, origin: Mapping[str, Json]
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _write_folder(work, source, plan, origin)
+        _publish(work, folder, origin)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_folder(work: Path, source: Path, plan: ImportPlan, origin: Mapping[str, Json]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from pals import config
-from pals.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from pals.errors import CorruptModel, ModelNotFound, ModelNotWritten, UnsupportedModel
 from pals.models import gguf as importer
 from pals.models.gguf import import_gguf, packaged_demo_model, round_to_bf16
 from pals.models.snapshot import Snapshot
@@ -157,7 +157,7 @@ def test_nothing_stays_of_an_import_that_failed(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(importer, "_write_weights", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ModelNotWritten, match="No space"):
         import_gguf(file, destination=tmp_path / "out" / "m")
     assert os.listdir(tmp_path / "out") == []
 
