@@ -27,6 +27,9 @@ Dtype = Literal["bf16", "f32"]
 
 DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "f32": 4}
 
+MAX_TOKENIZER_BYTES = 64 << 20
+"""The most that tokenizer.json may have; the largest known ones have about 35 MB."""
+
 _RANGE = re.compile(r"([0-9]{1,5}):([0-9]{1,5})")
 
 

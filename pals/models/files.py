@@ -13,7 +13,6 @@ from typing import cast
 from pals.errors import CorruptModel
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_TOKENIZER_BYTES = 1 << 26
 MAX_INDEX_BYTES = 1 << 26
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")

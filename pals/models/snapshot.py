@@ -12,7 +12,6 @@ from pals.models.config import ModelConfig
 from pals.models.files import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
-    MAX_TOKENIZER_BYTES,
     contained_path,
     json_object,
     parse_json_object,
@@ -20,6 +19,7 @@ from pals.models.files import (
 )
 from pals.models.hashes import SHA256, hash_file
 from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, read_index
+from pals.types import MAX_TOKENIZER_BYTES
 
 MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "config.json"

@@ -13,8 +13,8 @@ from tokenizers import decoders
 
 from pals.errors import CorruptModel, InvalidText, PalsError
 from pals.text.files import load_settings, load_special_tokens, load_text
+from pals.types import MAX_TOKENIZER_BYTES
 
-MAX_TOKENIZER_BYTES = 128 << 20
 MAX_TEXT_CHARACTERS = 4 << 20
 MAX_TOKEN_ID = 1 << 32
 
