@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import anyio
 import msgspec
@@ -28,7 +28,7 @@ class ClientGone(Exception):
     """The client disconnected before its answer was ready; there is nobody to tell."""
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+async def unless_disconnected(receive: Receive, work: Coroutine[object, None, _T]) -> _T:
     """Run ``work`` and return its result; cancel it when the client disconnects.
 
     Raises:
