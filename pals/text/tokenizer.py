@@ -17,6 +17,7 @@ from pals.types import MAX_TOKENIZER_BYTES
 
 MAX_TEXT_CHARACTERS = 4 << 20
 MAX_TOKEN_ID = 1 << 32
+MAX_EOS_TOKENS = 64
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
@@ -52,7 +53,8 @@ class Tokenizer:
         """Read tokenizer.json and the settings beside it.
 
         Raises:
-            CorruptModel: A file is missing, too large, or does not make a tokenizer.
+            CorruptModel: A file is missing, too large, or does not make a tokenizer, or
+                the tokens that end an answer are too many or not the model's.
         """
         path = folder / "tokenizer.json"
         text = load_text(path, maximum=MAX_TOKENIZER_BYTES)
@@ -64,10 +66,7 @@ class Tokenizer:
             inner.no_padding()
             inner.no_truncation()
         special_tokens = load_special_tokens(folder)
-        eos_token_ids = _load_eos_token_ids(folder)
-        named = special_tokens.get("eos_token")
-        if named is not None and (eos := inner.token_to_id(named)) is not None:
-            eos_token_ids.add(eos)
+        eos_token_ids = _load_eos_token_ids(folder, inner, special_tokens.get("eos_token"))
         return cls(inner, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
 
     @property
@@ -144,13 +143,38 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _load_eos_token_ids(folder: Path) -> set[int]:
-    found: set[int] = set()
+def _load_eos_token_ids(
+    folder: Path, inner: tokenizers.Tokenizer, named: str | None
+) -> frozenset[int]:
+    """Return the ids that end an answer: those of the files, and that of the ``named`` token.
+
+    Raises:
+        CorruptModel: A file names none of the model's vocabulary, or they are too many.
+    """
+    vocab_size = load_settings(folder / "config.json").get("vocab_size")
+    if type(vocab_size) is not int:
+        vocab_size = inner.get_vocab_size(with_added_tokens=True)
+    eos = None if named is None else inner.token_to_id(named)
+    # the tokenizer may know tokens that the model cannot produce
+    ids = {eos} if eos is not None and eos < vocab_size else set[int]()
     for name in ("generation_config.json", "config.json"):
-        value = load_settings(folder / name).get("eos_token_id")
-        ids = cast("list[object]", value) if isinstance(value, list) else [value]
-        found |= {i for i in ids if isinstance(i, int) and i >= 0}
-    return found
+        ids |= _listed_token_ids(folder / name, vocab_size)
+    if len(ids) > MAX_EOS_TOKENS:
+        problem = f"{len(ids)} tokens end an answer, at most {MAX_EOS_TOKENS} may"
+        raise CorruptModel(source=folder, problem=problem)
+    return frozenset(ids)
+
+
+def _listed_token_ids(path: Path, vocab_size: int) -> set[int]:
+    value = load_settings(path).get("eos_token_id")
+    if value is None:
+        return set()
+    listed = cast("list[object]", value) if isinstance(value, list) else [value]
+    ids = {i for i in listed if type(i) is int and 0 <= i < vocab_size}
+    if not all(type(i) is int and i in ids for i in listed):
+        problem = f"`eos_token_id` holds something else than token ids below {vocab_size}"
+        raise CorruptModel(source=path, problem=problem)
+    return ids
 
 
 def _pattern_failed(problem: str) -> CorruptModel:

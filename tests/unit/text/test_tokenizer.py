@@ -60,6 +60,23 @@ def test_end_tokens_come_from_every_file_that_names_some(folder: Path):
     assert Tokenizer.load(folder).eos_token_ids == {256, 7, 9, checkpoints.EOS_ID}
 
 
+@pytest.mark.parametrize("ids", [-1, 259, "2", True, [3, None], [[3]], list(range(64)), 1 << 70])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens_that_are_too_many_or_no_ids_of_the_model_are_refused(
+    folder: Path, name: str, ids: object
+):
+    (folder / "config.json").write_text('{"vocab_size": 259}')
+    (folder / "generation_config.json").write_text("{}")
+    edit_json(folder / name, eos_token_id=ids)
+    with pytest.raises(CorruptModel, match=r"end an answer|eos_token_id"):
+        Tokenizer.load(folder)
+
+
+def test_an_end_token_that_the_model_cannot_produce_is_left_out(folder: Path):
+    (folder / "config.json").write_text('{"vocab_size": 256, "eos_token_id": [7]}')
+    assert Tokenizer.load(folder).eos_token_ids == {7}
+
+
 def test_a_special_token_may_be_an_object_and_the_newer_file_wins(folder: Path):
     (folder / "special_tokens_map.json").write_text('{"eos_token": "x", "pad_token": "p"}')
     edit_json(folder / "tokenizer_config.json", eos_token={"content": "<|im_start|>"})
