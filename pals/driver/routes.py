@@ -12,13 +12,17 @@ from pals.errors import NoChain
 from pals.net.announce import Announcement
 from pals.net.node import Node
 from pals.net.route import Chain, find_chain
-from pals.types import PeerId
+from pals.types import LayerRange, PeerId
 
 FIND_DEADLINE_S = 5.0
 REFRESH_S = 10.0
 REFRESH_INCOMPLETE_S = 1.0
 FAILED_FOR_S = 15.0
 MAX_FAILED_FOR_S = 300.0
+
+
+Offer = tuple[PeerId, LayerRange]
+"""What one peer serves; a peer that came back with other layers makes another offer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +66,14 @@ class RouteTable:
             )
             self._announcements.update(found)
 
-    async def find(self, *, without: Set[PeerId] = frozenset()) -> Chain:
+    async def find(self, *, without: Set[Offer] = frozenset()) -> Chain:
         """Return the best chain now, after asking again if none is known.
 
         Peers that failed lately are used only when nothing else completes a chain: it
         may have been their connection that failed.
 
         Args:
-            without: Peers that must not be used.
+            without: Offers that must not be used.
 
         Raises:
             NoChain: The missing layers are served by nobody reachable.
@@ -91,8 +95,8 @@ class RouteTable:
         for peer in peers:
             self._failures.pop(peer, None)
 
-    def _chain(self, without: Set[PeerId]) -> Chain:
-        usable = [a for a in self._usable() if a.peer not in without]
+    def _chain(self, without: Set[Offer]) -> Chain:
+        usable = [a for a in self._usable() if (a.peer, a.layers) not in without]
         now = trio.current_time()
         trusted = [a for a in usable if self._failures.get(a.peer, (0, now))[1] <= now]
         try:

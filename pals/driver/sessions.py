@@ -16,7 +16,7 @@ import numpy as np
 import trio
 
 from pals.driver.interface import HopReport
-from pals.driver.routes import RouteTable, ServedModel
+from pals.driver.routes import Offer, RouteTable, ServedModel
 from pals.errors import (
     CapacityError,
     ContextTooLong,
@@ -68,6 +68,8 @@ _log = logging.getLogger(__name__)
 OPEN_DEADLINE_S = 15.0
 STATS_DEADLINE_S = 5.0
 PROBE_DEADLINE_S = 1.0
+MAX_AVOIDED = 64
+"""Offers that may fail one request before it fails itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +176,9 @@ class SessionClient:
             PeerError: A shard could not be reached or did not answer.
             ProtocolError: A shard speaks another wire version, or has another secret.
         """
-        avoided: set[PeerId] = set()
+        avoided: set[Offer] = set()
         failure: PalsError | None = None
-        while True:
+        while len(avoided) <= MAX_AVOIDED:
             chain = await self._find_chain(avoided, failure)
             session = self._build(request, chain, sink)
             try:
@@ -184,7 +186,8 @@ class SessionClient:
             except (PeerError, ProtocolError, CapacityError) as error:
                 self.close(session)
                 _log.info("chain %s: %s", chain, error)
-                avoided |= session.failed or session.peers
+                failed = session.failed or session.peers
+                avoided |= {(h.peer, h.layers) for h in chain.hops if h.peer in failed}
                 failure = error
             except BaseException:
                 self.close(session)
@@ -194,9 +197,11 @@ class SessionClient:
                 name, tokens = short_id(session.session), len(request.prompt)
                 _log.info("session %s: %d prompt tokens over %s", name, tokens, chain)
                 return session
+        assert failure is not None
+        raise failure
 
-    async def _find_chain(self, avoided: Set[PeerId], failure: PalsError | None) -> Chain:
-        """Return a chain without the peers that failed this request already.
+    async def _find_chain(self, avoided: Set[Offer], failure: PalsError | None) -> Chain:
+        """Return a chain without the offers that failed this request already.
 
         When there is none, the error says why the last one failed; a peer that is simply
         gone is told as the layers that are missing.

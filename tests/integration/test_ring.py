@@ -208,6 +208,7 @@ async def test_a_removed_member_is_cut_off_within_one_poll(
             for shard in (shards[0], shards[2]):
                 with pytest.raises(PeerUnreachable):
                     await removed.host.connect(shard.node.peer_id, shard.node.host.addresses())
+            await until(lambda: removed.peer_id not in client._node.members())
             with pytest.raises(NoChain):
                 await ask(client, request(PROMPTS[0]))
         nursery.cancel_scope.cancel()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class FakeLinks:
         self.opened: list[tuple[PeerId, ...]] = []
         self.closed: list[PeerId] = []
         self.client: SessionClient | None = None
+        self.on_refusal: Callable[[PeerId, object], None] = lambda *_: None
 
     async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
         await trio.lowlevel.checkpoint()
@@ -87,6 +88,7 @@ class FakeLinks:
             if peer in self.refusals:
                 code, problem = self.refusals[peer]
                 answer: Any = Refused(session=message.session, code=code, problem=problem)
+                self.on_refusal(peer, answer)
             else:
                 answer = Opened(session=message.session)
             self.client.on_control(peer, answer)
@@ -221,6 +223,21 @@ async def test_a_full_shard_is_passed_over_and_told_when_there_is_no_other() -> 
         await bench.open()
 
     assert (caught.value.http_status, caught.value.retryable) == (429, True)
+
+
+async def test_a_peer_that_came_back_with_other_layers_is_asked_for_these() -> None:
+    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+    await bench.routes.refresh()
+    bench.links.refusals[A] = ("PALS-SESSION-REFUSED", "the chain does not hold these layers")
+    bench.node.discovery.announcements[A] = announcement(A, "0:4")
+
+    def forgive(_: PeerId, __: object) -> None:
+        bench.links.refusals.clear()
+
+    bench.links.on_refusal = forgive
+    session = await bench.open()
+
+    assert [str(hop.layers) for hop in session.chain.hops] == ["0:4"]
 
 
 async def test_a_peer_whose_link_broke_is_used_again_when_nobody_else_can() -> None:
