@@ -65,7 +65,10 @@ class LinkRefused(ProtocolError):
 
 
 class InvalidFrame(ProtocolError):
-    """A frame that is not the expected one or does not open; the link is dropped."""
+    """A frame or row that is not the expected one, or a frame that does not open.
+
+    A frame costs its sender the link; a row that does not fit its session ends the session.
+    """
 
     code = "PALS-FRAME-INVALID"
     message = "frame from peer {peer} refused: {problem}"
