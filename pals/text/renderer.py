@@ -143,8 +143,8 @@ def render(template: jinja2.Template, variables: dict[str, object]) -> str:
 # --- the process ---------------------------------------------------------------------
 
 
-def serve(connection: socket.socket) -> None:
-    """Answer requests until the other side closes.
+def serve(connection: socket.socket, *, before_each: Callable[[], None]) -> None:
+    """Answer requests until the other side closes; ``before_each`` renews the limits.
 
     Raises:
         EOFError: It has closed.
@@ -152,7 +152,7 @@ def serve(connection: socket.socket) -> None:
     template: jinja2.Template | None = None
     while True:
         request = json.loads(receive(connection))
-        _allow_cpu_time()
+        before_each()
         try:
             if isinstance(request, str):
                 template, text = compile_template(request, now=datetime.now), ""
@@ -184,7 +184,7 @@ def main() -> None:
     """Serve the socket that is standard input."""
     _limit_memory()
     with socket.socket(fileno=os.dup(0)) as connection, contextlib.suppress(EOFError, OSError):
-        serve(connection)
+        serve(connection, before_each=_allow_cpu_time)
 
 
 if __name__ == "__main__":

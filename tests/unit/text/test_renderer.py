@@ -75,7 +75,7 @@ def test_requests_are_answered_in_order_until_the_other_side_closes():
             renderer.send(ours, json.dumps(request).encode())
         ours.shutdown(socket.SHUT_WR)
         with pytest.raises(EOFError):
-            renderer.serve(theirs)
+            renderer.serve(theirs, before_each=lambda: None)
         answers = [json.loads(renderer.receive(ours)) for _ in range(3)]
     assert answers[0] == {"text": "", "problem": None}
     assert answers[1] == {"text": "a1", "problem": None}
