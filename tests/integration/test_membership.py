@@ -400,7 +400,8 @@ async def test_nothing_is_served_without_a_list(operator: Profile, url: str) -> 
     swarm_id = SwarmId(bytes.fromhex(operator.load_swarm().swarm_id))
     gone = MembershipClient("http://127.0.0.1:1")
     path = operator.roster_path(swarm_id.hex())
-    for saved_at in (NOW - MAX_STALE_S - 60, NOW + MAX_STALE_S + 60):
+    now = time.time()
+    for saved_at in (now - MAX_STALE_S - 60, now + MAX_STALE_S + 60):
         os.utime(path, (saved_at, saved_at))
         with pytest.raises(RosterUnavailable):
             await first_roster(gone, swarm_id, AllowList(), operator)
