@@ -3,6 +3,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def invited(
 
 
 def uses(path: Path) -> list[int]:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         return [row[0] for row in connection.execute("SELECT used FROM invites")]
 
 
@@ -334,7 +335,7 @@ def test_file_that_is_no_database_is_refused_and_kept(path: Path) -> None:
 def test_lost_database_gives_a_typed_error(
     service: BackendService, chain: Chain, path: Path
 ) -> None:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         connection.execute("DROP TABLE hints")
     with pytest.raises(StorageFailed) as caught:
         service.hints(chain.swarm_id)
