@@ -176,8 +176,7 @@ class ShardService:
         """Fail the sessions that cannot go on without ``peer``."""
         for session in self._table.remove_peer(peer):
             self._forget(session)
-            lost = ShardLost(peer=short_id(peer), layers="next to it", problem=problem)
-            self._report(session, lost.code, f"lost peer {short_id(peer)}: {problem}")
+            self._report(session, ShardLost.code, f"lost peer {short_id(peer)}: {problem}")
 
     def _open(self, driver: PeerId, message: Open) -> None:
         try:
@@ -210,7 +209,8 @@ class ShardService:
                 self._forget(session)
                 self._refuse(session.driver, session.session, error)
                 return
-            del self._openings[session]
+            if self._openings.pop(session, None) is None:
+                return  # ended while the link came up, too late for the scope to say so
             self._send_control(session.driver, Opened(session=session.session))
 
     def _refuse(self, driver: PeerId, session: SessionId, error: PalsError) -> None:

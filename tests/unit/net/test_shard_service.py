@@ -240,3 +240,20 @@ async def test_chain_with_a_stranger_is_refused_and_keeps_nothing(nursery: trio.
     assert refused.code == SessionRefused.code
     assert "no member" in refused.problem
     assert bench.service.free_sessions == 2
+
+
+@pytest.mark.trio
+async def test_a_session_that_ends_as_its_link_comes_up_is_not_told_as_open(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(nursery, stop=MODEL.num_layers - 1)
+
+    async def come_up_too_late(peer: PeerId, addresses: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        bench.service.on_peer_lost(DRIVER, "gone")
+
+    monkeypatch.setattr(bench.links, "ensure", come_up_too_late)
+    await bench.open()
+    await trio.testing.wait_all_tasks_blocked()
+
+    assert not any(isinstance(message, Opened) for message in bench.links.control())
