@@ -7,10 +7,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pals.errors import InvalidStep
-from pals.models.attention import LayerCache, storage_dtype
+from pals.models.attention import storage_dtype
 from pals.models.config import ModelConfig
-from pals.models.llama import Cache
-from pals.types import EngineLimits
+from pals.models.decoder import Cache
+from pals.types import EngineLimits, LayerRange
 
 MIN_CHUNK_BUCKET = 16
 
@@ -26,19 +26,17 @@ def cache_positions(limits: EngineLimits) -> int:
 
 
 def build_cache(
-    config: ModelConfig, *, num_layers: int, limits: EngineLimits, dtype: jnp.dtype
+    config: ModelConfig, layers: LayerRange, *, limits: EngineLimits, dtype: jnp.dtype
 ) -> Cache:
-    """Allocate zeros, [slots, K, C, H] twice for each layer."""
-    shape = (
-        limits.max_sessions,
-        config.num_kv_heads,
-        cache_positions(limits),
-        config.head_dim,
-    )
+    """Allocate zeros, [slots, K, C, H] for each array that a layer keeps."""
     stored = storage_dtype(dtype)
+    positions = cache_positions(limits)
     return tuple(
-        LayerCache(keys=jnp.zeros(shape, stored), values=jnp.zeros(shape, stored))
-        for _ in range(num_layers)
+        tuple(
+            jnp.zeros((limits.max_sessions, heads, positions, width), stored)
+            for heads, width in config.cache_shapes(layer)
+        )
+        for layer in range(layers.start, layers.stop)
     )
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from pals.config import cache_dir
@@ -25,15 +24,13 @@ from pals.engine.steps import (
 )
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.config import ModelConfig
-from pals.models.llama import Cache
+from pals.models.decoder import Cache
+from pals.models.family import family_of
+from pals.models.numerics import Numerics
+from pals.models.safetensors import WeightFiles
 from pals.models.snapshot import Snapshot
 from pals.models.weights import load_parameters
 from pals.types import Dtype, EngineLimits, LayerRange, Sampling
-
-NUMPY_DTYPES: dict[Dtype, np.dtype] = {
-    "bf16": np.dtype(ml_dtypes.bfloat16),
-    "f32": np.dtype(np.float32),
-}
 
 MAX_SESSIONS = 256
 MAX_CHUNK_TOKENS = 4096
@@ -65,6 +62,7 @@ class Shard:
         config: ModelConfig,
         layers: LayerRange,
         dtype: Dtype,
+        numerics: Numerics,
         limits: EngineLimits,
         programs: Programs,
         leaves: Leaves,
@@ -72,6 +70,7 @@ class Shard:
         self.config = config
         self.layers = layers
         self.dtype: Dtype = dtype
+        self._numerics = numerics
         self.limits = limits
         self.is_head = layers.start == 0
         self.is_tail = layers.stop == config.num_layers
@@ -96,12 +95,20 @@ class Shard:
             raise LayersOutsideModel(layers=layers, num_layers=config.num_layers)
         check_limits(limits, config)
         use_compilation_cache(cache_dir() / "xla")
-        programs = Programs(config, layers, dtype=NUMPY_DTYPES[dtype], limits=limits)
-        leaves = load_parameters(snapshot.path, config, layers, programs.parameters)
+        numerics = Numerics.of(dtype)
+        programs = Programs(config, layers, numerics=numerics, limits=limits)
+        leaves = load_parameters(
+            WeightFiles.open(snapshot.path),
+            config,
+            layers,
+            family_of(config).weights,
+            programs.parameters,
+        )
         return cls(
             config=config,
             layers=layers,
             dtype=dtype,
+            numerics=numerics,
             limits=limits,
             programs=programs,
             leaves=tuple(leaves),
@@ -224,15 +231,12 @@ class Shard:
         self._lengths = SlotLengths(self.limits)
         self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
         self._cache = build_cache(
-            self.config,
-            num_layers=len(self.layers),
-            limits=self.limits,
-            dtype=NUMPY_DTYPES[self.dtype],
+            self.config, self.layers, limits=self.limits, dtype=self._numerics.compute
         )
 
     def _check_inputs(self, inputs: np.ndarray, most: int) -> int:
         """Return the number of tokens, having checked dtype, shape and range."""
-        dtype = np.dtype(np.int32) if self.is_head else NUMPY_DTYPES[self.dtype]
+        dtype = np.dtype(np.int32) if self.is_head else self._numerics.compute
         row_shape = () if self.is_head else (self.config.hidden_size,)
         if inputs.dtype != dtype or inputs.shape[1:] != row_shape or inputs.ndim == 0:
             raise InvalidStep(

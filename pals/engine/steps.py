@@ -25,7 +25,9 @@ from pals.config import PRIVATE_FOLDER
 from pals.engine.cache import MIN_CHUNK_BUCKET, cache_positions
 from pals.engine.sampler import SamplingRows, sample
 from pals.models.config import ModelConfig
-from pals.models.llama import Cache, Llama
+from pals.models.decoder import Cache, Decoder
+from pals.models.family import family_of
+from pals.models.numerics import Numerics
 from pals.models.weights import ParameterPath
 from pals.types import EngineLimits, LayerRange
 
@@ -108,14 +110,20 @@ class Programs:
     """Builds and keeps the compiled programs of one shard."""
 
     def __init__(
-        self, config: ModelConfig, layers: LayerRange, *, dtype: jnp.dtype, limits: EngineLimits
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        *,
+        numerics: Numerics,
+        limits: EngineLimits,
     ) -> None:
         self._config = config
-        self._dtype = dtype
+        self._dtype = numerics.compute
         self._limits = limits
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
-        model = nnx.eval_shape(lambda: Llama(config, layers, dtype=dtype))
+        build_layer = family_of(config).build_layer
+        model = nnx.eval_shape(lambda: Decoder(config, layers, numerics, build_layer))
         self._graphdef, state = nnx.split(model)
         shapes, self._treedef = jax.tree.flatten(state)
         paths = cast("Sequence[ParameterPath]", nnx.to_flat_state(state).paths)
@@ -191,7 +199,7 @@ class Programs:
         lengths = (row,) if key.kind == "prefill" else ()
         return (inputs, row, row, *lengths, sampling if self._is_tail else None)
 
-    def _model(self, leaves: Leaves) -> Llama:
+    def _model(self, leaves: Leaves) -> Decoder:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
     def _prefill(

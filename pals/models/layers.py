@@ -9,10 +9,26 @@ that a parameter's path is its weight's name. Matrices keep their ``(out, in)`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from pals.models.config import Activation
+from pals.models.numerics import Numerics
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU (https://arxiv.org/abs/1606.08415)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
@@ -48,9 +64,9 @@ def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
 class Linear(nnx.Module):
     """An affine map whose matrix is stored as ``(out, in)``."""
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.zeros((out_size, in_size), dtype))
-        self.bias = nnx.Param(jnp.zeros((out_size,), dtype)) if bias else None
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, numerics: Numerics) -> None:
+        self.weight = nnx.Param(jnp.zeros((out_size, in_size), numerics.compute))
+        self.bias = nnx.Param(jnp.zeros((out_size,), numerics.compute)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, in] to [B, T, out]."""
@@ -64,8 +80,8 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """The token embedding, which is also the LM head of models that tie the two."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), dtype))
+    def __init__(self, vocab_size: int, hidden_size: int, *, numerics: Numerics) -> None:
+        self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), numerics.compute))
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """Look up [B, T] ids; returns [B, T, D]."""
@@ -77,30 +93,52 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (https://arxiv.org/abs/1910.07467)."""
+    """Root mean square normalisation (https://arxiv.org/abs/1910.07467).
 
-    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones((size,), dtype))
+    Attributes:
+        eps: Added to the mean square before the root.
+        offset: Added to the weight, which Gemma stores around 0.
+    """
+
+    def __init__(self, size: int, *, eps: float, numerics: Numerics, offset: float = 0.0) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), numerics.compute))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise the last axis of [..., D], with the statistics in float32."""
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.weight[...]
+        if not self.offset:
+            return wide.astype(x.dtype) * self.weight[...]
+        # Gemma multiplies before it rounds: bf16 would lose half of the weight beside 1.
+        return (wide * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
-    """The SwiGLU feed-forward block (https://arxiv.org/abs/2002.05202)."""
+    """A gated feed-forward block, such as SwiGLU (https://arxiv.org/abs/2002.05202)."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: jnp.dtype
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        numerics: Numerics,
+        bias: bool = False,
+        activation: Activation = "silu",
     ) -> None:
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, dtype=dtype)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, numerics=numerics)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, numerics=numerics)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, numerics=numerics)
+        self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, D] to [B, T, D]."""
         with jax.named_scope("mlp"):
-            return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+            gate = ACTIVATIONS[self.activation](self.gate_proj(x))
+            return self.down_proj(gate * self.up_proj(x))
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """Squash scores or logits into (-cap, cap) (https://arxiv.org/abs/2408.00118)."""
+    return jnp.tanh(x / cap) * cap

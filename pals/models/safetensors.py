@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -62,6 +62,27 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
+
+    def part(self, index: int) -> TensorEntry:
+        """Return one entry of the first axis."""
+        size_bytes = self.size_bytes // self.shape[0]
+        return replace(
+            self,
+            shape=self.shape[1:],
+            offset=self.offset + index * size_bytes,
+            size_bytes=size_bytes,
+        )
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        """Return entries ``start`` to ``stop`` of the first axis; see `read`."""
+        row_bytes = self.size_bytes // self.shape[0]
+        rows = replace(
+            self,
+            shape=(stop - start, *self.shape[1:]),
+            offset=self.offset + start * row_bytes,
+            size_bytes=(stop - start) * row_bytes,
+        )
+        return rows.read()
 
     def read(self) -> np.ndarray:
         """Return the tensor in the dtype of the file.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pals.errors import CorruptModel, ModelNotFound
 from pals.models.config import ModelConfig
+from pals.models.configs import read_config
 from pals.models.files import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
@@ -59,7 +60,7 @@ class Snapshot:
             raise ModelNotFound(model=model_id, problem=f"{path} has no {CONFIG_NAME}")
         data = read_file(path, CONFIG_NAME, most=MAX_CONFIG_BYTES)
         source = path / CONFIG_NAME
-        config = ModelConfig.from_hf(parse_json_object(data, source), source=str(source))
+        config = read_config(parse_json_object(data, source), source=str(source))
         return cls(
             path=path, model_id=model_id, config=config, manifest=manifest_of(path, model_id)
         )

@@ -1,8 +1,7 @@
-"""Fills a shard's parameters from safetensors, one tensor at a time.
+"""Fills a shard's parameters from a checkpoint, a block of rows at a time.
 
-A parameter's path in the module tree is its weight's name in the checkpoint, apart from
-the table below. The check is strict both ways: a weight that is missing, that nothing
-reads, or that has another shape refuses the model.
+The check is strict both ways: a weight that is missing, that nothing reads, or that has
+another shape refuses the model, before anything of it is read.
 """
 # pyright: reportUnknownMemberType=false
 # (jax annotates its functions with types that pyright sees as partially unknown)
@@ -10,101 +9,175 @@ reads, or that has another shape refuses the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from pals.errors import CorruptModel
+from pals.models.assemble import Assembler
 from pals.models.config import ModelConfig
 from pals.models.safetensors import TensorEntry, WeightFiles
+from pals.models.table import Array, Piece, Root, WeightTable, unchanged
 from pals.types import LayerRange
 
 ParameterPath = tuple[str | int, ...]
 """Attribute names and list positions from the model down to a parameter."""
 
-MODULE_NAMES = {
-    "embed_tokens": "model.embed_tokens",
-    "layers": "model.layers",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-}
-
-END_WEIGHTS = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})
-"""Weights outside the layers, which only the head or the tail holds."""
+Parameters = Mapping[ParameterPath, jax.ShapeDtypeStruct]
 
 MAX_PROBLEMS = 8
+BLOCK_BYTES = 16 << 20
 
-_LAYER = re.compile(r"model\.layers\.(\d{1,5})\.")
-_COMPUTED = re.compile(r"model\.layers\.\d{1,5}\.self_attn\.rotary_emb\.inv_freq")
-
-
-def weight_name(path: ParameterPath, config: ModelConfig, layers: LayerRange) -> str:
-    """Return the checkpoint's name for a parameter of the shard of ``layers``."""
-    module, *rest = path
-    if module == "lm_head" and config.tie_word_embeddings:
-        module = "embed_tokens"
-    if module == "layers":
-        rest[0] = layers.start + int(rest[0])
-    return ".".join([MODULE_NAMES[str(module)], *map(str, rest)])
+_COMPUTED = r"layers\.\d{1,5}\.self_attn\.rotary_emb\.inv_freq"
+"""Tensors of old exports that follow from the config."""
 
 
 def load_parameters(
-    folder: Path,
+    files: WeightFiles,
     config: ModelConfig,
     layers: LayerRange,
-    parameters: Mapping[ParameterPath, jax.ShapeDtypeStruct],
+    table: WeightTable,
+    parameters: Parameters,
 ) -> list[jax.Array]:
     """Read the weights of ``layers`` to the default device, in the order of ``parameters``.
 
-    At most one tensor at a time is held on the host beside what is on the device.
+    At most one block of a tensor is held on the host beside the parameters; a tensor that
+    is stored in another layout is read whole.
 
     Raises:
-        CorruptModel: Files are malformed, or weights are missing, unexpected or misshapen.
+        CorruptModel: Files are malformed, weights are missing, unexpected or misshapen,
+            or hold infinities or NaN.
         UnsupportedModel: A weight has a dtype that is not read.
     """
-    files = WeightFiles.open(folder)
-    names = [weight_name(path, config, layers) for path in parameters]
-    shapes = {name: p.shape for name, p in zip(names, parameters.values(), strict=True)}
-    problems = name_problems(set(files.file_of), set(names), config, layers)
-    entries = files.entries(name for name in shapes if name in files.file_of)
-    problems += shape_problems(entries, shapes)
+    present = set(files.file_of)
+    pieces = {
+        path: parameter_pieces(path, p.shape, config, layers, table, present)
+        for path, p in parameters.items()
+    }
+    needed = {piece.source: piece.shape for parts in pieces.values() for piece in parts}
+    problems = name_problems(present, set(needed), config, layers, table)
+    entries = files.entries(name for name in needed if name in present)
+    problems += shape_problems(entries, needed)
     if problems:
-        raise CorruptModel(source=folder, problem=summarize(problems))
-    return [
-        load_tensor(entries[name], p.dtype)
-        for name, p in zip(names, parameters.values(), strict=True)
-    ]
+        raise CorruptModel(source=files.folder, problem=summarize(problems))
+    return [load_parameter(pieces[path], entries, p) for path, p in parameters.items()]
 
 
-def load_tensor(entry: TensorEntry, dtype: jnp.dtype) -> jax.Array:
-    """Read one tensor to the device in the compute dtype."""
-    return jax.device_put(entry.read().astype(dtype, copy=False))
+def parameter_pieces(
+    path: ParameterPath,
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    layers: LayerRange,
+    table: WeightTable,
+    present: set[str],
+) -> list[Piece]:
+    """Return what a parameter of the shard of ``layers`` is made of."""
+    root = table.root_of(present)
+    module, *rest = path
+    if module == "layers":
+        number, *inner = rest
+        prefix = f"{root.model}layers.{layers.start + int(number)}."
+        return table.layer_pieces(".".join(map(str, inner)), prefix, shape, present)
+    if module == "lm_head" and config.tie_word_embeddings:
+        module = "embed_tokens"
+    prefix = root.head if module == "lm_head" else f"{root.model}{module}."
+    source = prefix + ".".join(map(str, rest))
+    return [Piece(source=source, shape=shape, rows=slice(0, shape[0]))]
+
+
+def load_parameter(
+    pieces: Sequence[Piece],
+    entries: Mapping[str, TensorEntry],
+    parameter: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """Read one parameter to the device in the dtype that it is held in."""
+    target = Assembler(parameter.shape, parameter.dtype)
+    for piece in pieces:
+        for rows, block in read_piece(piece, entries[piece.source]):
+            target.write(piece.index, rows, block)
+    return target.finish()
+
+
+def read_piece(piece: Piece, entry: TensorEntry) -> Iterator[tuple[slice, Array]]:
+    """Yield the blocks of a piece, each with the rows of the parameter that it fills."""
+    part = entry if piece.entry is None else entry.part(piece.entry)
+    if piece.change is not unchanged:
+        yield piece.rows, piece.change(checked(part.read(), entry))
+        return
+    first, count = piece.rows.start, piece.rows.stop - piece.rows.start
+    step = max(1, BLOCK_BYTES * count // max(1, part.size_bytes))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield slice(first + start, first + stop), checked(part.read_rows(start, stop), entry)
+
+
+def checked(block: Array, entry: TensorEntry) -> Array:
+    """Return ``block`` when all of it is finite.
+
+    Raises:
+        CorruptModel: It is not.
+    """
+    if not is_finite(block):
+        raise CorruptModel(
+            source=entry.path, problem=f"weight `{entry.name}` holds infinities or NaN"
+        )
+    return block
+
+
+def is_finite(block: Array) -> bool:
+    """Return whether a block of floats has no infinity and no NaN."""
+    if block.dtype == ml_dtypes.bfloat16:
+        # numpy would widen each value: the exponent's bits say the same 10 x faster
+        exponents = block.view(np.uint16) & np.uint16(0x7F80)
+        return not bool((exponents == 0x7F80).any())
+    return bool(np.isfinite(block).all())
+
+
+# --- the check of names and shapes ---------------------------------------------------
 
 
 def name_problems(
-    present: set[str], needed: set[str], config: ModelConfig, layers: LayerRange
+    present: set[str],
+    needed: set[str],
+    config: ModelConfig,
+    layers: LayerRange,
+    table: WeightTable,
 ) -> list[str]:
     """Return what is wrong with the names of a checkpoint, seen from one shard."""
+    known = _KnownNames(config, layers, table, table.root_of(present))
     missing = [f"`{name}` is missing" for name in sorted(needed - present)]
     unexpected = [
         f"`{name}` is unexpected"
         for name in sorted(present - needed)
-        if not is_held_elsewhere(name, config, layers)
+        if not known.is_left_alone(name)
     ]
     return missing + unexpected
 
 
-def is_held_elsewhere(name: str, config: ModelConfig, layers: LayerRange) -> bool:
-    """Return whether a shard of ``layers`` rightly leaves this weight alone."""
-    if name in END_WEIGHTS or _COMPUTED.fullmatch(name):
-        return True
-    match = _LAYER.match(name)
-    if match is None:
-        return False
-    layer = int(match[1])
-    return layer < config.num_layers and not layers.start <= layer < layers.stop
+class _KnownNames:
+    """Tells which tensors a shard rightly leaves alone."""
+
+    def __init__(
+        self, config: ModelConfig, layers: LayerRange, table: WeightTable, root: Root
+    ) -> None:
+        self._num_layers = config.num_layers
+        self._layers = layers
+        model = re.escape(root.model)
+        self._layer = re.compile(rf"{model}layers\.(\d{{1,5}})\.")
+        ends = rf"{model}(embed_tokens|norm)\.weight|{re.escape(root.head)}weight"
+        patterns = [ends, model + _COMPUTED, *table.unused]
+        self._others = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+
+    def is_left_alone(self, name: str) -> bool:
+        if self._others.fullmatch(name):
+            return True
+        match = self._layer.match(name)
+        if match is None:
+            return False
+        layer = int(match[1])
+        return layer < self._num_layers and not self._layers.start <= layer < self._layers.stop
 
 
 def shape_problems(

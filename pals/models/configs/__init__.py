@@ -1,0 +1,80 @@
+"""Reads config.json of every family; imports no jax, since a driver needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pals.models.config import MAX_PARAMETERS, ModelConfig
+from pals.models.configs import llama, mistral, qwen2, qwen3
+from pals.models.configs.reader import ConfigReader, JsonObject, shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyEntry:
+    """One family, as config.json names it.
+
+    Attributes:
+        architectures: Classes of transformers that a text model of the family may name.
+        read: Takes the config out of a reader.
+        covers: The models that users know, for docs/models.md.
+        source: Where the family is described.
+    """
+
+    architectures: tuple[str, ...]
+    read: Callable[[ConfigReader], ModelConfig]
+    covers: str
+    source: str
+
+
+FAMILIES: dict[str, FamilyEntry] = {
+    "llama": FamilyEntry(
+        architectures=("LlamaForCausalLM",),
+        read=llama.read,
+        covers="Llama 2, 3, 3.1, 3.2, 3.3; SmolLM2; other models of this architecture",
+        source="https://arxiv.org/abs/2302.13971",
+    ),
+    "mistral": FamilyEntry(
+        architectures=("MistralForCausalLM",),
+        read=mistral.read,
+        covers="Mistral 7B, Nemo, Small",
+        source="https://arxiv.org/abs/2310.06825",
+    ),
+    "qwen2": FamilyEntry(
+        architectures=("Qwen2ForCausalLM",),
+        read=qwen2.read,
+        covers="Qwen2, Qwen2.5, Qwen2.5 Coder, QwQ",
+        source="https://arxiv.org/abs/2407.10671",
+    ),
+    "qwen3": FamilyEntry(
+        architectures=("Qwen3ForCausalLM",),
+        read=qwen3.read,
+        covers="Qwen3 0.6B to 32B",
+        source="https://arxiv.org/abs/2505.09388",
+    ),
+}
+"""Families by the ``model_type`` of config.json."""
+
+
+def read_config(values: JsonObject, *, source: str = "config.json") -> ModelConfig:
+    """Read a parsed config.json.
+
+    Raises:
+        UnsupportedModel: A family, key, value or size that is not implemented.
+        CorruptModel: A value of the wrong type, or values that contradict each other.
+    """
+    reader = ConfigReader(values, source)
+    model_type = reader.take("model_type")
+    entry = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if entry is None:
+        known = ", ".join(f"`{name}`" for name in FAMILIES)
+        raise reader.unsupported(f"model_type {shown(model_type)} is not one of {known}")
+    if reader.take("auto_map") is not None:
+        raise reader.unsupported("`auto_map` asks for code of its own, which is never run")
+    architectures = reader.take("architectures")
+    if architectures is not None and architectures not in [[one] for one in entry.architectures]:
+        raise reader.unsupported(f"architectures {shown(architectures)}")
+    config = entry.read(reader)
+    if config.parameter_count > MAX_PARAMETERS:
+        raise reader.unsupported(f"{config.parameter_count} parameters are too many")
+    return config
