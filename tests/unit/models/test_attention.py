@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 
 from pals.models.attention import (
-    LayerCache,
     Rows,
     attend,
-    inverse_frequencies,
     make_rows,
-    rotate,
+    read_slots,
     storage_dtype,
     update_cache,
 )
-from pals.models.config import Llama3Scaling, ModelConfig, RopeConfig
+from pals.models.configs import read_config
 
 SLOTS, KV_HEADS, POSITIONS, HEAD_DIM = 3, 2, 12, 8
 HEADS = 4
@@ -29,7 +27,7 @@ def config(**changes):
         "num_key_value_heads": KV_HEADS,
         "vocab_size": 8,
     }
-    return ModelConfig.from_hf(values | changes)
+    return read_config(values | changes)
 
 
 def draw(*shape, seed=0):
@@ -40,14 +38,27 @@ def rows(slots, starts, tokens=1):
     return make_rows(config(), jnp.array(slots), jnp.array(starts), tokens)
 
 
-def reference_attention(queries, keys, values, position):
+SCALE = 0.3
+
+
+def attend_slots(queries, keys, values, rows, context=POSITIONS, **options):
+    """Attend over the first ``context`` positions of each row's slot."""
+    keys = read_slots(jnp.array(keys), rows.slots, context, jnp.float32)
+    values = read_slots(jnp.array(values), rows.slots, context, jnp.float32)
+    return attend(queries, keys, values, rows.starts, scale=SCALE, **options)
+
+
+def reference_attention(queries, keys, values, position, window=None, cap=None, sinks=None):
     """Attend with one query [N, H] at ``position`` over [K, C, H], in plain loops."""
-    mixed = np.zeros_like(queries)
+    first = 0 if window is None else max(0, position + 1 - window)
+    mixed = np.zeros((HEADS, values.shape[-1]), np.float32)
     for head in range(HEADS):
         kv = head // (HEADS // KV_HEADS)
-        scores = keys[kv, : position + 1] @ queries[head] / np.sqrt(HEAD_DIM)
-        weights = np.exp(scores - scores.max())
-        mixed[head] = weights / weights.sum() @ values[kv, : position + 1]
+        scores = keys[kv, first : position + 1] @ queries[head] * SCALE
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        weights = np.exp(scores)
+        total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
+        mixed[head] = weights / total @ values[kv, first : position + 1]
     return mixed
 
 
@@ -57,7 +68,7 @@ def test_prefill_attends_causally_within_its_slot(context):
     values = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM, seed=1)
     queries = draw(1, 4, HEADS, HEAD_DIM, seed=2)
 
-    mixed = attend(queries, LayerCache(keys, values), rows([2], [5], 4), context=context)
+    mixed = attend_slots(queries, keys, values, rows([2], [5], 4), context)
 
     for token in range(4):
         expected = reference_attention(queries[0, token], keys[2], values[2], 5 + token)
@@ -69,7 +80,7 @@ def test_decode_rows_each_attend_to_their_own_slot_and_length():
     values = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM, seed=1)
     queries = draw(2, 1, HEADS, HEAD_DIM, seed=2)
 
-    mixed = attend(queries, LayerCache(keys, values), rows([2, 0], [0, 7]), context=POSITIONS)
+    mixed = attend_slots(queries, keys, values, rows([2, 0], [0, 7]), POSITIONS)
 
     for row, (slot, position) in enumerate([(2, 0), (0, 7)]):
         expected = reference_attention(queries[row, 0], keys[slot], values[slot], position)
@@ -85,7 +96,7 @@ def test_what_a_former_session_left_behind_is_not_seen(poison):
     keys[:, :, 4:] = poison
     values[:, :, 4:] = poison
 
-    mixed = attend(queries, LayerCache(keys, values), rows([0], [3]), context=POSITIONS)
+    mixed = attend_slots(queries, keys, values, rows([0], [3]), POSITIONS)
 
     np.testing.assert_allclose(mixed[0, 0], expected, atol=1e-5)
 
@@ -96,71 +107,54 @@ def test_update_writes_each_row_to_its_place_and_nothing_else(dtype):
     zeros = jnp.zeros((SLOTS, KV_HEADS, POSITIONS, HEAD_DIM), stored)
     new = draw(2, 3, KV_HEADS, HEAD_DIM).astype(dtype)
 
-    cache = update_cache(LayerCache(zeros, zeros), new, -new, rows([2, 0], [4, 9], 3))
+    keys, values = update_cache((zeros, zeros), (new, -new), rows([2, 0], [4, 9], 3))
 
     expected = np.zeros(zeros.shape, dtype)
     expected[2, :, 4:7] = new[0].swapaxes(0, 1)
     expected[0, :, 9:12] = new[1].swapaxes(0, 1)
-    np.testing.assert_array_equal(np.asarray(cache.keys).view(dtype), expected)
-    np.testing.assert_array_equal(np.asarray(cache.values).view(dtype), -expected)
+    np.testing.assert_array_equal(np.asarray(keys).view(dtype), expected)
+    np.testing.assert_array_equal(np.asarray(values).view(dtype), -expected)
 
 
-def test_rotation_turns_each_pair_by_its_angle():
-    x = draw(1, 1, HEADS, HEAD_DIM)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("window", 3),
+        ("window", 100),
+        ("logit_softcap", 0.5),
+        ("sinks", np.array([-1.0, 0.0, 2.0, 5.0], np.float32)),
+    ],
+)
+def test_switches_of_attention_follow_their_definitions(option, value):
+    keys = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM)
+    values = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM, seed=1)
+    queries = draw(1, 4, HEADS, HEAD_DIM, seed=2)
+    reference = {"logit_softcap": "cap"}.get(option, option)
 
-    turned = np.asarray(rotate(x, rows([0], [7])))
+    mixed = attend_slots(queries, keys, values, rows([2], [5], 4), **{option: value})
 
-    angles = 7 * 10000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    first, second = x[..., : HEAD_DIM // 2], x[..., HEAD_DIM // 2 :]
-    expected = np.concatenate(
-        [
-            first * np.cos(angles) - second * np.sin(angles),
-            second * np.cos(angles) + first * np.sin(angles),
-        ],
-        axis=-1,
-    )
-    np.testing.assert_allclose(turned, expected, atol=1e-5)
-
-
-def test_rotated_products_depend_on_the_distance_only():
-    x, y = draw(1, 1, 1, HEAD_DIM), draw(1, 1, 1, HEAD_DIM, seed=1)
-
-    def product(i, j):
-        return float(jnp.sum(rotate(x, rows([0], [i])) * rotate(y, rows([0], [j]))))
-
-    assert product(3, 10) == pytest.approx(product(103, 110), abs=1e-4)
+    for token in range(4):
+        expected = reference_attention(
+            queries[0, token], keys[2], values[2], 5 + token, **{reference: value}
+        )
+        np.testing.assert_allclose(mixed[0, token], expected, atol=1e-5)
 
 
-def test_positions_above_256_differ_in_bf16_models():
-    made = rows([0], [256], 2)
+def test_values_may_be_narrower_than_keys():
+    keys = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM)
+    values = draw(SLOTS, KV_HEADS, POSITIONS, 3, seed=1)
+    queries = draw(1, 1, HEADS, HEAD_DIM, seed=2)
 
-    assert made.cos.dtype == jnp.float32
-    assert not np.array_equal(made.cos[0, 0], made.cos[0, 1])
+    mixed = attend_slots(queries, keys, values, rows([0], [3]))
 
-
-def test_llama3_scaling_keeps_fast_slows_slow_and_joins_between():
-    scaling = Llama3Scaling(
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )
-    plain = inverse_frequencies(RopeConfig(theta=5e5), 128)
-
-    scaled = inverse_frequencies(RopeConfig(theta=5e5, scaling=scaling), 128)
-
-    turns = 8192 * plain / (2 * np.pi)
-    np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4], rtol=1e-6)
-    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
-    between = (turns > 1) & (turns < 4)
-    assert between.any()
-    assert np.all((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8))
-    assert scaled.dtype == np.float32
+    expected = reference_attention(queries[0, 0], keys[0], values[0], 3)
+    np.testing.assert_allclose(mixed[0, 0], expected, atol=1e-5)
 
 
 def test_rows_count_positions_from_their_start():
     made = rows([0, 1], [0, 3], 2)
 
     assert isinstance(made, Rows)
-    np.testing.assert_allclose(made.cos[1, 0], rows([0], [3]).cos[0, 0])
-    np.testing.assert_allclose(made.sin[0, 1], rows([0], [1]).sin[0, 0])
+    (table,) = made.rope
+    np.testing.assert_allclose(table.cos[1, 0], rows([0], [3]).rope[0].cos[0, 0])
+    np.testing.assert_allclose(table.sin[0, 1], rows([0], [1]).rope[0].sin[0, 0])

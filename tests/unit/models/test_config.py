@@ -7,6 +7,7 @@ import pytest
 import pals
 from pals.errors import CorruptModel, UnsupportedModel
 from pals.models.config import Llama3Scaling, ModelConfig, RopeConfig
+from pals.models.configs import read_config
 
 LLAMA = {
     "model_type": "llama",
@@ -30,37 +31,35 @@ LLAMA3_ROPE = {
 
 
 def test_both_spellings_of_rope_give_one_config():
-    four = ModelConfig.from_hf({**LLAMA, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE})
-    five = ModelConfig.from_hf({**LLAMA, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}})
+    four = read_config({**LLAMA, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE})
+    five = read_config({**LLAMA, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 5e5}})
 
     assert four == five
-    assert four.rope == RopeConfig(
-        theta=5e5,
-        scaling=Llama3Scaling(
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=8192,
-        ),
+    scaling = Llama3Scaling(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
     )
+    assert four.rope == (RopeConfig(theta=5e5, width=16, scaling=scaling),)
 
 
 def test_defaults_follow_from_other_keys():
-    config = ModelConfig.from_hf({**LLAMA, "num_key_value_heads": None, "rope_scaling": None})
+    config = read_config({**LLAMA, "num_key_value_heads": None, "rope_scaling": None})
 
-    assert (config.num_kv_heads, config.head_dim) == (4, 16)
-    assert config.rope == RopeConfig(theta=10000.0)
+    assert (config.attention[0].num_kv_heads, config.attention[0].head_dim) == (4, 16)
+    assert config.rope == (RopeConfig(theta=10000.0, width=16),)
 
 
 @pytest.mark.parametrize(("value", "ids"), [(2, (2,)), ([2, 7], (2, 7)), (None, ())])
 def test_eos_token_ids_are_a_tuple(value, ids):
-    assert ModelConfig.from_hf({**LLAMA, "eos_token_id": value}).eos_token_ids == ids
+    assert read_config({**LLAMA, "eos_token_id": value}).eos_token_ids == ids
 
 
 def test_keys_of_training_and_other_programs_are_ignored():
     extra = {"torch_dtype": "bfloat16", "dtype": "bfloat16", "use_cache": True, "some_flag": False}
 
-    assert ModelConfig.from_hf({**LLAMA, **extra}) == ModelConfig.from_hf(LLAMA)
+    assert read_config({**LLAMA, **extra}) == read_config(LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,8 @@ def test_keys_of_training_and_other_programs_are_ignored():
         {"hidden_act": "gelu"},
         {"sliding_window": 4096},
         {"quantization_config": {"bits": 4}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+        {"auto_map": {"AutoConfig": "evil.Config"}},
         {"rope_scaling": {"rope_type": {}, "factor": 4.0}},
         {"rope_parameters": {**LLAMA3_ROPE, "attention_factor": 2.0}},
         {"num_hidden_layers": 10**9},
@@ -83,7 +83,7 @@ def test_keys_of_training_and_other_programs_are_ignored():
 )
 def test_what_is_not_implemented_is_refused(change):
     with pytest.raises(UnsupportedModel) as caught:
-        ModelConfig.from_hf({**LLAMA, **change})
+        read_config({**LLAMA, **change})
     assert len(str(caught.value)) < 300
 
 
@@ -111,14 +111,14 @@ def test_what_is_not_implemented_is_refused(change):
 )
 def test_values_that_cannot_be_are_corrupt(change):
     with pytest.raises(CorruptModel):
-        ModelConfig.from_hf({**LLAMA, **change})
+        read_config({**LLAMA, **change})
 
 
 def test_missing_key_is_named():
     config = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
 
     with pytest.raises(CorruptModel) as caught:
-        ModelConfig.from_hf(config)
+        read_config(config)
     assert "vocab_size" in caught.value.fields["problem"]
 
 

@@ -2,7 +2,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pals.models.layers import Embedding, GatedMLP, Linear, RMSNorm, matmul_transposed
+from pals.models.layers import Embedding, GatedMLP, Linear, RMSNorm, matmul_transposed, softcap
+from pals.models.numerics import Numerics
+
+F32 = Numerics(compute=jnp.dtype(jnp.float32))
+BF16 = Numerics(compute=jnp.dtype(jnp.bfloat16))
 
 
 def draw(*shape, seed=0):
@@ -26,7 +30,7 @@ def test_matmul_of_bf16_accumulates_in_float32():
 
 
 def test_linear_adds_its_bias():
-    linear = Linear(4, 3, bias=True, dtype=jnp.dtype(jnp.float32))
+    linear = Linear(4, 3, bias=True, numerics=F32)
     linear.weight[...] = draw(3, 4)
     linear.bias[...] = jnp.array([1.0, 2.0, 3.0])
     x = draw(2, 5, 4, seed=1)
@@ -35,7 +39,7 @@ def test_linear_adds_its_bias():
 
 
 def test_rms_norm_equals_numpy():
-    norm = RMSNorm(16, eps=1e-2, dtype=jnp.dtype(jnp.float32))
+    norm = RMSNorm(16, eps=1e-2, numerics=F32)
     norm.weight[...] = draw(16)
     x = draw(2, 3, 16, seed=1)
 
@@ -44,13 +48,13 @@ def test_rms_norm_equals_numpy():
 
 
 def test_rms_norm_of_bf16_has_its_statistics_in_float32():
-    norm = RMSNorm(4096, eps=1e-6, dtype=jnp.dtype(jnp.bfloat16))
+    norm = RMSNorm(4096, eps=1e-6, numerics=BF16)
 
     assert jnp.all(norm(jnp.full((1, 4096), 3.0, jnp.bfloat16)) == 1.0)
 
 
 def test_embedding_looks_up_and_attends():
-    embedding = Embedding(5, 4, dtype=jnp.dtype(jnp.float32))
+    embedding = Embedding(5, 4, numerics=F32)
     embedding.weight[...] = draw(5, 4)
     x = draw(3, 4, seed=1)
 
@@ -59,7 +63,7 @@ def test_embedding_looks_up_and_attends():
 
 
 def test_gated_mlp_equals_numpy():
-    mlp = GatedMLP(4, 6, bias=False, dtype=jnp.dtype(jnp.float32))
+    mlp = GatedMLP(4, 6, numerics=F32)
     gate, up, down = draw(6, 4), draw(6, 4, seed=1), draw(4, 6, seed=2)
     mlp.gate_proj.weight[...] = gate
     mlp.up_proj.weight[...] = up
@@ -69,3 +73,19 @@ def test_gated_mlp_equals_numpy():
     hidden = x @ gate.T
     expected = (hidden / (1 + np.exp(-hidden)) * (x @ up.T)) @ down.T
     np.testing.assert_allclose(mlp(x), expected, atol=1e-5)
+
+
+def test_rms_norm_with_an_offset_adds_it_before_rounding():
+    norm = RMSNorm(4, eps=1e-6, numerics=BF16, offset=1.0)
+    norm.weight[...] = jnp.full(4, 1 / 512, jnp.bfloat16)
+
+    normed = norm(jnp.full((1, 4), 256.0, jnp.bfloat16)).astype(jnp.float32)
+
+    # 1 + 1/512 is no bf16, but 1.00195 * 1.0 rounded once is 1.0, and not 1.0039
+    np.testing.assert_array_equal(normed, np.ones((1, 4)))
+
+
+def test_softcap_stays_within_its_range_and_is_flat_near_zero():
+    x = jnp.array([-1e4, -0.01, 0.0, 0.01, 1e4])
+
+    np.testing.assert_allclose(softcap(x, 30.0), [-30, -0.01, 0, 0.01, 30], atol=1e-5)

@@ -9,8 +9,11 @@ import pytest
 from pals.engine.steps import Programs
 from pals.errors import CorruptModel
 from pals.models import safetensors
+from pals.models.family import family_of
+from pals.models.numerics import Numerics
+from pals.models.safetensors import WeightFiles
 from pals.models.snapshot import Snapshot
-from pals.models.weights import load_parameters, weight_name
+from pals.models.weights import load_parameters, parameter_pieces
 from pals.types import EngineLimits, LayerRange
 from tests.checkpoints import llama_shapes, make_llama_checkpoint, random_weights, write_weights
 
@@ -29,9 +32,14 @@ SHAPES = {
 
 def load(folder, layers, dtype=jnp.float32):
     config = Snapshot.open(folder, "test/model").config
-    programs = Programs(config, layers, dtype=jnp.dtype(dtype), limits=EngineLimits())
-    leaves = load_parameters(folder, config, layers, programs.parameters)
-    names = [weight_name(path, config, layers) for path in programs.parameters]
+    numerics = Numerics(compute=jnp.dtype(dtype))
+    programs = Programs(config, layers, numerics=numerics, limits=EngineLimits())
+    files, table = WeightFiles.open(folder), family_of(config).weights
+    leaves = load_parameters(files, config, layers, table, programs.parameters)
+    names = [
+        parameter_pieces(path, p.shape, config, layers, table, set(files.file_of))[0].source
+        for path, p in programs.parameters.items()
+    ]
     return dict(zip(names, leaves, strict=True))
 
 

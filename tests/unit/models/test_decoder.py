@@ -2,15 +2,19 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from pals.models.config import ModelConfig
-from pals.models.llama import Llama
+from pals.models.configs import read_config
+from pals.models.decoder import Decoder
+from pals.models.family import family_of
+from pals.models.numerics import Numerics
 from pals.types import LayerRange
 from tests.unit.models.test_config import LLAMA
 
 
 def build(layers, **changes):
-    config = ModelConfig.from_hf({**LLAMA, **changes})
-    return nnx.eval_shape(lambda: Llama(config, layers, dtype=jnp.dtype(jnp.float32)))
+    config = read_config({**LLAMA, **changes})
+    numerics = Numerics(compute=jnp.dtype(jnp.float32))
+    build_layer = family_of(config).build_layer
+    return nnx.eval_shape(lambda: Decoder(config, layers, numerics, build_layer))
 
 
 @pytest.mark.parametrize("tied", [False, True])
