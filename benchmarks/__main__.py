@@ -12,7 +12,7 @@ import msgspec
 from benchmarks.markdown import update_tables
 from benchmarks.results import Result
 
-BENCHMARKS = {"demo": "benchmarks.demo"}
+BENCHMARKS = {"demo": "benchmarks.demo", "load": "benchmarks.load"}
 """Name -> the module whose `run` measures it."""
 
 

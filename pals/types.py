@@ -22,10 +22,17 @@ SwarmId = NewType("SwarmId", bytes)
 SessionId = NewType("SessionId", bytes)
 """One sequence's life over a chain, 16 random bytes."""
 
-Dtype = Literal["bf16", "f32"]
-"""Compute dtype of a shard; activations travel in the same dtype."""
+Dtype = Literal["bf16", "f32", "int8", "int4"]
+"""In what a shard keeps its matrices; int8 and int4 compute in bf16, as all but f32 do."""
 
-DTYPE_BYTES: dict[Dtype, int] = {"bf16": 2, "f32": 4}
+ActivationDtype = Literal["bf16", "f32"]
+"""In what hidden states are computed and travel."""
+
+
+def activation_dtype(dtype: Dtype) -> ActivationDtype:
+    """Return the dtype of a shard's hidden states."""
+    return "f32" if dtype == "f32" else "bf16"
+
 
 MAX_TOKENIZER_BYTES = 64 << 20
 """The most that tokenizer.json may have; the largest known ones have about 35 MB."""

@@ -17,7 +17,7 @@ from pals.errors import InvalidLayerRange, InvalidRecord
 from pals.swarm.identity import SIGNATURE_BYTES, Identity, public_key_of, verify
 from pals.types import Dtype, LayerRange, PeerId
 
-MAX_RECORD_BYTES = 4096
+MAX_RECORD_BYTES = 8192
 MAX_LIFETIME_S = 300.0
 CLOCK_SKEW_S = 300.0
 MAX_ADDRESSES = 16
@@ -25,6 +25,7 @@ BRIDGES = ipaddress.ip_network("172.16.0.0/12")
 MAX_TEXT_CHARS = 256
 MAX_LAYERS = 10_000
 MANIFEST_BYTES = 32
+LAYER_HASH_BYTES = 16
 _DOMAIN = b"pals/1 announcement\x00"
 
 
@@ -38,7 +39,9 @@ class Announcement:
         manifest: SHA-256 that names the model's files; shards of a chain agree on it.
         layers: The layers this shard holds.
         num_layers: Layers of the whole model.
-        dtype: Compute dtype, and that of the activations on the wire.
+        layer_hashes: Of each layer held, the first `LAYER_HASH_BYTES` of the SHA-256 of its
+            source bytes: the manifest names whole files, of which a shard reads a part.
+        dtype: In what the weights are kept, which decides the activations on the wire.
         free_sessions: Sessions it would take now.
         max_context_tokens: Tokens one session may reach.
         step_ms: Time of one decode step over its layers.
@@ -52,6 +55,7 @@ class Announcement:
     manifest: bytes
     layers: LayerRange
     num_layers: int
+    layer_hashes: tuple[bytes, ...]
     dtype: Dtype
     free_sessions: int
     max_context_tokens: int
@@ -70,6 +74,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     start: int
     stop: int
     num_layers: int
+    layer_hashes: tuple[bytes, ...]
     dtype: Dtype
     free_sessions: int
     max_context_tokens: int
@@ -164,6 +169,7 @@ def _encode(a: Announcement) -> bytes:
             start=a.layers.start,
             stop=a.layers.stop,
             num_layers=a.num_layers,
+            layer_hashes=a.layer_hashes,
             dtype=a.dtype,
             free_sessions=a.free_sessions,
             max_context_tokens=a.max_context_tokens,
@@ -187,6 +193,7 @@ def _decode(data: bytes) -> Announcement:
         manifest=body.manifest,
         layers=layers,
         num_layers=body.num_layers,
+        layer_hashes=body.layer_hashes,
         dtype=body.dtype,
         free_sessions=body.free_sessions,
         max_context_tokens=body.max_context_tokens,
@@ -205,6 +212,10 @@ def _check_limits(a: Announcement) -> None:
         raise _refused(f"a manifest of {len(a.manifest)} bytes")
     if not a.layers.stop <= a.num_layers <= MAX_LAYERS:
         raise _refused(f"layers {a.layers} of {a.num_layers}")
+    if len(a.layer_hashes) != len(a.layers) or any(
+        len(layer_hash) != LAYER_HASH_BYTES for layer_hash in a.layer_hashes
+    ):
+        raise _refused(f"{len(a.layer_hashes)} hashes of {len(a.layers)} layers, or of other sizes")
     if len(a.addresses) > MAX_ADDRESSES:
         raise _refused(f"{len(a.addresses)} addresses, more than {MAX_ADDRESSES}")
     if not all(_is_plain(text) for text in (a.model_id, *a.addresses)):

@@ -5,13 +5,13 @@ Pure functions over verified announcements.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pals.errors import NoChain
 from pals.net.announce import Announcement
-from pals.types import Dtype, LayerRange, short_id
+from pals.types import ActivationDtype, LayerRange, activation_dtype, short_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +73,12 @@ def find_chain(
     *,
     manifest: bytes,
     num_layers: int,
-    dtype: Dtype | None = None,
+    dtype: ActivationDtype | None = None,
     model: str | None = None,
 ) -> Chain:
-    """Return the best chain of whole shards of one model and one dtype.
+    """Return the best chain of whole shards of one model and one dtype of activations.
 
-    Shards hold fixed ranges, so each hop begins where the one before it ends. A chain
+    Shards whose layers come from other bytes than those of most holders are left out. Shards hold fixed ranges, so each hop begins where the one before it ends. A chain
     whose shards all have a free session wins; then the one with the fewest hops, then
     the one with the lowest predicted time of a step.
 
@@ -86,17 +86,18 @@ def find_chain(
         announcements: Verified announcements of any models.
         manifest: The model, by its 32-byte manifest.
         num_layers: Layers of the model.
-        dtype: The dtype to run in; ``None`` takes whichever gives the best chain.
+        dtype: The activations to run in; ``None`` takes whichever gives the best chain.
         model: The model's name for the error; by default the one that is announced.
 
     Raises:
         NoChain: No such chain exists; ``missing`` names the fewest layers that, once
             served, complete one.
     """
-    by_dtype: defaultdict[Dtype, list[Announcement]] = defaultdict(list)
-    for a in announcements:
-        if a.manifest == manifest and a.num_layers == num_layers and dtype in (None, a.dtype):
-            by_dtype[a.dtype].append(a)
+    by_dtype: defaultdict[ActivationDtype, list[Announcement]] = defaultdict(list)
+    shards = [a for a in announcements if a.manifest == manifest and a.num_layers == num_layers]
+    for a in agreeing(shards):
+        if dtype in (None, activation_dtype(a.dtype)):
+            by_dtype[activation_dtype(a.dtype)].append(a)
             model = model or a.model_id
     candidates = [_cheapest(shards, num_layers) for _, shards in sorted(by_dtype.items())]
     best = min(candidates, key=lambda path: path.cost, default=None)
@@ -106,6 +107,24 @@ def find_chain(
         missing = ",".join(str(gap) for gap in best.gaps)
         raise NoChain(model=model or manifest.hex(), missing=missing)
     return Chain(hops=best.hops)
+
+
+def agreeing(shards: Sequence[Announcement]) -> list[Announcement]:
+    """Return the shards of one model that hold the same bytes wherever they overlap.
+
+    Of holders of one layer that disagree only those stay whose hash most announce; where
+    that is even, everybody who sees the same announcements keeps the same side.
+    """
+    votes: defaultdict[int, Counter[bytes]] = defaultdict(Counter)
+    for shard in shards:
+        for layer, layer_hash in _hashes(shard):
+            votes[layer][layer_hash] += 1
+    kept = {layer: max(counts, key=lambda h: (counts[h], h)) for layer, counts in votes.items()}
+    return [s for s in shards if all(kept[layer] == layer_hash for layer, layer_hash in _hashes(s))]
+
+
+def _hashes(shard: Announcement) -> Iterable[tuple[int, bytes]]:
+    return enumerate(shard.layer_hashes, start=shard.layers.start)
 
 
 def _cheapest(shards: Sequence[Announcement], num_layers: int) -> _Path:

@@ -28,12 +28,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedShard:
-    """A loaded and compiled shard, and what the swarm is told about it."""
+    """A loaded and compiled shard, and what the swarm is told about it.
+
+    Attributes:
+        layer_hashes: Of each layer, the hash of its source bytes that is announced.
+    """
 
     runner: StepRunner
     model_id: str
     model: ModelShape
     layers: LayerRange
+    layer_hashes: tuple[bytes, ...]
     limits: EngineLimits
 
 
@@ -204,6 +209,7 @@ def _build_announcement(
         manifest=shard.model.manifest,
         layers=shard.layers,
         num_layers=shard.model.num_layers,
+        layer_hashes=shard.layer_hashes,
         dtype=shard.model.dtype,
         free_sessions=service.free_sessions,
         max_context_tokens=shard.limits.max_context_tokens,

@@ -69,7 +69,7 @@ class ModelShape:
         manifest: SHA-256 of the model's files, 32 bytes.
         num_layers: Decoder layers of the whole model.
         hidden_size: Elements of one token's hidden state.
-        dtype: Compute dtype, which is also the dtype on the wire.
+        dtype: In what the weights are kept, which decides the dtype on the wire.
     """
 
     manifest: bytes

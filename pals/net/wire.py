@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from pals.errors import InvalidFrame
-from pals.types import Dtype, PeerId, SessionId
+from pals.types import ActivationDtype, Dtype, PeerId, SessionId, activation_dtype
 
 WIRE_VERSION = 1
 MAGIC = b"PALS"
@@ -72,7 +72,10 @@ class WireDtype(IntEnum):
     F32 = 3
 
 
-_WIRE_DTYPES: dict[Dtype, WireDtype] = {"bf16": WireDtype.BF16, "f32": WireDtype.F32}
+_WIRE_DTYPES: dict[ActivationDtype, WireDtype] = {
+    "bf16": WireDtype.BF16,
+    "f32": WireDtype.F32,
+}
 WIRE_DTYPE_BYTES = {WireDtype.INT32: 4, WireDtype.BF16: 2, WireDtype.F32: 4}
 CODEC_RAW = 0
 FLAG_LAST = 1
@@ -119,7 +122,7 @@ def hidden_shape(manifest: bytes, boundary: int, dtype: Dtype, hidden_size: int)
     """Return the shape of hidden states that enter at layer ``boundary``."""
     return FrameShape(
         kind=Kind.HIDDEN,
-        dtype=_WIRE_DTYPES[dtype],
+        dtype=_WIRE_DTYPES[activation_dtype(dtype)],
         boundary=boundary,
         manifest=manifest,
         width=hidden_size,

@@ -63,6 +63,7 @@ def announcement(number: int, clock: Clock, **changes) -> Announcement:
         manifest=bytes(32),
         layers=LayerRange(0, 10),
         num_layers=30,
+        layer_hashes=(bytes(16),) * 10,
         dtype="bf16",
         free_sessions=4,
         max_context_tokens=2048,

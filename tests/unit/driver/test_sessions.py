@@ -41,6 +41,7 @@ def announcement(peer: PeerId, layers: str, *, free: int = 2) -> Announcement:
         manifest=MANIFEST,
         layers=LayerRange.parse(layers),
         num_layers=4,
+        layer_hashes=(bytes(16),) * len(LayerRange.parse(layers)),
         dtype="f32",
         free_sessions=free,
         max_context_tokens=32,

@@ -33,6 +33,7 @@ ANNOUNCEMENT = Announcement(
     manifest=bytes(32),
     layers=LayerRange(0, 10),
     num_layers=30,
+    layer_hashes=tuple(bytes([i]) * 16 for i in range(10)),
     dtype="bf16",
     free_sessions=4,
     max_context_tokens=2048,
@@ -50,8 +51,17 @@ def open_now(data: bytes, *, now: float = NOW, members=(IDENTITY.peer_id, OTHER.
 def forge(**changes) -> bytes:
     """Sign whatever the honest signer would refuse to sign."""
     a = replace(ANNOUNCEMENT, **changes)
-    fields = [a.peer, a.model_id, a.manifest, a.layers.start, a.layers.stop, a.num_layers, a.dtype]
-    fields += [a.free_sessions, a.max_context_tokens, a.step_ms, a.addresses, a.seq, a.expires_at]
+    fields = [a.peer, a.model_id, a.manifest, a.layers.start, a.layers.stop, a.num_layers]
+    fields += [
+        a.layer_hashes,
+        a.dtype,
+        a.free_sessions,
+        a.max_context_tokens,
+        a.step_ms,
+        a.addresses,
+        a.seq,
+        a.expires_at,
+    ]
     body = msgspec.msgpack.encode(fields)
     return IDENTITY.sign(b"pals/1 announcement\x00" + body) + body
 
@@ -73,6 +83,8 @@ def test_the_forging_helper_makes_a_valid_record_when_it_changes_nothing():
         {"layers": LayerRange(25, 31)},
         {"num_layers": 10_001},
         {"dtype": "f16"},
+        {"layer_hashes": (bytes(16),) * 9},
+        {"layer_hashes": (bytes(15),) * 10},
         {"free_sessions": -1},
         {"max_context_tokens": -1},
         {"seq": -1},
@@ -100,13 +112,13 @@ def test_a_record_of_somebody_who_is_no_member_is_refused():
 
 
 def test_a_record_too_large_is_refused_before_it_is_decoded():
-    with pytest.raises(InvalidRecord, match="4097 bytes"):
+    with pytest.raises(InvalidRecord, match=f"{MAX_RECORD_BYTES + 1} bytes"):
         open_now(bytes(MAX_RECORD_BYTES + 1))
 
 
 def test_a_body_in_another_form_is_refused():
     body = sign_announcement(IDENTITY, ANNOUNCEMENT)[SIGNATURE_BYTES:]
-    loose = b"\xdc\x00\x0d" + body[1:]
+    loose = b"\xdc\x00\x0e" + body[1:]
     signature = IDENTITY.sign(b"pals/1 announcement\x00" + loose)
     with pytest.raises(InvalidRecord, match="canonical"):
         open_now(signature + loose)
@@ -120,7 +132,7 @@ def test_signing_for_another_peer_is_refused():
 def test_the_signer_refuses_what_readers_would_refuse():
     with pytest.raises(InvalidRecord):
         sign_announcement(IDENTITY, replace(ANNOUNCEMENT, layers=LayerRange(0, 31)))
-    with pytest.raises(InvalidRecord, match="more than 4096"):
+    with pytest.raises(InvalidRecord, match=f"more than {MAX_RECORD_BYTES}"):
         sign_announcement(IDENTITY, replace(ANNOUNCEMENT, addresses=("é" * 256,) * MAX_ADDRESSES))
 
 

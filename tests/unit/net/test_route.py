@@ -17,13 +17,24 @@ MANIFEST = b"m" * 32
 NUM_LAYERS = 8
 
 
-def shard(start, stop, *, step_ms=1.0, dtype="bf16", free=1, manifest=MANIFEST, layers=NUM_LAYERS):
+def shard(
+    start,
+    stop,
+    *,
+    step_ms=1.0,
+    dtype="bf16",
+    free=1,
+    manifest=MANIFEST,
+    layers=NUM_LAYERS,
+    hashes=None,
+):
     return Announcement(
         peer=PeerId(f"peer-{start}-{stop}-{step_ms}-{dtype}"),
         model_id="org/model",
         manifest=manifest,
         layers=LayerRange(start, stop),
         num_layers=layers,
+        layer_hashes=tuple(hashes or [b"h" * 16] * (stop - start)),
         dtype=dtype,
         free_sessions=free,
         max_context_tokens=2048,
@@ -140,6 +151,27 @@ def test_a_chain_never_mixes_dtypes_or_models():
         find(shard(0, 4), shard(4, 8, manifest=b"x" * 32))
     with pytest.raises(NoChain):
         find(shard(0, 4), shard(4, 8, layers=9))
+
+
+def test_quantised_shards_join_the_chains_of_bf16():
+    chain = find(shard(0, 4, dtype="int8"), shard(4, 6), shard(6, 8, dtype="int4"))
+
+    assert [hop.dtype for hop in chain.hops] == ["int8", "bf16", "int4"]
+
+
+def test_shards_whose_layers_come_from_other_bytes_share_no_chain():
+    good, bad = [b"g" * 16] * 8, [b"g" * 16] * 7 + [b"b" * 16]
+    one = shard(0, 8, step_ms=3, hashes=good)
+    other = shard(4, 8, step_ms=1, hashes=bad[4:])
+    head = shard(0, 4, step_ms=1, hashes=good[:4])
+
+    assert find(head, one, other, shard(2, 8, hashes=good[2:])) == find(head, one)
+
+
+def test_an_even_disagreement_is_settled_alike_in_every_order():
+    one, other = shard(0, 8, step_ms=1, hashes=[b"a" * 16] * 8), shard(0, 8, step_ms=2)
+
+    assert find(one, other) == find(other, one) == find(other)
 
 
 def test_a_chosen_dtype_is_kept():

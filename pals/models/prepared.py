@@ -1,0 +1,146 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# (orbax annotates its functions with types that pyright sees as partially unknown)
+"""Layers that were quantised before, kept as Orbax checkpoints in the cache folder.
+
+One checkpoint for each layer and for each end of the model, so that a range that moves
+prepares only what it did not hold. What is here is this machine's own work: a checkpoint
+that is damaged is deleted and made again from the model's files.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from filelock import FileLock
+
+from pals.config import PRIVATE_FOLDER, cache_dir
+from pals.models.hashes import SHA256
+
+LAYOUT = 1
+"""Raised when the same numbers are held in arrays of other shapes."""
+
+LOCK_DEADLINE_S = 600.0
+FREE_MARGIN_BYTES = 1 << 30
+HASH_FILE = "source.sha256"
+ARRAYS = "arrays"
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayers:
+    """The prepared parts of one model in one kind of numbers.
+
+    A part is a layer (``layers.7``) or an end of the model (``embed_tokens``).
+    """
+
+    folder: Path
+
+    @classmethod
+    def open(cls, manifest: bytes, kind: str) -> PreparedLayers:
+        """Return the parts of a model, of which there may be none yet.
+
+        Args:
+            manifest: Names the model's files.
+            kind: Dtype and whatever else decides the numbers, fit for a folder's name.
+        """
+        folder = cache_dir() / "prepared" / manifest.hex() / f"{kind}-layout{LAYOUT}"
+        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        return cls(folder)
+
+    def load(self, part: str, shapes: Shapes) -> list[jax.Array] | None:
+        """Return the arrays of a part on the default device, or None where it is not kept.
+
+        Args:
+            part: Name of the part.
+            shapes: Shape and dtype of each array, in the order of the result.
+        """
+        path = self.folder / part / ARRAYS
+        if not path.is_dir():
+            return None
+        try:
+            return _restore(path, shapes)
+        except Exception as error:  # whatever a damaged checkpoint raises: it is made again
+            _log.warning("%s is damaged and is prepared again: %s", path, error)
+            self.remove(part)
+            return None
+
+    def save(self, part: str, names: Sequence[str], arrays: Sequence[jax.Array]) -> None:
+        """Keep a part; one that is kept already stays. A full disk costs only the next start.
+
+        The part appears whole or not at all.
+        """
+        with FileLock(self.folder / "lock", timeout=LOCK_DEADLINE_S):
+            target, work = self.folder / part, self.folder / f".{part}.new"
+            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+            if target.is_dir() or not self._has_room(sum(a.nbytes for a in arrays)):
+                return
+            try:
+                _save(work / ARRAYS, dict(zip(names, arrays, strict=True)))
+                work.rename(target)
+            except OSError as error:
+                _log.warning("%s cannot be kept: %s", target, error)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+
+    def remove(self, part: str) -> None:
+        """Forget a part."""
+        shutil.rmtree(self.folder / part, ignore_errors=True)
+
+    def keep_hash(self, part: str, source_hash: bytes) -> None:
+        """Remember the hash of the source bytes of a layer that is kept."""
+        folder = self.folder / part
+        if folder.is_dir():
+            (folder / HASH_FILE).write_text(source_hash.hex())
+
+    def read_hash(self, part: str) -> bytes | None:
+        """Return the hash of a layer's source bytes, where the layer is kept with it."""
+        try:
+            text = (self.folder / part / HASH_FILE).read_text()
+        except (OSError, ValueError):
+            return None
+        return bytes.fromhex(text) if SHA256.fullmatch(text) else None
+
+    def _has_room(self, needed_bytes: int) -> bool:
+        free_bytes = shutil.disk_usage(self.folder).free
+        if free_bytes >= needed_bytes + FREE_MARGIN_BYTES:
+            return True
+        _log.warning(
+            "prepared layers are not kept: %s has %d MB left", self.folder, free_bytes >> 20
+        )
+        return False
+
+
+def _save(path: Path, arrays: Mapping[str, jax.Array]) -> None:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), ocp.args.PyTreeSave(dict(arrays)))
+
+
+def _restore(path: Path, shapes: Shapes) -> list[jax.Array]:
+    """Return the arrays of a checkpoint, having checked that they are what was asked for.
+
+    Raises:
+        Exception: The checkpoint is damaged, in any way that Orbax or this finds.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device) for name, s in shapes.items()
+    }
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored: dict[str, jax.Array] = checkpointer.restore(
+            path.absolute(), ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+        )
+    for name, shape in shapes.items():
+        found = restored[name]
+        if found.shape != shape.shape or found.dtype != shape.dtype:
+            raise ValueError(f"`{name}` is {found.dtype} {found.shape}")
+    return [restored[name] for name in shapes]
