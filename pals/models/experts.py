@@ -17,19 +17,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from pals.models.grouped import (
     ExpertMatrices,
     GatedActivation,
     Pairs,
     Strategy,
+    expert_strategy,
     ragged_matmul_transposed,
     run_experts,
     sort_pairs,
     take_expert,
 )
 from pals.models.layers import matmul_transposed
+from pals.models.numerics import Numerics
 from pals.models.router import Routing
 
 EXPERT_AXIS = "model"
@@ -91,8 +93,8 @@ class Experts(nnx.Module):
         intermediate_size: F, of each expert.
         activation: Joins gate and up.
         bias: Each projection is affine.
-        strategy: See `expert_strategy`.
-        mesh: Splits the experts over its axis `EXPERT_AXIS`; None keeps them together.
+        numerics: Its platform decides how experts are computed; its mesh, where there is
+            one, over which devices of the axis `EXPERT_AXIS` they are split.
     """
 
     def __init__(
@@ -103,20 +105,19 @@ class Experts(nnx.Module):
         *,
         activation: GatedActivation = swiglu,
         bias: bool = False,
-        strategy: Strategy,
-        mesh: Mesh | None = None,
-        dtype: jnp.dtype,
+        numerics: Numerics,
     ) -> None:
+        mesh = numerics.moe.mesh
         if mesh is not None and num_experts % mesh.shape[EXPERT_AXIS]:
             raise ValueError(
                 f"{num_experts} experts cannot be split over {mesh.shape[EXPERT_AXIS]} devices"
             )
-        matrices = partial(ExpertLinear, num_experts, bias=bias, dtype=dtype)
+        matrices = partial(ExpertLinear, num_experts, bias=bias, dtype=numerics.compute)
         self.gate_up_proj = matrices(hidden_size, 2 * intermediate_size)
         self.down_proj = matrices(intermediate_size, hidden_size)
         self.num_experts = num_experts
         self.activation = activation
-        self.strategy: Strategy = strategy
+        self.strategy: Strategy = expert_strategy(numerics.platform)
         self.mesh = mesh
 
     def __call__(self, x: jax.Array, routing: Routing, rows: jax.Array | None = None) -> jax.Array:

@@ -2,8 +2,8 @@
 # (jax annotates its functions with types that pyright sees as partially unknown)
 """Which experts a token goes to, and with which weight each counts.
 
-A family describes its router by a `RouterConfig`; the kinds are functions from logits to
-a `Routing`, looked up by name. An experiment replaces a kind, or the number of experts,
+A family describes its router by a `RouterConfig`; its kinds are functions from logits to
+a `Routing`, looked up by name. An experiment replaces the kind, or the number of experts,
 by a `RouterOverride`; the weights of the checkpoint stay as they are.
 
 Logits and all that follows are float32. Equal scores go to the lower expert first.
@@ -12,7 +12,6 @@ Logits and all that follows are float32. Equal scores go to the lower expert fir
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from pals.models.configs.moe import RouterConfig, RouterKind
 from pals.models.layers import matmul_transposed
+from pals.models.numerics import Numerics
 
 MIN_WEIGHT_SUM = 1e-20
 """Keeps the normalised weights of a token finite when all its scores vanish."""
@@ -36,68 +37,6 @@ class Routing(NamedTuple):
 
     expert_ids: jax.Array
     weights: jax.Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
-    """How the tokens of one layer are routed.
-
-    Attributes:
-        kind: A name in `ROUTINGS`.
-        norm_topk_prob: Each token's weights are scaled to a sum of 1.
-        num_groups: Groups of neighbouring experts, all of one size.
-        topk_groups: Groups in which a token may choose.
-        routed_scaling_factor: Multiplies the weights at the end.
-        bias: The logits are affine.
-        correction_bias: The checkpoint holds a bias that counts for the choice only.
-    """
-
-    kind: str
-    num_experts: int
-    num_experts_per_tok: int
-    norm_topk_prob: bool = True
-    num_groups: int = 1
-    topk_groups: int = 1
-    routed_scaling_factor: float = 1.0
-    bias: bool = False
-    correction_bias: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what no routing could fulfil.
-
-        Raises:
-            ValueError: An unknown kind, or numbers that contradict each other.
-        """
-        if self.kind not in ROUTINGS:
-            raise ValueError(f"no router is called {self.kind!r}; there are {sorted(ROUTINGS)}")
-        group_size, rest = divmod(self.num_experts, self.num_groups)
-        if rest:
-            raise ValueError(f"{self.num_experts} experts do not form {self.num_groups} groups")
-        if not 1 <= self.topk_groups <= self.num_groups:
-            raise ValueError(f"{self.topk_groups} of {self.num_groups} groups cannot be chosen")
-        candidates = group_size * self.topk_groups
-        if not 1 <= self.num_experts_per_tok <= candidates:
-            raise ValueError(f"{self.num_experts_per_tok} of {candidates} experts cannot be chosen")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterOverride:
-    """What an experiment changes in every router of a model; None leaves it."""
-
-    kind: str | None = None
-    num_experts_per_tok: int | None = None
-
-    def apply(self, config: RouterConfig) -> RouterConfig:
-        """Return the changed config.
-
-        Raises:
-            ValueError: The result makes no sense for this model.
-        """
-        return replace(
-            config,
-            kind=self.kind or config.kind,
-            num_experts_per_tok=self.num_experts_per_tok or config.num_experts_per_tok,
-        )
 
 
 RoutingFunction = Callable[[jax.Array, jax.Array | None, RouterConfig], Routing]
@@ -151,7 +90,7 @@ def route_uniform_topk(
     return Routing(expert_ids, jnp.full(expert_ids.shape, weight, jnp.float32))
 
 
-ROUTINGS: dict[str, RoutingFunction] = {
+ROUTINGS: dict[RouterKind, RoutingFunction] = {
     "softmax_topk": route_softmax_topk,
     "topk_softmax": route_topk_softmax,
     "grouped_sigmoid": route_grouped_sigmoid,
@@ -182,8 +121,8 @@ class Router(nnx.Module):
     summed in float32. The correction bias is float32, as DeepSeek V3 keeps it.
     """
 
-    def __init__(self, config: RouterConfig, hidden_size: int, *, dtype: jnp.dtype) -> None:
-        num_experts = config.num_experts
+    def __init__(self, config: RouterConfig, hidden_size: int, *, numerics: Numerics) -> None:
+        num_experts, dtype = config.num_experts, numerics.compute
         self.config = config
         self.weight = nnx.Param(jnp.zeros((num_experts, hidden_size), dtype))
         self.bias = nnx.Param(jnp.zeros((num_experts,), dtype)) if config.bias else None
