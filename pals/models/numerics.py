@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pals.models.moe_options import MoEOptions
 from pals.types import Dtype
 
 COMPUTE_DTYPES: dict[Dtype, np.dtype] = {
@@ -24,10 +25,12 @@ class Numerics:
     Attributes:
         compute: Dtype of hidden states, and of weights that are not quantised.
         platform: ``cpu``, ``gpu`` or ``tpu``, for which formulations are chosen.
+        moe: What changes in MoE layers.
     """
 
     compute: jnp.dtype
     platform: str = "cpu"
+    moe: MoEOptions = field(default_factory=MoEOptions)
 
     @classmethod
     def of(cls, dtype: Dtype) -> Numerics:

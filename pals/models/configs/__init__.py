@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pals.models.config import MAX_PARAMETERS, ModelConfig
-from pals.models.configs import llama, mistral, qwen2, qwen3
+from pals.models.configs import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from pals.models.configs.reader import ConfigReader, JsonObject, shown
 
 
@@ -40,6 +40,12 @@ FAMILIES: dict[str, FamilyEntry] = {
         covers="Mistral 7B, Nemo, Small",
         source="https://arxiv.org/abs/2310.06825",
     ),
+    "mixtral": FamilyEntry(
+        architectures=("MixtralForCausalLM",),
+        read=mixtral.read,
+        covers="Mixtral 8x7B, 8x22B",
+        source="https://arxiv.org/abs/2401.04088",
+    ),
     "qwen2": FamilyEntry(
         architectures=("Qwen2ForCausalLM",),
         read=qwen2.read,
@@ -50,6 +56,12 @@ FAMILIES: dict[str, FamilyEntry] = {
         architectures=("Qwen3ForCausalLM",),
         read=qwen3.read,
         covers="Qwen3 0.6B to 32B",
+        source="https://arxiv.org/abs/2505.09388",
+    ),
+    "qwen3_moe": FamilyEntry(
+        architectures=("Qwen3MoeForCausalLM",),
+        read=qwen3_moe.read,
+        covers="Qwen3 30B-A3B, 235B-A22B, Qwen3 Coder 30B-A3B and 480B-A35B",
         source="https://arxiv.org/abs/2505.09388",
     ),
 }

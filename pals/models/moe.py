@@ -1,0 +1,109 @@
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (jax annotates its functions with types that pyright sees as partially unknown)
+"""A mixture of experts in the place of an MLP (https://arxiv.org/abs/1701.06538)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import io_callback
+
+from pals.models.attention import Attention, LayerCache, Rows
+from pals.models.configs.moe import MoEConfig, SparseConfig
+from pals.models.decoder import model_norm
+from pals.models.experts import ClampedSwiGLU, Experts, swiglu
+from pals.models.layers import GatedMLP
+from pals.models.moe_options import RoutingHook, RoutingRecord
+from pals.models.numerics import Numerics
+from pals.models.router import Router, Routing
+
+
+class MoE(nnx.Module):
+    """Router, experts and, in some families, a shared expert that every token takes.
+
+    Args:
+        config: Of this layer.
+        hidden_size: D.
+        layer: The layer's number in the whole model, for the trace.
+        numerics: Holds the `MoEOptions` of the run.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, layer: int, numerics: Numerics) -> None:
+        router = numerics.moe.override.apply(config.router)
+        limit = config.swiglu_limit
+        self.gate = Router(router, hidden_size, numerics=numerics)
+        self.experts = Experts(
+            router.num_experts,
+            hidden_size,
+            config.intermediate_size,
+            activation=swiglu if limit is None else ClampedSwiGLU(limit=limit),
+            bias=config.bias,
+            numerics=numerics,
+        )
+        shared = config.shared_intermediate_size
+        self.shared_experts = (
+            None if shared is None else GatedMLP(hidden_size, shared, numerics=numerics)
+        )
+        hook = numerics.moe.trace
+        # Without a trace, layers that differ in their number only stay one program.
+        self.deliver = None if hook is None else recorder(hook, layer, router.num_experts)
+
+    def __call__(self, x: jax.Array, rows: jax.Array | None = None) -> jax.Array:
+        """Map [B, T, D] to [B, T, D].
+
+        Args:
+            x: Hidden states.
+            rows: [B, T] booleans, False for padding: its result is undefined, it wakes no
+                expert and leaves no trace. None means that all tokens count.
+        """
+        with jax.named_scope("moe"):
+            flat = x.reshape(-1, x.shape[-1])
+            counted = None if rows is None else rows.reshape(-1)
+            routing = self.gate(flat)
+            if self.deliver is not None:
+                io_callback(self.deliver, None, routing, counted)
+            mixed = self.experts(flat, routing, counted).astype(x.dtype).reshape(x.shape)
+            return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
+
+
+def recorder(
+    hook: RoutingHook, layer: int, num_experts: int
+) -> Callable[[Routing, jax.Array | None], None]:
+    """Return what hands the choices of a layer to ``hook`` on the host."""
+
+    def deliver(routing: Routing, rows: jax.Array | None) -> None:
+        ids, weights = np.asarray(routing.expert_ids), np.asarray(routing.weights)
+        if rows is not None:
+            counted = np.asarray(rows)
+            ids, weights = ids[counted], weights[counted]
+        load = np.bincount(ids.ravel(), minlength=num_experts).astype(np.int64)
+        hook(RoutingRecord(layer=layer, expert_ids=ids, weights=weights, load=load))
+
+    return deliver
+
+
+class SparseLayer(nnx.Module):
+    """A decoder layer whose MLP may be a mixture of experts."""
+
+    def __init__(self, config: SparseConfig, layer: int, numerics: Numerics) -> None:
+        moe = config.moe[layer]
+        self.input_layernorm = model_norm(config, numerics)
+        self.self_attn = Attention(config, config.attention[layer], numerics)
+        self.post_attention_layernorm = model_norm(config, numerics)
+        self.mlp = (
+            GatedMLP(config.hidden_size, config.intermediate_size, numerics=numerics)
+            if moe is None
+            else MoE(moe, config.hidden_size, layer, numerics)
+        )
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
+    ) -> tuple[jax.Array, LayerCache]:
+        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows, context=context)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
