@@ -25,7 +25,7 @@ from pals.models.download import (
     bound_waits,
     will_pass,
 )
-from pals.models.hub_errors import DISK_ERRORS, explain, not_written
+from pals.models.hub_errors import explain, not_written
 from pals.models.hub_texts import fetch_file
 from pals.models.listing import ListedFile, Listing
 from pals.models.part_writer import PartWriter, kept_bytes, partial_path
@@ -264,9 +264,7 @@ class WeightFetcher:
                 raise failure
             return [future.result() for future in futures]
         except OSError as error:
-            if error.errno in DISK_ERRORS:
-                raise not_written(error) from error
-            raise
+            raise not_written(error) from error
         finally:
             if any(not future.done() for future in futures):
                 self._cancelled.set()

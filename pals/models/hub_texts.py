@@ -16,7 +16,7 @@ from huggingface_hub.utils import tqdm
 from pals.errors import CorruptModel, ModelNotFound
 from pals.models.download import HUB_ERRORS, Patience, Tries
 from pals.models.hub_errors import explain
-from pals.models.listing import ListedFile, Listing
+from pals.models.listing import MAX_LICENCE_CHARACTERS, ListedFile, Listing
 from pals.models.safetensors import INDEX_NAME
 from pals.models.snapshot import CONFIG_NAME, weight_names
 from pals.models.store import WeightStore
@@ -107,10 +107,9 @@ def _keep_listing(folder: Path, name: str, info: ModelInfo) -> None:
         if lfs is None:
             raise ModelNotFound(model=name, problem=f"the hub states no hash of `{file}`")
         files[file] = ListedFile(name=file, size_bytes=lfs.size, sha256=lfs.sha256)
-    listing = Listing.parse(Listing(files=files, licence=_licence(info)).to_values(), folder)
-    store.keep_listing(folder.name, listing)
+    store.keep_listing(folder.name, Listing(files=files, licence=_licence(info)))
 
 
 def _licence(info: ModelInfo) -> str:
     tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
-    return tags[0] if tags else ""
+    return tags[0][:MAX_LICENCE_CHARACTERS] if tags else ""

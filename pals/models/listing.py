@@ -51,15 +51,12 @@ class Listing:
 
     def to_json(self) -> bytes:
         """Return the JSON form, equal for equal listings."""
-        return json.dumps(self.to_values(), indent=2, sort_keys=True).encode()
-
-    def to_values(self) -> dict[str, object]:
-        """Return what `parse` reads."""
         files = {
             file.name: {"size": file.size_bytes, "sha256": file.sha256}
             for file in self.files.values()
         }
-        return {"files": files, "licence": self.licence}
+        document = {"files": files, "licence": self.licence}
+        return json.dumps(document, indent=2, sort_keys=True).encode()
 
 
 def _parse_file(name: str, value: object, source: Path) -> ListedFile:

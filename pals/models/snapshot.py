@@ -56,11 +56,7 @@ class Snapshot:
             CorruptModel: A file is malformed.
             UnsupportedModel: The model cannot be run.
         """
-        if not (path / CONFIG_NAME).is_file():
-            raise ModelNotFound(model=model_id, problem=f"{path} has no {CONFIG_NAME}")
-        data = read_file(path, CONFIG_NAME, most=MAX_CONFIG_BYTES)
-        source = path / CONFIG_NAME
-        config = ModelConfig.from_hf(parse_json_object(data, source), source=str(source))
+        config = read_model_config(path, model_id)
         return cls(
             path=path, model_id=model_id, config=config, manifest=manifest_of(path, model_id)
         )
@@ -73,6 +69,21 @@ class Snapshot:
             ModelNotFound: None of them was downloaded.
         """
         return open_weights(self.path)
+
+
+def read_model_config(folder: Path, model_id: str) -> ModelConfig:
+    """Return what config.json of a model's folder says.
+
+    Raises:
+        ModelNotFound: There is no config.json.
+        CorruptModel: It is malformed.
+        UnsupportedModel: The model cannot be run.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelNotFound(model=model_id, problem=f"{folder} has no {CONFIG_NAME}")
+    data = read_file(folder, CONFIG_NAME, most=MAX_CONFIG_BYTES)
+    source = folder / CONFIG_NAME
+    return ModelConfig.from_hf(parse_json_object(data, source), source=str(source))
 
 
 def manifest_of(folder: Path, model_id: str) -> bytes:
