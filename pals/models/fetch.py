@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -107,26 +107,48 @@ class WeightFetcher:
     # --- what to fetch ---------------------------------------------------------------
 
     def _plan(self, parts: frozenset[str], index: Mapping[str, str] | None) -> list[_Job]:
-        jobs: list[_Job] = []
-        readers: list[RangeReader] = []
-        for name, found in sorted(_parts_of_files(index).items()):
-            file = self._listing.files[name]
-            if has_file(self._folder, name) or (found and not parts & found):
-                continue
-            if found and self._is_needed_whole(file, found, parts):
-                jobs.append(self._whole_job(file))
-            else:
-                readers.append(self._reader(file))
-        sources = self._run([lambda reader=reader: self._source(reader) for reader in readers])
-        for reader, source in zip(readers, sources, strict=True):
-            self._check_source(reader.file, source, index)
-            jobs += self._jobs_of(reader, source, parts)
-        return jobs
+        found = _parts_of_files(index)
+        files = [
+            self._listing.files[name]
+            for name in sorted(found)
+            if not has_file(self._folder, name) and (parts & found[name] or index is None)
+        ]
+        plans = self._run([lambda file=file: self._plan_file(file, parts, index) for file in files])
+        return [job for jobs in plans for job in jobs]
 
-    def _is_needed_whole(
-        self, file: ListedFile, found: Set[str | None], parts: frozenset[str]
-    ) -> bool:
-        return found <= parts and not self._store.has_parts(file)
+    def _plan_file(
+        self, file: ListedFile, parts: frozenset[str], index: Mapping[str, str] | None
+    ) -> list[_Job]:
+        """Return the downloads of one file: the whole, or those of its parts.
+
+        Whoever keeps the file's head decides, for every process, that it comes by parts.
+        """
+        reader = self._reader(file)
+        with self._held_file(file):
+            if has_file(self._folder, file.name):
+                return []
+            source = self._store.read_source(file)
+            if source is None:
+                names = {name for name in index or () if index and index[name] == file.name}
+                if names and set(map(part_of, names)) <= parts:
+                    return [self._whole_job(reader, parts)]
+                source = self._fetch_source(reader, parts)
+        if source is None:
+            return [self._whole_job(reader, parts)]
+        self._check_source(file, source, index)
+        return self._part_jobs(reader, source, parts)
+
+    def _fetch_source(
+        self, reader: RangeReader, parts: frozenset[str]
+    ) -> dict[str, TensorEntry] | None:
+        """Fetch and keep the head of a file; None where it shows that all is needed."""
+        head = reader.read_head()
+        path = self._folder / reader.file.name
+        source = parse_source(head, path, reader.file.size_bytes)
+        if set(map(part_of, source)) <= parts:
+            return None
+        self._store.keep_source(reader.file, head)
+        return source
 
     def _check_source(
         self, file: ListedFile, source: Mapping[str, TensorEntry], index: Mapping[str, str] | None
@@ -137,16 +159,14 @@ class WeightFetcher:
             problem = f"the index puts {', '.join(lacking[:4])} here"
             raise CorruptModel(source=self._folder / file.name, problem=problem)
 
-    def _jobs_of(
+    def _part_jobs(
         self, reader: RangeReader, source: Mapping[str, TensorEntry], parts: frozenset[str]
     ) -> list[_Job]:
-        if self._is_needed_whole(reader.file, set(map(part_of, source)), parts):
-            return [self._whole_job(reader.file)]
-        jobs: list[_Job] = []
-        for part, tensors in sorted(tensors_by_part(source).items()):
-            if part in parts and self._store.read_part(reader.file, part, tensors) is None:
-                jobs.append(self._part_job(reader, part, tensors))
-        return jobs
+        return [
+            self._part_job(reader, part, tensors)
+            for part, tensors in sorted(tensors_by_part(source).items())
+            if part in parts and self._store.read_part(reader.file, part, tensors) is None
+        ]
 
     def _check_disk(self, needed: int) -> None:
         folder = self._store.folder
@@ -175,25 +195,12 @@ class WeightFetcher:
             cancelled=self._cancelled,
         )
 
-    def _source(self, reader: RangeReader) -> dict[str, TensorEntry]:
-        """Return where the tensors of a file stand, from its head, fetched where it is new."""
-        file = reader.file
-        folder = self._store.file_folder(file)
-        with self._held(folder / "header.lock", folder / "header"):
-            kept = self._store.read_source(file)
-            if kept is not None:
-                return kept
-            head = reader.read_head()
-            source = parse_source(head, self._folder / file.name, file.size_bytes)
-            self._store.keep_source(file, head)
-            return source
-
     def _part_job(self, reader: RangeReader, part: str, tensors: list[TensorEntry]) -> _Job:
         path = self._store.part_path(reader.file, part)
         size_bytes = sum(entry.size_bytes for entry in tensors) - kept_bytes(path, tensors)
 
         def run(count: Callable[[int], None]) -> None:
-            with self._held(path.with_suffix(".lock"), partial_path(path)):
+            with self._held(path.with_suffix(".lock"), lambda: _size(partial_path(path))):
                 # another process may have been faster, or have left more of it
                 if self._store.read_part(reader.file, part, tensors) is not None:
                     count(size_bytes)
@@ -206,12 +213,20 @@ class WeightFetcher:
 
         return _Job(size_bytes=size_bytes, run=run)
 
-    def _whole_job(self, file: ListedFile) -> _Job:
+    def _whole_job(self, reader: RangeReader, parts: frozenset[str]) -> _Job:
+        file = reader.file
+
         def run(count: Callable[[int], None]) -> None:
             counted = _Counted(count, file.size_bytes, self._cancelled)
-            Tries(self._model, self._patience, self._cancelled).call(
-                lambda: self._download(file.name, counted)
-            )
+            with self._held_file(file):
+                # another process may have begun with a part of it meanwhile
+                source = self._store.read_source(file)
+                if source is None:
+                    Tries(self._model, self._patience, self._cancelled).call(
+                        lambda: self._download(file.name, counted)
+                    )
+            for job in self._part_jobs(reader, source or {}, parts):
+                job.run(counted.add)
             counted.finish()
 
         return _Job(size_bytes=file.size_bytes, run=run)
@@ -227,23 +242,31 @@ class WeightFetcher:
                 raise
             raise explain(error, self._model, self._folder.name) from error
 
+    def _held_file(self, file: ListedFile) -> AbstractContextManager[None]:
+        """Hold the lock of a weight file: of its head, and of fetching it whole."""
+        blobs = self._folder.parents[1] / "blobs"
+        return self._held(
+            self._store.file_folder(file) / "file.lock",
+            lambda: sum(map(_size, blobs.glob(f"{file.sha256}*"))),
+        )
+
     @contextmanager
-    def _held(self, lock_path: Path, watched: Path) -> Generator[None]:
+    def _held(self, lock_path: Path, progress: Callable[[], int]) -> Generator[None]:
         """Hold a lock that other processes respect; wait while its holder goes on.
 
         Raises:
-            DownloadStalled: Another holds it, and ``watched`` does not grow.
+            DownloadStalled: Another holds it, and ``progress`` does not grow.
             Cancelled: The download is given up.
         """
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_path)
-        seen, since = _size(watched), time.monotonic()
+        seen, since = progress(), time.monotonic()
         while not _acquired(lock):
-            now, size = time.monotonic(), _size(watched)
+            now, size = time.monotonic(), progress()
             if size != seen:
                 seen, since = size, now
             elif now - since > self._patience.stall_s:
-                raise DownloadStalled(file=watched, waited_s=now - since)
+                raise DownloadStalled(file=lock_path.with_suffix(""), waited_s=now - since)
             if self._cancelled.is_set():
                 raise Cancelled
         try:

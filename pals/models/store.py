@@ -5,6 +5,7 @@ as a small safetensors file::
 
     models--org--name/pals/manifests/<commit>.json     the weight files of a revision
                            weights/<sha256>/header     the head of that weight file
+                                            file.lock
                                             layer-00003.safetensors
                                             layer-00003.json     its hashes and its state
                                             layer-00003.partial  while it is fetched
@@ -104,6 +105,10 @@ class WeightStore:
         data = read_file(folder, "header", most=8 + MAX_HEADER_BYTES)
         return parse_source(data, folder / "header", file.size_bytes)
 
+    def is_in_parts(self, file: ListedFile) -> bool:
+        """Return whether the weight file is fetched by parts on this machine, not whole."""
+        return (self.file_folder(file) / "header").is_file()
+
     def keep_source(self, file: ListedFile, head: bytes) -> None:
         """Keep the head of a weight file: the length and the JSON table."""
         replace_file(self.file_folder(file) / "header", head)
@@ -112,11 +117,6 @@ class WeightStore:
 
     def part_path(self, file: ListedFile, part: str, suffix: str = ".safetensors") -> Path:
         return self.file_folder(file) / f"{part}{suffix}"
-
-    def has_parts(self, file: ListedFile) -> bool:
-        """Return whether anything of the weight file was fetched by parts."""
-        folder = self.file_folder(file)
-        return any(folder.glob("*.safetensors")) or any(folder.glob("*.partial"))
 
     def read_part(
         self, file: ListedFile, part: str, tensors: Iterable[TensorEntry]
