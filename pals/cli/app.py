@@ -29,7 +29,7 @@ GROUPS = {
     "swarm": "Make and look at the private group of machines.",
     "invite": "Let another machine in.",
     "peers": "See and remove members.",
-    "models": "See and import models on this machine.",
+    "models": "See, download and import models on this machine.",
 }
 
 COMMANDS = {
@@ -45,6 +45,10 @@ COMMANDS = {
     "serve": ("pals.cli.serve:serve", "Serve an OpenAI-compatible endpoint on this machine."),
     "backend": ("pals.cli.backend:backend", "Run the membership backend."),
     "models list": ("pals.cli.models:list_models", "List the models on this machine."),
+    "models show": ("pals.cli.models:show", "Show a model: its layers, files and licence."),
+    "models pull": ("pals.cli.models:pull", "Download a model, or some of its layers."),
+    "models remove": ("pals.cli.models:remove", "Remove a model from this machine."),
+    "models verify": ("pals.cli.models:verify", "Check the files of a model for damage."),
     "models import": ("pals.cli.models:import_model", "Import a model from a GGUF file."),
     "doctor": ("pals.cli.doctor:doctor", "Check this machine and say what to mend."),
 }

@@ -27,7 +27,6 @@ from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
 from pals.models.family import family_of
 from pals.models.numerics import Numerics
-from pals.models.safetensors import WeightFiles
 from pals.models.snapshot import Snapshot
 from pals.models.weights import load_parameters
 from pals.types import Dtype, EngineLimits, LayerRange, Sampling
@@ -98,7 +97,7 @@ class Shard:
         numerics = Numerics.of(dtype)
         programs = Programs(config, layers, numerics=numerics, limits=limits)
         leaves = load_parameters(
-            WeightFiles.open(snapshot.path),
+            snapshot.weights(),
             config,
             layers,
             family_of(config).weights,

@@ -15,13 +15,15 @@ from pals.errors import CorruptModel
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 26
 
+_SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 
 
 def contained_path(folder: Path, name: str) -> Path:
     """Return the real path of a file in ``folder``, which need not exist.
 
-    A link may lead to the ``blobs`` folder of the hub's own cache layout and nowhere else.
+    A link may lead to the ``blobs`` folder of the hub's own cache layout and nowhere else:
+    that of the model, or the one that all models of the cache share.
 
     Raises:
         CorruptModel: ``name`` is not a plain file name, or leads out of the folder.
@@ -33,6 +35,8 @@ def contained_path(folder: Path, name: str) -> Path:
     allowed = {real_folder}
     if real_folder.parent.name == "snapshots":
         allowed.add(real_folder.parents[1] / "blobs")
+        if _SHARED_BLOB.fullmatch(real.name):
+            allowed.add(real_folder.parents[2] / "blobs" / real.name[:2])
     if real.parent not in allowed:
         raise CorruptModel(source=folder / name, problem="it is a link out of the model's folder")
     return real

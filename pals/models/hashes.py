@@ -42,10 +42,28 @@ def keep_hash(path: Path, sha256: str) -> None:
     _write_sidecar(_sidecar(path.stat()), sha256)
 
 
+def file_stamp(status: os.stat_result) -> list[int]:
+    """Return numbers that change when the file does."""
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def kept_digest(state: object) -> str | None:
+    """Return the SHA-256 in hex that was kept for a state (any JSON value), or None."""
+    return _read_sidecar(_sidecar_of(state))
+
+
+def keep_digest(state: object, sha256: str) -> None:
+    """Remember the SHA-256 in hex of what is in this state."""
+    _write_sidecar(_sidecar_of(state), sha256)
+
+
 def _sidecar(status: os.stat_result) -> Path:
     """Return the file that holds the hash for one state of one file."""
-    stamp = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
-    return cache_dir() / "hashes" / hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
+    return _sidecar_of(file_stamp(status))
+
+
+def _sidecar_of(state: object) -> Path:
+    return cache_dir() / "hashes" / hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _read_sidecar(sidecar: Path) -> str | None:

@@ -1,47 +1,45 @@
 """Find a model by its name: on this machine, or on the Hugging Face hub.
 
-Of a model on the hub a shard fetches the files that hold its layers, and a driver none
-of the weights. The list of all weight files and their hashes is kept beside them, so
-that both name the same model.
+Of a model on the hub a driver fetches the small text files only, and a shard also the
+weights of its layers. The list of all weight files and their hashes is kept beside them,
+so that both name the same model.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pals import config
-from pals.errors import CorruptModel, LayersOutsideModel, ModelNotFound
-from pals.models.files import MAX_INDEX_BYTES, parse_json_object, read_file
+from pals.errors import (
+    CorruptModel,
+    HubRefused,
+    HubUnavailable,
+    LayersOutsideModel,
+    ModelNotFound,
+)
+from pals.models.listing import Listing
 from pals.models.names import check_model_id, imported_folder
-from pals.models.safetensors import INDEX_NAME, SINGLE_NAME
-from pals.models.snapshot import CONFIG_NAME, MANIFEST_NAME, Snapshot
+from pals.models.parts import is_needed, layer_of, parts_of
+from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, WeightFiles, read_index
+from pals.models.snapshot import Snapshot, weight_names
+from pals.models.store import WeightStore
 from pals.types import LayerRange
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo
-
-HUB_DEADLINE_S = 10.0
-DOWNLOAD_WORKERS = 4
-TEXT_FILES = (
-    CONFIG_NAME,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    INDEX_NAME,
-)
-
-_WEIGHT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
-_EMBEDDING = re.compile(r"(?:^|\.)embed_tokens\.")
+    from pals.models.download import Patience
+    from pals.models.fetch import OnProgress
 
 
-def resolve_model(name: str, layers: LayerRange | None = None) -> Snapshot:
+def resolve_model(
+    name: str,
+    layers: LayerRange | None = None,
+    *,
+    revision: str | None = None,
+    patience: Patience | None = None,
+    on_progress: OnProgress | None = None,
+) -> Snapshot:
     """Return the snapshot of a model, with the weights of ``layers`` on this machine.
 
     Looked for in this order: a folder (``/…`` or ``./…``), an imported model, the hub,
@@ -51,9 +49,18 @@ def resolve_model(name: str, layers: LayerRange | None = None) -> Snapshot:
     Args:
         name: A path, or ``org/name``.
         layers: The layers whose weights are needed; None for none, as a driver.
+        revision: Branch, tag or commit of a model on the hub; ``main`` when left out.
+        patience: How long to wait for the hub.
+        on_progress: Told about the bytes of the weights.
 
     Raises:
         ModelNotFound: Nothing of that name is found, with the reason.
+        HubUnavailable: The hub does not answer, and this machine has not all of it.
+        HubRefused: The hub asks for a token or for consent.
+        ModelChanged: A file is another one than the hub listed.
+        InvalidHubAnswer: The hub answers something else than was asked for.
+        DiskTooSmall: The weights do not fit.
+        DownloadStalled: Another process holds a download up.
         LayersOutsideModel: The model has fewer layers.
         CorruptModel: A file of the model is malformed.
         UnsupportedModel: The model cannot be run.
@@ -61,12 +68,12 @@ def resolve_model(name: str, layers: LayerRange | None = None) -> Snapshot:
     if name.startswith(("/", "./", "../")):
         return _checked(Snapshot.open(Path(name), _name_of_folder(Path(name))), layers)
     folder = imported_folder(check_model_id(name))
-    if folder.is_dir():
+    if folder.is_dir() and revision is None:
         return _checked(Snapshot.open(folder, name), layers)
     try:
-        return _from_hub(name, layers)
-    except ModelNotFound:
-        snapshot = _from_demo_package(name)
+        return _from_hub(name, layers, revision, patience, on_progress)
+    except (ModelNotFound, HubUnavailable, HubRefused):
+        snapshot = _from_demo_package(name) if revision is None else None
         if snapshot is None:
             raise
         return _checked(snapshot, layers)
@@ -83,57 +90,6 @@ def imported_models() -> list[Snapshot]:
     return [Snapshot.open(folder, _name_of_folder(folder)) for folder in folders]
 
 
-def files_for_layers(
-    index: Mapping[str, object], layers: LayerRange, num_layers: int, tied: bool
-) -> list[str]:
-    """Return the weight files that hold a range of layers, sorted.
-
-    The first range takes the embedding too; the last takes everything that belongs to no
-    layer, and the embedding where it is ``tied`` to the LM head.
-
-    Args:
-        index: A parsed model.safetensors.index.json.
-        layers: The range.
-        num_layers: Layers of the whole model.
-        tied: The LM head is the embedding matrix.
-
-    Raises:
-        LayersOutsideModel: The range reaches past the model.
-        CorruptModel: The index names no file for a layer, or a file outside the folder.
-    """
-    if layers.stop > num_layers:
-        raise LayersOutsideModel(layers=layers, num_layers=num_layers)
-    files: set[str] = set()
-    found: set[int] = set()
-    for tensor, file in _weight_map(index).items():
-        if (layer := _LAYER.search(tensor)) is not None:
-            wanted = layers.start <= int(layer[1]) < layers.stop
-            found.add(int(layer[1]))
-        elif _EMBEDDING.search(tensor) is not None:
-            wanted = layers.start == 0 or (tied and layers.stop == num_layers)
-        else:
-            wanted = layers.stop == num_layers
-        if wanted:
-            files.add(file)
-    missing = sorted(set(range(layers.start, layers.stop)) - found)
-    if missing:
-        raise CorruptModel(source=INDEX_NAME, problem=f"it has no tensor of layer {missing[0]}")
-    return sorted(files)
-
-
-def _weight_map(index: Mapping[str, object]) -> dict[str, str]:
-    value = index.get("weight_map")
-    if not isinstance(value, dict):
-        raise CorruptModel(source=INDEX_NAME, problem="it has no `weight_map`")
-    checked: dict[str, str] = {}
-    for tensor, file in cast("dict[str, object]", value).items():
-        if not isinstance(file, str) or not _WEIGHT_FILE.fullmatch(file):
-            problem = f"`{tensor[:80]}` lies in {str(file)[:80]!r}, which is no weight file"
-            raise CorruptModel(source=INDEX_NAME, problem=problem)
-        checked[tensor] = file
-    return checked
-
-
 # --- on this machine -----------------------------------------------------------------
 
 
@@ -143,34 +99,57 @@ def _name_of_folder(folder: Path) -> str:
 
 
 def _checked(snapshot: Snapshot, layers: LayerRange | None) -> Snapshot:
-    """Return ``snapshot`` when the files of ``layers`` are there.
+    """Return ``snapshot`` when the weights of ``layers`` are there.
 
     Raises:
-        ModelNotFound: A weight file is missing.
+        LayersOutsideModel: The model has fewer layers.
+        ModelNotFound: A weight file, or a part of one, is missing.
+        CorruptModel: A layer has no weights, or a file is malformed.
     """
-    for file in _weight_files(snapshot, layers):
-        if not (snapshot.path / file).is_file():
-            problem = f"{snapshot.path} lacks `{file}`, which holds layers {layers}"
-            raise ModelNotFound(model=snapshot.model_id, problem=problem)
+    if layers is None:
+        return snapshot
+    num_layers, tied = _shape(snapshot, layers)
+    if WeightStore.of(snapshot.path) is None:
+        _check_single_file(snapshot)
+    weights = snapshot.weights()
+    check_layers(weights.file_of, layers, snapshot.path)
+    names = [name for name in weights.file_of if is_needed(name, layers, num_layers, tied=tied)]
+    if isinstance(weights, WeightFiles):
+        _check_files(snapshot, {weights.file_of[name] for name in names})
+    else:
+        weights.entries(names)
     return snapshot
 
 
-def _weight_files(snapshot: Snapshot, layers: LayerRange | None) -> list[str]:
-    """Return the weight files that ``layers`` need, there or not."""
-    if layers is None:
-        return []
+def check_layers(file_of: Mapping[str, str], layers: LayerRange, source: Path) -> None:
+    """Raise `CorruptModel` when a layer of the range has no tensor at all."""
+    missing = sorted(set(range(layers.start, layers.stop)) - set(map(layer_of, file_of)))
+    if missing:
+        raise CorruptModel(source=source, problem=f"it has no tensor of layer {missing[0]}")
+
+
+def _shape(snapshot: Snapshot, layers: LayerRange) -> tuple[int, bool]:
+    """Return the model's layers and whether its head is tied.
+
+    Raises:
+        LayersOutsideModel: The range reaches past the model.
+    """
     num_layers, tied = snapshot.config.num_layers, snapshot.config.tie_word_embeddings
     if layers.stop > num_layers:
         raise LayersOutsideModel(layers=layers, num_layers=num_layers)
-    index = _load_index(snapshot.path)
-    return [SINGLE_NAME] if index is None else files_for_layers(index, layers, num_layers, tied)
+    return num_layers, tied
 
 
-def _load_index(folder: Path) -> dict[str, object] | None:
-    if not (folder / INDEX_NAME).is_file():
-        return None
-    data = read_file(folder, INDEX_NAME, most=MAX_INDEX_BYTES)
-    return parse_json_object(data, folder / INDEX_NAME)
+def _check_single_file(snapshot: Snapshot) -> None:
+    if weight_names(snapshot.path) == [SINGLE_NAME]:
+        _check_files(snapshot, {SINGLE_NAME})
+
+
+def _check_files(snapshot: Snapshot, files: set[str]) -> None:
+    for file in sorted(files):
+        if not (snapshot.path / file).is_file():
+            problem = f"{snapshot.path} lacks `{file}`"
+            raise ModelNotFound(model=snapshot.model_id, problem=problem)
 
 
 def _from_demo_package(name: str) -> Snapshot | None:
@@ -184,71 +163,56 @@ def _from_demo_package(name: str) -> Snapshot | None:
 # --- the hub -------------------------------------------------------------------------
 
 
-def _from_hub(name: str, layers: LayerRange | None) -> Snapshot:
+def _from_hub(
+    name: str,
+    layers: LayerRange | None,
+    revision: str | None,
+    patience: Patience | None,
+    on_progress: OnProgress | None,
+) -> Snapshot:
     """Fetch what is missing of a model from the hub, into the hub's own cache.
 
     The config is read before any weights, so that a model that cannot be run costs
     nothing.
     """
-    from huggingface_hub import (
-        HfApi,
-        snapshot_download,  # pyright: ignore[reportUnknownVariableType] a bare dict in its type
-    )
+    # the hub's client is of no use to a process that finds its model elsewhere
+    from pals.models.download import Patience
+    from pals.models.fetch import WeightFetcher
+    from pals.models.hub_texts import cached_snapshot, fetch_texts
 
-    def fetch(files: Sequence[str]) -> Path:
-        folder = snapshot_download(
-            name,
-            revision=info.sha,
-            allow_patterns=list(files),
-            etag_timeout=HUB_DEADLINE_S,
-            max_workers=DOWNLOAD_WORKERS,
-        )
-        return Path(folder)
-
+    patience = patience or Patience()
+    cached = cached_snapshot(name, revision)
     try:
-        info = HfApi().model_info(name, files_metadata=True, timeout=HUB_DEADLINE_S)
-        folder = fetch(TEXT_FILES)
-        _write_manifest(folder, name, info)
-        weights = _weight_files(Snapshot.open(folder, name), layers)
-        if weights:
-            fetch(weights)
-    except _hub_errors() as error:
-        return _from_hub_cache(name, layers, error)
+        folder = fetch_texts(name, revision, patience, has_fallback=cached is not None)
+    except (ModelNotFound, HubUnavailable, HubRefused) as error:
+        return _from_hub_cache(name, cached, layers, error)
+    snapshot = Snapshot.open(folder, name)
+    if layers is not None:
+        num_layers, tied = _shape(snapshot, layers)
+        index = read_index(folder) if (folder / INDEX_NAME).is_file() else None
+        if index is not None:
+            check_layers(index, layers, folder / INDEX_NAME)
+        listing = _listing(folder, name)
+        fetcher = WeightFetcher(name, folder, listing, patience=patience, on_progress=on_progress)
+        fetcher.fetch(parts_of(layers, num_layers, tied=tied), index)
     return _checked(Snapshot.open(folder, name), layers)
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
-    # the client library below the hub's changes with its version, the name there does not
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
-    return (HTTPError, OSError)
-
-
-def _from_hub_cache(name: str, layers: LayerRange | None, error: Exception) -> Snapshot:
+def _from_hub_cache(
+    name: str, folder: Path | None, layers: LayerRange | None, error: Exception
+) -> Snapshot:
     """Return what the hub's cache has, when the hub gives nothing because of ``error``."""
-    from huggingface_hub import try_to_load_from_cache
-
-    config_file = try_to_load_from_cache(name, CONFIG_NAME)
-    if not isinstance(config_file, str):
-        reason = (str(error).splitlines() or [""])[0][:200]
-        problem = f"it is not on this machine, and the hub gives none: {reason}"
-        raise ModelNotFound(model=name, problem=problem) from error
-    return _checked(Snapshot.open(Path(config_file).parent, name), layers)
+    if folder is None:
+        raise error
+    try:
+        return _checked(Snapshot.open(folder, name), layers)
+    except ModelNotFound as missing:
+        raise error from missing
 
 
-def _write_manifest(folder: Path, name: str, info: ModelInfo) -> None:
-    """Keep size and SHA-256 of every weight file, as the hub states them for LFS files.
-
-    Raises:
-        ModelNotFound: The hub states none of a weight file.
-    """
-    index = _load_index(folder)
-    stated = {file.rfilename: file.lfs for file in info.siblings or ()}
-    files: dict[str, dict[str, str | int]] = {}
-    for file in sorted(set(_weight_map(index).values())) if index else [SINGLE_NAME]:
-        lfs = stated.get(file)
-        if lfs is None:
-            raise ModelNotFound(model=name, problem=f"the hub states no hash of `{file}`")
-        files[file] = {"size": lfs.size, "sha256": lfs.sha256}
-    content = json.dumps({"files": files}, indent=2, sort_keys=True).encode()
-    config.write_private(folder / MANIFEST_NAME, content)
+def _listing(folder: Path, name: str) -> Listing:
+    store = WeightStore.of(folder)
+    listing = None if store is None else store.read_listing(folder.name)
+    if listing is None:
+        raise ModelNotFound(model=name, problem=f"{folder} has no list of its weight files")
+    return listing

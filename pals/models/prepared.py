@@ -1,4 +1,5 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (orbax annotates its functions with types that pyright sees as partially unknown)
 """Layers that were quantised before, kept as Orbax checkpoints in the cache folder.
 

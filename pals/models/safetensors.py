@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Protocol, cast
 
 import ml_dtypes
 import numpy as np
@@ -50,6 +50,33 @@ NUMPY_DTYPES = MappingProxyType(
         "BF16": np.dtype(ml_dtypes.bfloat16),
     }
 )
+
+
+class Weights(Protocol):
+    """The weights of one checkpoint, wherever on this machine they lie."""
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder, which names it in errors."""
+        ...
+
+    @property
+    def file_of(self) -> Mapping[str, str]:
+        """The name of the weight file of each tensor of the checkpoint, here or not."""
+        ...
+
+    def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
+        """Return where the named tensors stand on this machine.
+
+        Raises:
+            CorruptModel: A file is malformed or lacks a tensor that the index puts there.
+            ModelNotFound: A tensor was not downloaded.
+        """
+        ...
+
+    def known_hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the SHA-256 in hex of those tensors whose bytes were hashed before."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +171,11 @@ class WeightFiles:
             found |= {name: header[name] for name in here}
         return found
 
+    def known_hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Return no hashes: a plain folder keeps none of single tensors."""
+        del names
+        return {}
+
 
 def read_index(folder: Path) -> dict[str, str]:
     """Return the file name of each tensor of a sharded checkpoint.
@@ -175,18 +207,38 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         file_bytes = os.fstat(handle).st_size
         prefix = bytearray(8)
         _read_range(handle, memoryview(prefix), 0, path)
-        header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise CorruptModel(source=path, problem=f"its header claims {header_bytes} bytes")
+        header_bytes = check_header_size(bytes(prefix), path, file_bytes)
         header = bytearray(header_bytes)
         _read_range(handle, memoryview(header), 8, path)
     finally:
         os.close(handle)
-    values = parse_json_object(bytes(header), path)
+    return parse_header(bytes(header), path, file_bytes)
+
+
+def check_header_size(prefix: bytes, source: Path, file_bytes: int) -> int:
+    """Return the size of the JSON header that the first 8 bytes of a file claim.
+
+    Raises:
+        CorruptModel: It is too large for the file, or for any honest header.
+    """
+    header_bytes = int.from_bytes(prefix, "little")
+    if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+        raise CorruptModel(source=source, problem=f"its header claims {header_bytes} bytes")
+    return header_bytes
+
+
+def parse_header(header: bytes, path: Path, file_bytes: int) -> dict[str, TensorEntry]:
+    """Return the tensors that the JSON header of a file of ``file_bytes`` bytes names.
+
+    Raises:
+        CorruptModel: As `read_header`.
+        UnsupportedModel: A tensor has a dtype that the format does not have.
+    """
+    values = parse_json_object(header, path)
     values.pop("__metadata__", None)
     if len(values) > MAX_TENSORS:
         raise CorruptModel(source=path, problem=f"it holds {len(values)} tensors")
-    start = 8 + header_bytes
+    start = 8 + len(header)
     entries = [_parse_entry(name, value, path, start) for name, value in values.items()]
     _check_tiling(entries, path, start, file_bytes)
     return {entry.name: entry for entry in entries}

@@ -14,12 +14,13 @@ from pals.models.files import (
     MAX_CONFIG_BYTES,
     MAX_INDEX_BYTES,
     contained_path,
-    json_object,
     parse_json_object,
     read_file,
 )
-from pals.models.hashes import SHA256, hash_file
-from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, read_index
+from pals.models.hashes import hash_file
+from pals.models.listing import ListedFile, Listing
+from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, Weights, read_index
+from pals.models.store import WeightStore, open_weights
 from pals.types import MAX_TOKENIZER_BYTES
 
 MANIFEST_NAME = "manifest.json"
@@ -48,7 +49,7 @@ class Snapshot:
     def open(cls, path: Path, model_id: str) -> Snapshot:
         """Read a model folder; imports no jax.
 
-        The weight files need not all be there when ``manifest.json`` lists them: so a
+        The weight files need not all be there when a list of them is kept: so a
         driver, which has none, and each shard come to the same manifest.
 
         Raises:
@@ -56,32 +57,51 @@ class Snapshot:
             CorruptModel: A file is malformed.
             UnsupportedModel: The model cannot be run.
         """
-        if not (path / CONFIG_NAME).is_file():
-            raise ModelNotFound(model=model_id, problem=f"{path} has no {CONFIG_NAME}")
-        data = read_file(path, CONFIG_NAME, most=MAX_CONFIG_BYTES)
-        source = path / CONFIG_NAME
-        config = read_config(parse_json_object(data, source), source=str(source))
+        config = read_model_config(path, model_id)
         return cls(
             path=path, model_id=model_id, config=config, manifest=manifest_of(path, model_id)
         )
+
+    def weights(self) -> Weights:
+        """Open the weights: those of the folder, or the downloaded parts of a hub model.
+
+        Raises:
+            CorruptModel: There are none, or the index or a header is malformed.
+            ModelNotFound: None of them was downloaded.
+        """
+        return open_weights(self.path)
+
+
+def read_model_config(folder: Path, model_id: str) -> ModelConfig:
+    """Return what config.json of a model's folder says.
+
+    Raises:
+        ModelNotFound: There is no config.json.
+        CorruptModel: It is malformed.
+        UnsupportedModel: The model cannot be run.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelNotFound(model=model_id, problem=f"{folder} has no {CONFIG_NAME}")
+    data = read_file(folder, CONFIG_NAME, most=MAX_CONFIG_BYTES)
+    source = folder / CONFIG_NAME
+    return read_config(parse_json_object(data, source), source=str(source))
 
 
 def manifest_of(folder: Path, model_id: str) -> bytes:
     """Return the SHA-256 of the canonical list of the model's files.
 
     Raises:
-        ModelNotFound: Weight files are missing and ``manifest.json`` does not list them.
-        CorruptModel: A file is malformed or differs from ``manifest.json``.
+        ModelNotFound: Weight files are missing, and no list of them is kept.
+        CorruptModel: A file is malformed or differs from that list.
     """
     texts = {
         name: hashlib.sha256(read_file(folder, name, most=MAX_TOKENIZER_BYTES)).hexdigest()
         for name in TEXT_NAMES
         if (folder / name).is_file()
     }
-    if (folder / MANIFEST_NAME).is_file():
-        weights = read_manifest(folder)
-    else:
-        weights = hash_weights(folder, model_id)
+    weights = {
+        file.name: (file.size_bytes, file.sha256) for file in _weight_files(folder, model_id)
+    }
     listed = [{"name": name, "sha256": sha256} for name, sha256 in sorted(texts.items())]
     listed += [
         {"name": name, "size": size, "sha256": sha256}
@@ -89,6 +109,22 @@ def manifest_of(folder: Path, model_id: str) -> bytes:
     ]
     canonical = json.dumps(listed, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).digest()
+
+
+def read_listing(folder: Path) -> Listing | None:
+    """Return the list of weight files that is kept for a folder, None where none is.
+
+    Raises:
+        CorruptModel: It is malformed.
+    """
+    store = WeightStore.of(folder)
+    if store is not None:
+        return store.read_listing(folder.name)
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    data = read_file(folder, MANIFEST_NAME, most=MAX_INDEX_BYTES)
+    return Listing.parse(parse_json_object(data, path), path)
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -101,56 +137,49 @@ def weight_names(folder: Path) -> list[str]:
     return sorted(set(read_index(folder).values())) if has_index else [SINGLE_NAME]
 
 
-def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each weight file that ``manifest.json`` lists.
+def _weight_files(folder: Path, model_id: str) -> list[ListedFile]:
+    """Return the model's weight files, from the kept list or from the files themselves.
 
     Raises:
-        CorruptModel: It is malformed, does not list exactly the model's weight files, or
-            a file that is there has another size or hash.
+        ModelNotFound: A weight file is missing, and no list is kept.
+        CorruptModel: The list is malformed or not that of the index, or a file that is
+            here has another size or hash.
     """
-    path = folder / MANIFEST_NAME
-    values = parse_json_object(read_file(folder, MANIFEST_NAME, most=MAX_INDEX_BYTES), path)
-    files = json_object(values.get("files"), path)
-    differing = sorted(files.keys() ^ set(weight_names(folder)))
+    listing = read_listing(folder)
+    if listing is None:
+        return hash_weights(folder, model_id)
+    differing = sorted(listing.files.keys() ^ set(weight_names(folder)))
     if differing:
         problem = f"`{differing[0][:200]}` is in the list or in the model's index, but not in both"
-        raise CorruptModel(source=path, problem=problem)
-    weights = {name: _parse_entry(name, value, path) for name, value in files.items()}
-    for name, (size, sha256) in weights.items():
-        local = contained_path(folder, name)
-        if local.is_file():
-            _check_file(local, size, sha256)
-    return weights
-
-
-def _parse_entry(name: str, value: object, path: Path) -> tuple[int, str]:
-    entry = json_object(value, path)
-    size, sha256 = entry.get("size"), entry.get("sha256")
-    if type(size) is not int or not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
-        raise CorruptModel(source=path, problem=f"`{name}` has no size or no sha256")
-    return size, sha256
+        raise CorruptModel(source=folder, problem=problem)
+    for file in listing.files.values():
+        path = contained_path(folder, file.name)
+        if path.is_file():
+            _check_file(path, file.size_bytes, file.sha256)
+    return list(listing.files.values())
 
 
 def _check_file(path: Path, size: int, sha256: str) -> None:
     if path.stat().st_size != size:
         raise CorruptModel(source=path, problem=f"it does not have the {size} bytes it should")
     if hash_file(path) != sha256:
-        problem = f"its content is not what {MANIFEST_NAME} says; fetch or import the model again"
+        problem = "its content has not the hash it should; fetch or import the model again"
         raise CorruptModel(source=path, problem=problem)
 
 
-def hash_weights(folder: Path, model_id: str) -> dict[str, tuple[int, str]]:
-    """Return size and SHA-256 of each weight file, hashing what was not hashed before.
+def hash_weights(folder: Path, model_id: str) -> list[ListedFile]:
+    """Return the model's weight files, hashing what was not hashed before.
 
     Raises:
         ModelNotFound: A weight file is missing.
         CorruptModel: The index is malformed, or a file cannot be read.
     """
-    weights: dict[str, tuple[int, str]] = {}
+    files: list[ListedFile] = []
     for name in weight_names(folder):
         path = contained_path(folder, name)
         if not path.is_file():
-            problem = f"neither {name} nor {MANIFEST_NAME} is in {folder}"
+            problem = f"{name} is not in {folder}, and no list of its weight files is kept"
             raise ModelNotFound(model=model_id, problem=problem)
-        weights[name] = (path.stat().st_size, hash_file(path))
-    return weights
+        size_bytes = path.stat().st_size
+        files.append(ListedFile(name=name, size_bytes=size_bytes, sha256=hash_file(path)))
+    return files

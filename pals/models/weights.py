@@ -18,7 +18,7 @@ import numpy as np
 from pals.errors import CorruptModel
 from pals.models.assemble import Assembler
 from pals.models.config import ModelConfig
-from pals.models.safetensors import TensorEntry, WeightFiles
+from pals.models.safetensors import TensorEntry, Weights
 from pals.models.table import Array, Piece, Root, WeightTable, unchanged
 from pals.types import LayerRange
 
@@ -35,7 +35,7 @@ _COMPUTED = r"layers\.\d{1,5}\.self_attn\.rotary_emb\.inv_freq"
 
 
 def load_parameters(
-    files: WeightFiles,
+    files: Weights,
     config: ModelConfig,
     layers: LayerRange,
     table: WeightTable,

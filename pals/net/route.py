@@ -78,7 +78,8 @@ def find_chain(
 ) -> Chain:
     """Return the best chain of whole shards of one model and one dtype of activations.
 
-    Shards whose layers come from other bytes than those of most holders are left out. Shards hold fixed ranges, so each hop begins where the one before it ends. A chain
+    Shards whose layers come from other bytes than those of most holders are left out.
+    Shards hold fixed ranges, so each hop begins where the one before it ends. A chain
     whose shards all have a free session wins; then the one with the fewest hops, then
     the one with the lowest predicted time of a step.
 

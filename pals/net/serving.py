@@ -11,7 +11,13 @@ import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
 from pals.errors import InvalidRecord, LayersOutsideModel
-from pals.net.announce import MAX_ADDRESSES, Announcement, sign_announcement, useful_first
+from pals.net.announce import (
+    LAYER_HASH_BYTES,
+    MAX_ADDRESSES,
+    Announcement,
+    sign_announcement,
+    useful_first,
+)
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
@@ -59,6 +65,7 @@ def load_shard(
     # jax is imported only by a process that computes.
     from pals.engine.shard import Shard
     from pals.models.hub import resolve_model
+    from pals.models.layer_hashes import layer_hashes
 
     snapshot = resolve_model(model, layers)
     num_layers = snapshot.config.num_layers
@@ -82,6 +89,9 @@ def load_shard(
             dtype=dtype,
         ),
         layers=layers,
+        layer_hashes=tuple(
+            layer_hash[:LAYER_HASH_BYTES] for layer_hash in layer_hashes(snapshot.weights(), layers)
+        ),
         limits=limits,
     )
 

@@ -1,0 +1,115 @@
+"""The small files of a model on the hub, and the list of its weight files."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from huggingface_hub import (
+    HfApi,
+    hf_hub_download,  # pyright: ignore[reportUnknownVariableType] a bare dict in its type
+    try_to_load_from_cache,
+)
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import tqdm
+
+from pals.errors import CorruptModel, ModelNotFound
+from pals.models.download import HUB_ERRORS, Patience, Tries
+from pals.models.hub_errors import explain
+from pals.models.listing import MAX_LICENCE_CHARACTERS, ListedFile, Listing
+from pals.models.safetensors import INDEX_NAME
+from pals.models.snapshot import CONFIG_NAME, weight_names
+from pals.models.store import WeightStore
+from pals.types import MAX_TOKENIZER_BYTES
+
+HUB_DEADLINE_S = 10.0
+DEFAULT_REVISION = "main"
+TEXT_FILES = (
+    CONFIG_NAME,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    INDEX_NAME,
+)
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """Return the folder of a revision in the hub's cache, None where it is not there."""
+    path = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def fetch_texts(name: str, revision: str | None, patience: Patience, *, has_fallback: bool) -> Path:
+    """Fetch config, tokenizer and index of a revision and keep the list of its weights.
+
+    Returns:
+        The snapshot folder, which is named by the commit.
+
+    Raises:
+        HubUnavailable: And other errors of `resolve_model`.
+    """
+    attempts = 1 if has_fallback else patience.attempts
+    tries = Tries(name, patience, threading.Event(), attempts=attempts)
+    try:
+        return tries.call(lambda: _fetch_texts_once(name, revision))
+    except HUB_ERRORS as error:
+        raise explain(error, name, revision) from error
+
+
+def _fetch_texts_once(name: str, revision: str | None) -> Path:
+    api = HfApi()
+    info = api.model_info(name, revision=revision, files_metadata=True, timeout=HUB_DEADLINE_S)
+    config_file = fetch_file(name, CONFIG_NAME, revision or DEFAULT_REVISION)
+    commit = config_file.parent.name
+    if info.sha != commit:  # it moved on between the two
+        info = api.model_info(name, revision=commit, files_metadata=True, timeout=HUB_DEADLINE_S)
+    stated = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    for file in TEXT_FILES:
+        if file in stated:
+            if stated[file] > MAX_TOKENIZER_BYTES:
+                problem = f"the hub states {stated[file]} bytes, more than {MAX_TOKENIZER_BYTES}"
+                raise CorruptModel(source=Path(file), problem=problem)
+            fetch_file(name, file, commit)
+    _keep_listing(config_file.parent, name, info)
+    return config_file.parent
+
+
+def fetch_file(
+    name: str,
+    file: str,
+    revision: str,
+    *,
+    bar: type[tqdm] | None = None,
+) -> Path:
+    """Fetch a whole file with the hub's own client, unless it is in the cache."""
+    path = hf_hub_download(
+        name, file, revision=revision, etag_timeout=HUB_DEADLINE_S, tqdm_class=bar
+    )
+    return Path(path)
+
+
+def _keep_listing(folder: Path, name: str, info: ModelInfo) -> None:
+    """Keep size and SHA-256 of every weight file, as the hub states them for LFS files.
+
+    Raises:
+        ModelNotFound: The hub states none of a weight file.
+    """
+    store = WeightStore.of(folder)
+    assert store is not None
+    if store.read_listing(folder.name) is not None:
+        return
+    stated = {file.rfilename: file.lfs for file in info.siblings or ()}
+    files: dict[str, ListedFile] = {}
+    for file in weight_names(folder):
+        lfs = stated.get(file)
+        if lfs is None:
+            raise ModelNotFound(model=name, problem=f"the hub states no hash of `{file}`")
+        files[file] = ListedFile(name=file, size_bytes=lfs.size, sha256=lfs.sha256)
+    store.keep_listing(folder.name, Listing(files=files, licence=_licence(info)))
+
+
+def _licence(info: ModelInfo) -> str:
+    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    return tags[0][:MAX_LICENCE_CHARACTERS] if tags else ""
