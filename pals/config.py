@@ -38,7 +38,7 @@ from pals.errors import (
     ProfileMissing,
     SwarmSecretInvalid,
 )
-from pals.types import Dtype
+from pals.types import Dtype, GroupSize
 
 SECRET_BYTES = 32
 _SWARM_ID = re.compile(r"[0-9a-f]{64}")
@@ -368,6 +368,8 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What a shard reserves."""
 
     dtype: Dtype = "bf16"
+    int4_group_size: GroupSize = 128
+    quantize_activations: bool = True
     max_sessions: int = 4
     max_context_tokens: int = 2048
     max_chunk_tokens: int = 256

@@ -34,6 +34,26 @@ def activation_dtype(dtype: Dtype) -> ActivationDtype:
     return "f32" if dtype == "f32" else "bf16"
 
 
+GroupSize = Literal[32, 64, 128]
+"""Columns of an int4 matrix that share a scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How int8 and int4 shards quantise.
+
+    Attributes:
+        group_size: Of int4: smaller groups lose less and take more memory.
+        activations: Let int8 round many rows to int8 where that is faster (CPU).
+    """
+
+    group_size: GroupSize = 128
+    activations: bool = True
+
+
+DEFAULT_QUANTIZATION = Quantization()
+
+
 MAX_TOKENIZER_BYTES = 64 << 20
 """The most that tokenizer.json may have; the largest known ones have about 35 MB."""
 

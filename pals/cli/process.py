@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import msgspec
 from cyclopts import Parameter, validators
@@ -21,7 +21,7 @@ from pals.cli import console
 from pals.cli.options import ConfigDir
 from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
 from pals.swarm.identity import Identity, load_or_create_identity
-from pals.types import Dtype, EngineLimits, LayerRange
+from pals.types import Dtype, EngineLimits, GroupSize, LayerRange, Quantization
 
 if TYPE_CHECKING:
     from pals.net.node import Node, NodeOptions
@@ -141,7 +141,17 @@ _AtLeastOne = validators.Number(gte=1)
 class ShardOptions:
     """Options of every command that serves layers."""
 
-    dtype: Annotated[Dtype | None, Parameter(help="`bf16`, or `f32` for comparisons.")] = None
+    dtype: Annotated[
+        Dtype | None,
+        Parameter(help="`bf16`, `int8` or `int4` for less memory, or `f32` for comparisons."),
+    ] = None
+    act_quant: Annotated[
+        Literal["on", "off"] | None,
+        Parameter(help="Whether `int8` may round the activations of long prompts, on CPU."),
+    ] = None
+    group_size: Annotated[
+        GroupSize | None, Parameter(help="Columns that share a scale in `int4`.")
+    ] = None
     context: Annotated[
         int | None, Parameter(validator=_AtLeastOne, help="Most tokens of one session.")
     ] = None
@@ -166,7 +176,14 @@ class ShardOptions:
             max_chunk_tokens=settings.max_chunk_tokens,
         )
         dtype = self.dtype or settings.dtype
-        return partial(load_shard, model, layers, dtype, limits, on_progress=console.note)
+        activations = settings.quantize_activations
+        quantization = Quantization(
+            group_size=self.group_size or settings.int4_group_size,
+            activations=activations if self.act_quant is None else self.act_quant == "on",
+        )
+        return partial(
+            load_shard, model, layers, dtype, limits, quantization, on_progress=console.note
+        )
 
 
 NO_SERVER_OPTIONS = ServerOptions()

@@ -25,11 +25,17 @@ from pals.engine.steps import (
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
-from pals.models.family import family_of
+from pals.models.loading import LoadedParameters, load_shard_parameters
 from pals.models.numerics import Numerics
 from pals.models.snapshot import Snapshot
-from pals.models.weights import load_parameters
-from pals.types import Dtype, EngineLimits, LayerRange, Sampling
+from pals.types import (
+    DEFAULT_QUANTIZATION,
+    Dtype,
+    EngineLimits,
+    LayerRange,
+    Quantization,
+    Sampling,
+)
 
 MAX_SESSIONS = 256
 MAX_CHUNK_TOKENS = 4096
@@ -49,7 +55,9 @@ class Shard:
     Attributes:
         config: The whole model's configuration.
         layers: The layers held here.
-        dtype: Compute dtype, in which hidden states come and go.
+        dtype: In what the layers' matrices are held, which decides the dtype in which
+            hidden states come and go.
+        layer_hashes: SHA-256 of the source bytes of each layer.
         limits: Slots, context and chunk that are reserved and compiled for.
         is_head: Takes token ids instead of hidden states.
         is_tail: Returns sampled tokens instead of hidden states.
@@ -64,7 +72,7 @@ class Shard:
         numerics: Numerics,
         limits: EngineLimits,
         programs: Programs,
-        leaves: Leaves,
+        loaded: LoadedParameters,
     ) -> None:
         self.config = config
         self.layers = layers
@@ -74,12 +82,19 @@ class Shard:
         self.is_head = layers.start == 0
         self.is_tail = layers.stop == config.num_layers
         self._programs = programs
-        self._leaves = leaves
+        self._leaves: Leaves = loaded.leaves
+        self.layer_hashes = loaded.layer_hashes
         self._reset()
 
     @classmethod
     def load(
-        cls, snapshot: Snapshot, layers: LayerRange, *, dtype: Dtype, limits: EngineLimits
+        cls,
+        snapshot: Snapshot,
+        layers: LayerRange,
+        *,
+        dtype: Dtype,
+        limits: EngineLimits,
+        quantization: Quantization = DEFAULT_QUANTIZATION,
     ) -> Shard:
         """Read the weights of ``layers`` to the device and reserve the cache.
 
@@ -94,15 +109,9 @@ class Shard:
             raise LayersOutsideModel(layers=layers, num_layers=config.num_layers)
         check_limits(limits, config)
         use_compilation_cache(cache_dir() / "xla")
-        numerics = Numerics.of(dtype)
+        numerics = Numerics.of(dtype, quantization)
         programs = Programs(config, layers, numerics=numerics, limits=limits)
-        leaves = load_parameters(
-            snapshot.weights(),
-            config,
-            layers,
-            family_of(config).weights,
-            programs.parameters,
-        )
+        loaded = load_shard_parameters(snapshot, layers, numerics, programs.parameters)
         return cls(
             config=config,
             layers=layers,
@@ -110,7 +119,7 @@ class Shard:
             numerics=numerics,
             limits=limits,
             programs=programs,
-            leaves=tuple(leaves),
+            loaded=loaded,
         )
 
     def warmup(self) -> list[CompiledProgram]:

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled
 
 from pals.config import PRIVATE_FOLDER
 from pals.engine.cache import MIN_CHUNK_BUCKET, cache_positions
 from pals.engine.sampler import SamplingRows, sample
+from pals.models.build import AbstractModel, Parameters
 from pals.models.config import ModelConfig
-from pals.models.decoder import Cache, Decoder
-from pals.models.family import family_of
+from pals.models.decoder import Cache
 from pals.models.numerics import Numerics
-from pals.models.weights import ParameterPath
 from pals.types import EngineLimits, LayerRange
 
 MIN_CONTEXT_BUCKET = 256
@@ -122,18 +119,18 @@ class Programs:
         self._limits = limits
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
-        build_layer = family_of(config).build_layer
-        model = nnx.eval_shape(lambda: Decoder(config, layers, numerics, build_layer))
-        self._graphdef, state = nnx.split(model)
-        shapes, self._treedef = jax.tree.flatten(state)
-        paths = cast("Sequence[ParameterPath]", nnx.to_flat_state(state).paths)
-        self.parameters = dict(zip(paths, shapes, strict=True))
+        self._model = AbstractModel.build(config, layers, numerics)
         # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
         self._steps = {
             "prefill": jax.jit(self._prefill, static_argnames="context", donate_argnames="cache"),
             "decode": jax.jit(self._decode, static_argnames="context", donate_argnames="cache"),
         }
         self._compiled: dict[ProgramKey, Compiled] = {}
+
+    @property
+    def parameters(self) -> Parameters:
+        """Shape and dtype of each of the leaves that the programs take."""
+        return self._model.parameters
 
     def all_keys(self) -> list[ProgramKey]:
         """Return every program that the limits allow."""
@@ -199,9 +196,6 @@ class Programs:
         lengths = (row,) if key.kind == "prefill" else ()
         return (inputs, row, row, *lengths, sampling if self._is_tail else None)
 
-    def _model(self, leaves: Leaves) -> Decoder:
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
-
     def _prefill(
         self,
         leaves: Leaves,
@@ -215,7 +209,7 @@ class Programs:
         context: int,
     ) -> tuple[jax.Array, Cache]:
         """Run one padded chunk; returns hidden states [T, D], or a token [1] at the tail."""
-        model = self._model(leaves)
+        model = self._model.merge(leaves)
         x, cache = model(inputs[None], cache, slots=slots, starts=starts, context=context)
         if sampling is None:
             return x[0], cache
@@ -234,7 +228,7 @@ class Programs:
         context: int,
     ) -> tuple[jax.Array, Cache]:
         """Run a padded batch; returns hidden states [B, D], or tokens [B] at the tail."""
-        model = self._model(leaves)
+        model = self._model.merge(leaves)
         x, cache = model(inputs[:, None], cache, slots=slots, starts=starts, context=context)
         if sampling is None:
             return x[:, 0], cache

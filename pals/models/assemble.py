@@ -59,25 +59,32 @@ class Assembler:
             parts.append(kind(start, shape, self._dtype, SingleDeviceSharding(device)))
         return parts
 
-    def write(self, index: int | None, rows: slice, block: HostArray) -> None:
+    def write(self, index: int | None, rows: slice, block: HostArray, *, axis: int = 0) -> None:
         """Fill some rows of the array, or of one entry of its first axis.
 
         Args:
             index: The entry; None where ``rows`` are those of the array itself.
             rows: Both ends are given. No element may be written twice.
             block: [rows, ...].
+            axis: On which the rows lie, of the array or of the entry; those before it are
+                filled whole.
 
         Raises:
             ValueError: The block does not fit its place.
         """
-        inner = self._shape[1:] if index is None else self._shape[2:]
-        if block.shape != (rows.stop - rows.start, *inner):
+        inner = self._shape if index is None else self._shape[1:]
+        if block.shape != (*inner[:axis], rows.stop - rows.start, *inner[axis + 1 :]):
             raise ValueError(f"a block of {block.shape} does not fit {rows} of {self._shape}")
+        before = tuple(slice(0, size) for size in inner[:axis])
         for part in self._parts:
-            if index is None:
+            if index is not None:
+                if part.start <= index < part.stop:
+                    part.put((index - part.start, *before, rows), block)
+            elif before:
+                _check_whole(part, self._shape)
+                part.put((*before, rows), block)
+            else:
                 _write_rows(part, rows, block)
-            elif part.start <= index < part.stop:
-                part.put((index - part.start, rows), block)
         self._missing -= block.size
 
     def finish(self) -> jax.Array:
@@ -99,6 +106,11 @@ def _write_rows(part: _Part, rows: slice, block: HostArray) -> None:
     if first < last:
         here = block[first - rows.start : last - rows.start]
         part.put((slice(first - part.start, last - part.start),), here)
+
+
+def _check_whole(part: _Part, shape: tuple[int, ...]) -> None:
+    if (part.start, part.stop) != (0, shape[0]):
+        raise ValueError(f"{shape} is split over devices on the axis before its rows")
 
 
 class _Part(Protocol):

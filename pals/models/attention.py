@@ -18,7 +18,8 @@ from flax import nnx
 from jax import lax
 
 from pals.models.config import AttentionConfig, ModelConfig
-from pals.models.layers import Linear, RMSNorm, matmul_precision, softcap
+from pals.models.layers import Linear, RMSNorm, softcap
+from pals.models.matmul import matmul_precision
 from pals.models.numerics import Numerics
 from pals.models.rope import RopeTable, make_table, rotate
 

@@ -126,6 +126,27 @@ class AttentionConfig:
 
 Activation = Literal["silu", "gelu_tanh"]
 
+StorageMethod = Literal["fp8", "awq", "gptq", "mxfp4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationConfig:
+    """How the matrices of a checkpoint are stored.
+
+    Attributes:
+        method: The format.
+        bits: Of a code of AWQ and GPTQ.
+        group_size: Columns that share a scale in AWQ and GPTQ; None for all of a row.
+        block_size: Rows and columns that share a scale in fp8; None for the whole matrix.
+        zero_offset: What is added to a stored zero point; 1 in the first GPTQ format.
+    """
+
+    method: StorageMethod
+    bits: int = 4
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+    zero_offset: int = 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(ABC):
@@ -140,6 +161,7 @@ class ModelConfig(ABC):
         embedding_scale: What looked-up embeddings are multiplied by.
         norm_offset: Added to the weight of each norm.
         final_logit_softcap: Logits are squashed into this range by tanh.
+        quantization: How the checkpoint stores its matrices, if not plainly.
     """
 
     family: str
@@ -154,6 +176,7 @@ class ModelConfig(ABC):
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
     final_logit_softcap: float | None = None
+    quantization: QuantizationConfig | None = None
 
     @abstractmethod
     def cache_shapes(self, layer: int) -> tuple[CacheShape, ...]:

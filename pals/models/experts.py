@@ -28,9 +28,8 @@ from pals.models.grouped import (
     ragged_matmul_transposed,
     run_experts,
     sort_pairs,
-    take_expert,
 )
-from pals.models.layers import matmul_transposed
+from pals.models.matrix import make_weight, multiply, take_expert
 from pals.models.numerics import Numerics
 from pals.models.router import Routing
 
@@ -66,18 +65,21 @@ class ExpertLinear(nnx.Module):
     """One affine map for each expert, stacked as ``(E, out, in)``."""
 
     def __init__(
-        self, num_experts: int, in_size: int, out_size: int, *, bias: bool, dtype: jnp.dtype
+        self, num_experts: int, in_size: int, out_size: int, *, bias: bool, numerics: Numerics
     ) -> None:
-        self.weight = nnx.Param(jnp.zeros((num_experts, out_size, in_size), dtype))
-        self.bias = nnx.Param(jnp.zeros((num_experts, out_size), dtype)) if bias else None
+        self.weight = make_weight((num_experts, out_size, in_size), numerics)
+        self.bias = (
+            nnx.Param(jnp.zeros((num_experts, out_size), numerics.compute)) if bias else None
+        )
 
     def apply_one(self, x: jax.Array, expert: jax.Array) -> jax.Array:
         """Map rows [R, in] by the matrix of one expert; returns [R, out] in float32."""
-        product = matmul_transposed(x, take_expert(self.weight[...], expert))
+        product = multiply(x, self.weight, expert)
         return product if self.bias is None else product + take_expert(self.bias[...], expert)
 
     def apply_groups(self, x: jax.Array, pairs: Pairs) -> jax.Array:
         """Map [P, in], sorted as ``pairs``, each row by its expert; returns float32."""
+        assert isinstance(self.weight, nnx.Param)  # see `expert_strategy`
         product = ragged_matmul_transposed(x, self.weight[...], pairs.group_sizes)
         if self.bias is None:
             return product
@@ -112,12 +114,14 @@ class Experts(nnx.Module):
             raise ValueError(
                 f"{num_experts} experts cannot be split over {mesh.shape[EXPERT_AXIS]} devices"
             )
-        matrices = partial(ExpertLinear, num_experts, bias=bias, dtype=numerics.compute)
+        matrices = partial(ExpertLinear, num_experts, bias=bias, numerics=numerics)
         self.gate_up_proj = matrices(hidden_size, 2 * intermediate_size)
         self.down_proj = matrices(intermediate_size, hidden_size)
         self.num_experts = num_experts
         self.activation = activation
-        self.strategy: Strategy = expert_strategy(numerics.platform)
+        self.strategy: Strategy = expert_strategy(
+            numerics.platform, is_plain=numerics.weights == "plain"
+        )
         self.mesh = mesh
 
     def __call__(self, x: jax.Array, routing: Routing, rows: jax.Array | None = None) -> jax.Array:

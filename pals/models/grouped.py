@@ -20,30 +20,32 @@ order follows from its own choice, not from who else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pals.models.layers import matmul_precision
+from pals.models.matmul import matmul_precision
 from pals.models.router import Routing
 
 BATCH_BLOCKS = 8
 """Blocks that run at a time on a GPU; each takes the memory of one expert's weights."""
 
 Strategy = Literal["blocks", "block_batches", "ragged"]
-Tree = TypeVar("Tree")
 
 GatedActivation = Callable[[jax.Array, jax.Array], jax.Array]
 """Joins the gate and the up projection, both [M, F] in float32."""
 
 
-def expert_strategy(platform: str) -> Strategy:
-    """Return how experts are computed on ``platform`` (as jax names it)."""
+def expert_strategy(platform: str, *, is_plain: bool) -> Strategy:
+    """Return how experts are computed on ``platform`` (as jax names it).
+
+    Quantised experts have no ragged product anywhere.
+    """
     if platform == "cpu":
         return "blocks"
-    return "ragged" if platform == "tpu" else "block_batches"
+    return "ragged" if platform == "tpu" and is_plain else "block_batches"
 
 
 class Pairs(NamedTuple):
@@ -102,20 +104,6 @@ class ExpertMatrices(Protocol):
         Rows that belong to no group come out undefined.
         """
         ...
-
-
-def take_expert(stacked: Tree, expert: jax.Array) -> Tree:
-    """Take one expert's part of every array of a tree, [E, ...] each.
-
-    The barrier ties the arrays to the loop that asks. Without it jax 0.10 moves the
-    float32 form of a bf16 slice out of the loop, and writes out all experts in float32.
-    """
-    stacked, expert = lax.optimization_barrier((stacked, expert))
-
-    def take(array: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(array, expert, keepdims=False)
-
-    return jax.tree.map(take, stacked)
 
 
 def ragged_matmul_transposed(

@@ -17,6 +17,8 @@ from flax import nnx
 from jax import lax
 
 from pals.models.config import Activation
+from pals.models.matmul import matmul_transposed
+from pals.models.matrix import make_weight, multiply
 from pals.models.numerics import Numerics
 
 
@@ -31,50 +33,19 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
-    """Return the precision that keeps float32 exact on devices that would round it."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Multiply rows by a matrix in its checkpoint layout.
-
-    Args:
-        x: Rows [M, in].
-        matrix: [out, in].
-
-    Returns:
-        [M, out] in float32.
-    """
-    rows = x.shape[0]
-    if rows == 1:
-        # XLA's CPU matrix-vector loop has no bf16 path and writes the whole matrix out in
-        # float32 at each call; two rows reach its matrix-matrix kernels (10x faster).
-        x = jnp.pad(x, ((0, 1), (0, 0)))
-    product = lax.dot_general(
-        x,
-        matrix,
-        (((1,), (1,)), ((), ())),
-        precision=matmul_precision(matrix.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return product[:rows]
-
-
 class Linear(nnx.Module):
     """An affine map whose matrix is stored as ``(out, in)``."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, numerics: Numerics) -> None:
-        self.weight = nnx.Param(jnp.zeros((out_size, in_size), numerics.compute))
+        self.weight = make_weight((out_size, in_size), numerics)
         self.bias = nnx.Param(jnp.zeros((out_size,), numerics.compute)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [B, T, in] to [B, T, out]."""
-        matrix = self.weight[...]
-        product = matmul_transposed(x.reshape(-1, x.shape[-1]), matrix)
+        product = multiply(x.reshape(-1, x.shape[-1]), self.weight)
         if self.bias is not None:
             product = product + self.bias[...]
-        return product.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[0])
+        return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 class Embedding(nnx.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,26 @@ import ml_dtypes
 import numpy as np
 
 from pals.models.moe_options import MoEOptions
-from pals.types import Dtype
+from pals.types import (
+    DEFAULT_QUANTIZATION,
+    ActivationDtype,
+    Dtype,
+    Quantization,
+    activation_dtype,
+)
 
-COMPUTE_DTYPES: dict[Dtype, np.dtype] = {
+WeightFormat = Literal["plain", "int8", "int4"]
+
+COMPUTE_DTYPES: dict[ActivationDtype, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f32": np.dtype(np.float32),
+}
+
+WEIGHT_FORMATS: dict[Dtype, WeightFormat] = {
+    "bf16": "plain",
+    "f32": "plain",
+    "int8": "int8",
+    "int4": "int4",
 }
 
 
@@ -24,15 +40,38 @@ class Numerics:
 
     Attributes:
         compute: Dtype of hidden states, and of weights that are not quantised.
+        weights: How the layers' matrices are held; routers, norms and the ends of the
+            model are plain always.
+        group_size: Columns that share a scale in int4.
+        quantize_activations: Many rows may be rounded to int8 where that is faster.
         platform: ``cpu``, ``gpu`` or ``tpu``, for which formulations are chosen.
         moe: What changes in MoE layers.
     """
 
     compute: jnp.dtype
+    weights: WeightFormat = "plain"
+    group_size: int = 128
+    quantize_activations: bool = True
     platform: str = "cpu"
     moe: MoEOptions = field(default_factory=MoEOptions)
 
     @classmethod
-    def of(cls, dtype: Dtype) -> Numerics:
+    def of(cls, dtype: Dtype, quantization: Quantization = DEFAULT_QUANTIZATION) -> Numerics:
         """Return the numerics of a shard on the default device."""
-        return cls(compute=COMPUTE_DTYPES[dtype], platform=jax.default_backend())
+        return cls(
+            compute=COMPUTE_DTYPES[activation_dtype(dtype)],
+            weights=WEIGHT_FORMATS[dtype],
+            group_size=quantization.group_size,
+            quantize_activations=quantization.activations,
+            platform=jax.default_backend(),
+        )
+
+    @property
+    def plain(self) -> Numerics:
+        """The same without quantised weights."""
+        return replace(self, weights="plain")
+
+    @property
+    def stored_kind(self) -> str:
+        """What decides the numbers of quantised weights, fit for a folder's name."""
+        return f"int4-{self.group_size}" if self.weights == "int4" else self.weights

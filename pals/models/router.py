@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 
 from pals.models.configs.moe import RouterConfig, RouterKind
-from pals.models.layers import matmul_transposed
+from pals.models.matmul import matmul_transposed
 from pals.models.numerics import Numerics
 
 MIN_WEIGHT_SUM = 1e-20

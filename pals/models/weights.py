@@ -17,15 +17,21 @@ import numpy as np
 
 from pals.errors import CorruptModel
 from pals.models.assemble import Assembler
+from pals.models.build import ParameterPath, Parameters
 from pals.models.config import ModelConfig
-from pals.models.safetensors import TensorEntry, Weights
-from pals.models.table import Array, Piece, Root, WeightTable, unchanged
+from pals.models.matrix import QUANTIZED_LEAVES
+from pals.models.quantize import (
+    Int4Matrix,
+    empty_int4,
+    quantize_int4,
+    quantize_int8,
+    write_int4_codes,
+)
+from pals.models.safetensors import Weights
+from pals.models.storage import Storage
+from pals.models.stored import StoredWeight
+from pals.models.table import Array, Piece, Root, Shape, WeightTable, unchanged
 from pals.types import LayerRange
-
-ParameterPath = tuple[str | int, ...]
-"""Attribute names and list positions from the model down to a parameter."""
-
-Parameters = Mapping[ParameterPath, jax.ShapeDtypeStruct]
 
 MAX_PROBLEMS = 8
 BLOCK_BYTES = 16 << 20
@@ -34,35 +40,81 @@ _COMPUTED = r"layers\.\d{1,5}\.self_attn\.rotary_emb\.inv_freq"
 """Tensors of old exports that follow from the config."""
 
 
-def load_parameters(
-    files: Weights,
-    config: ModelConfig,
-    layers: LayerRange,
-    table: WeightTable,
+class WeightSource:
+    """The weights of a checkpoint as parameters of one shard, each checked but not read."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        layers: LayerRange,
+        table: WeightTable,
+        logical: Parameters,
+    ) -> None:
+        """Check the names and shapes of all that the shard needs.
+
+        Args:
+            weights: The checkpoint's files.
+            config: Of the whole model.
+            layers: The shard's.
+            table: The family's.
+            logical: All parameters of the shard, none of them quantised.
+
+        Raises:
+            CorruptModel: Files are malformed, or weights are missing, unexpected or
+                misshapen.
+            UnsupportedModel: A weight has a dtype that is not read.
+            ModelNotFound: A weight was not downloaded.
+        """
+        storage = Storage.of(config.quantization, set(weights.file_of), weights.folder)
+        self._pieces = {
+            path: parameter_pieces(path, p.shape, config, layers, table, storage.names)
+            for path, p in logical.items()
+        }
+        needed = {p.source: p.shape for pieces in self._pieces.values() for p in pieces}
+        problems = name_problems(storage.names, set(needed), config, layers, table)
+        found = [name for name in needed if name in storage.names]
+        entries = weights.entries(tensor for name in found for tensor in storage.tensors(name))
+        self._stored = {name: storage.weight(name, entries) for name in found}
+        problems += shape_problems(self._stored, needed)
+        if problems:
+            raise CorruptModel(source=weights.folder, problem=summarize(problems))
+
+    def load(
+        self, parameters: Parameters, *, group_size: int
+    ) -> Iterator[tuple[ParameterPath, jax.Array]]:
+        """Yield parameters as they are read to the default device.
+
+        At most one block of a tensor is held on the host beside the parameters; a tensor
+        that is stored in another layout is read whole.
+
+        Args:
+            parameters: What is wanted; several leaves may stand for one matrix.
+            group_size: Of matrices in int4.
+
+        Raises:
+            CorruptModel: A weight holds infinities or NaN, or a file became shorter.
+        """
+        for path, leaves in group_leaves(parameters).items():
+            pieces = self._pieces[path]
+            if None in leaves:
+                yield path, load_plain(pieces, self._stored, leaves[None])
+            else:
+                arrays = load_quantized(pieces, self._stored, leaves, group_size)
+                yield from (((*path, name), array) for name, array in arrays.items())
+
+
+def group_leaves(
     parameters: Parameters,
-) -> list[jax.Array]:
-    """Read the weights of ``layers`` to the default device, in the order of ``parameters``.
-
-    At most one block of a tensor is held on the host beside the parameters; a tensor that
-    is stored in another layout is read whole.
-
-    Raises:
-        CorruptModel: Files are malformed, weights are missing, unexpected or misshapen,
-            or hold infinities or NaN.
-        UnsupportedModel: A weight has a dtype that is not read.
-    """
-    present = set(files.file_of)
-    pieces = {
-        path: parameter_pieces(path, p.shape, config, layers, table, present)
-        for path, p in parameters.items()
-    }
-    needed = {piece.source: piece.shape for parts in pieces.values() for piece in parts}
-    problems = name_problems(present, set(needed), config, layers, table)
-    entries = files.entries(name for name in needed if name in present)
-    problems += shape_problems(entries, needed)
-    if problems:
-        raise CorruptModel(source=files.folder, problem=summarize(problems))
-    return [load_parameter(pieces[path], entries, p) for path, p in parameters.items()]
+) -> dict[ParameterPath, dict[str | None, jax.ShapeDtypeStruct]]:
+    """Return the leaves of each logical parameter; a plain one has a single one, None."""
+    groups: dict[ParameterPath, dict[str | None, jax.ShapeDtypeStruct]] = {}
+    for path, leaf in parameters.items():
+        *owner, name = path
+        is_part = owner[-1:] == ["weight"] and name in QUANTIZED_LEAVES
+        key = tuple(owner) if is_part else path
+        groups.setdefault(key, {})[str(name) if is_part else None] = leaf
+    return groups
 
 
 def parameter_pieces(
@@ -87,43 +139,106 @@ def parameter_pieces(
     return [Piece(source=source, shape=shape, rows=slice(0, shape[0]))]
 
 
-def load_parameter(
-    pieces: Sequence[Piece],
-    entries: Mapping[str, TensorEntry],
-    parameter: jax.ShapeDtypeStruct,
+def load_plain(
+    pieces: Sequence[Piece], stored: Mapping[str, StoredWeight], leaf: jax.ShapeDtypeStruct
 ) -> jax.Array:
     """Read one parameter to the device in the dtype that it is held in."""
-    target = Assembler(parameter.shape, parameter.dtype)
+    target = Assembler(leaf.shape, leaf.dtype)
     for piece in pieces:
-        for rows, block in read_piece(piece, entries[piece.source]):
+        for rows, block in read_piece(piece, stored[piece.source]):
             target.write(piece.index, rows, block)
     return target.finish()
 
 
-def read_piece(piece: Piece, entry: TensorEntry) -> Iterator[tuple[slice, Array]]:
+def load_quantized(
+    pieces: Sequence[Piece],
+    stored: Mapping[str, StoredWeight],
+    leaves: Mapping[str | None, jax.ShapeDtypeStruct],
+    group_size: int,
+) -> dict[str, jax.Array]:
+    """Read one matrix, or stack of them, quantising it row by row on the way."""
+    targets = {str(name): Assembler(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    for piece in pieces:
+        weight = stored[piece.source]
+        blocks = (
+            quantized_int4(piece, weight, group_size)
+            if "packed" in targets
+            else quantized_int8(piece, weight)
+        )
+        for rows, arrays in blocks:
+            for name, block in arrays.items():
+                # the groups of int4 come before the rows, see `Int4Matrix`
+                targets[name].write(piece.index, rows, block, axis=int("packed" in targets))
+    return {name: target.finish() for name, target in targets.items()}
+
+
+def quantized_int8(piece: Piece, weight: StoredWeight) -> Iterator[tuple[slice, dict[str, Array]]]:
+    """Yield the rows of a piece in int8."""
+    for rows, block in read_piece(piece, weight):
+        matrix = quantize_int8(block)
+        yield rows, {"values": matrix.values, "scales": matrix.scales}
+
+
+def quantized_int4(
+    piece: Piece, weight: StoredWeight, group_size: int
+) -> Iterator[tuple[slice, dict[str, Array]]]:
+    """Yield the rows of a piece in int4: the checkpoint's own codes where it has such."""
+    if piece.change is unchanged and weight.is_int4(group_size):
+        matrices = own_int4(piece, weight, group_size)
+    else:
+        blocks = read_piece(piece, weight)
+        matrices = ((rows, quantize_int4(block, group_size)) for rows, block in blocks)
+    for rows, matrix in matrices:
+        yield rows, {"packed": matrix.packed, "scales": matrix.scales, "zeros": matrix.zeros}
+
+
+def own_int4(
+    piece: Piece, weight: StoredWeight, group_size: int
+) -> Iterator[tuple[slice, Int4Matrix]]:
+    """Yield the checkpoint's own codes, scales and zero points."""
+    part = weight if piece.entry is None else weight.part(piece.entry)
+    for rows, block in part.int4_blocks(BLOCK_BYTES, group_size):
+        out_size, in_size = block.codes.shape
+        matrix = empty_int4(out_size, in_size, group_size)
+        whole = slice(0, len(block.codes))
+        try:
+            write_int4_codes(matrix, whole, block.codes, block.scales, block.zeros)
+        except ValueError as error:
+            raise not_finite(weight) from error
+        yield shifted(rows, piece), matrix
+
+
+def read_piece(piece: Piece, weight: StoredWeight) -> Iterator[tuple[slice, Array]]:
     """Yield the blocks of a piece, each with the rows of the parameter that it fills."""
-    part = entry if piece.entry is None else entry.part(piece.entry)
-    if piece.change is not unchanged:
-        yield piece.rows, piece.change(checked(part.read(), entry))
-        return
-    first, count = piece.rows.start, piece.rows.stop - piece.rows.start
-    step = max(1, BLOCK_BYTES * count // max(1, part.size_bytes))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        yield slice(first + start, first + stop), checked(part.read_rows(start, stop), entry)
+    part = weight if piece.entry is None else weight.part(piece.entry)
+    blocks = ((rows, checked(block, weight)) for rows, block in part.blocks(BLOCK_BYTES))
+    if piece.change is unchanged:
+        yield from ((shifted(rows, piece), block) for rows, block in blocks)
+    else:
+        yield piece.rows, piece.change(np.concatenate([block for _, block in blocks]))
 
 
-def checked(block: Array, entry: TensorEntry) -> Array:
+def shifted(rows: slice, piece: Piece) -> slice:
+    """Return where rows of a tensor come to lie in the parameter."""
+    return slice(piece.rows.start + rows.start, piece.rows.start + rows.stop)
+
+
+def checked(block: Array, weight: StoredWeight) -> Array:
     """Return ``block`` when all of it is finite.
 
     Raises:
         CorruptModel: It is not.
     """
     if not is_finite(block):
-        raise CorruptModel(
-            source=entry.path, problem=f"weight `{entry.name}` holds infinities or NaN"
-        )
+        raise not_finite(weight)
     return block
+
+
+def not_finite(weight: StoredWeight) -> CorruptModel:
+    """Return the error of a weight with infinities or NaN."""
+    return CorruptModel(
+        source=weight.path, problem=f"weight `{weight.name}` holds infinities or NaN"
+    )
 
 
 def is_finite(block: Array) -> bool:
@@ -180,14 +295,12 @@ class _KnownNames:
         return layer < self._num_layers and not self._layers.start <= layer < self._layers.stop
 
 
-def shape_problems(
-    entries: Mapping[str, TensorEntry], shapes: Mapping[str, Sequence[int]]
-) -> list[str]:
+def shape_problems(stored: Mapping[str, StoredWeight], shapes: Mapping[str, Shape]) -> list[str]:
     """Return which weights do not have the shape that config.json asks for."""
     return [
-        f"`{name}` has shape {list(entry.shape)} instead of {list(shapes[name])}"
-        for name, entry in sorted(entries.items())
-        if entry.shape != tuple(shapes[name])
+        f"`{name}` has shape {list(weight.shape)} instead of {list(shapes[name])}"
+        for name, weight in sorted(stored.items())
+        if weight.shape != shapes[name]
     ]
 
 

@@ -21,7 +21,7 @@ from pals.net.announce import (
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.types import Dtype, EngineLimits, LayerRange
+from pals.types import Dtype, EngineLimits, LayerRange, Quantization
 
 ANNOUNCE_INTERVAL_S = 60.0
 ANNOUNCE_SOON_S = 2.0
@@ -53,6 +53,7 @@ def load_shard(
     layers: LayerRange,
     dtype: Dtype,
     limits: EngineLimits,
+    quantization: Quantization,
     *,
     on_progress: Callable[[str], None],
 ) -> ServedShard:
@@ -65,7 +66,6 @@ def load_shard(
     # jax is imported only by a process that computes.
     from pals.engine.shard import Shard
     from pals.models.hub import resolve_model
-    from pals.models.layer_hashes import layer_hashes
 
     snapshot = resolve_model(model, layers)
     num_layers = snapshot.config.num_layers
@@ -75,7 +75,7 @@ def load_shard(
         limits = replace(limits, max_context_tokens=snapshot.config.max_position_embeddings)
         on_progress(f"context: {limits.max_context_tokens} tokens, the most this model takes")
     on_progress(f"loading layers {layers} of {snapshot.model_id}")
-    loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits)
+    loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits, quantization=quantization)
     started_s = time.perf_counter()
     programs = loaded.warmup()
     on_progress(f"compiled {len(programs)} programs in {time.perf_counter() - started_s:.1f} s")
@@ -89,9 +89,7 @@ def load_shard(
             dtype=dtype,
         ),
         layers=layers,
-        layer_hashes=tuple(
-            layer_hash[:LAYER_HASH_BYTES] for layer_hash in layer_hashes(snapshot.weights(), layers)
-        ),
+        layer_hashes=tuple(layer_hash[:LAYER_HASH_BYTES] for layer_hash in loaded.layer_hashes),
         limits=limits,
     )
 

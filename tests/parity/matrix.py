@@ -10,20 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pals.config import CACHE_DIR_VARIABLE
 from pals.engine.cache import build_cache, cache_positions
+from pals.models.build import AbstractModel
 from pals.models.decoder import Decoder
-from pals.models.family import family_of
+from pals.models.loading import load_shard_parameters
 from pals.models.numerics import Numerics
-from pals.models.safetensors import WeightFiles
 from pals.models.snapshot import Snapshot
-from pals.models.weights import load_parameters
 from pals.types import EngineLimits, LayerRange
 from tests.checkpoints import EOS_ID, VOCAB_SIZE, write_tokenizer
 from tests.unit.engine.chains import generate, load_chain
@@ -164,14 +161,8 @@ class Chain:
 
 def build_model(snapshot: Snapshot, layers: LayerRange) -> Decoder:
     """Return our model over ``layers``, its parameters read from the snapshot."""
-    family = family_of(snapshot.config)
-    model = nnx.eval_shape(lambda: Decoder(snapshot.config, layers, NUMERICS, family.build_layer))
-    graphdef, state = nnx.split(model)
-    shapes, treedef = jax.tree.flatten(state)
-    parameters = dict(zip(nnx.to_flat_state(state).paths, shapes, strict=True))
-    files = WeightFiles.open(snapshot.path)
-    leaves = load_parameters(files, snapshot.config, layers, family.weights, parameters)
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+    model = AbstractModel.build(snapshot.config, layers, NUMERICS)
+    return model.merge(load_shard_parameters(snapshot, layers, NUMERICS, model.parameters).leaves)
 
 
 @pytest.mark.parity

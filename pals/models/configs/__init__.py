@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pals.models.config import MAX_PARAMETERS, ModelConfig
 from pals.models.configs import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from pals.models.configs.quantization import read_quantization
 from pals.models.configs.reader import ConfigReader, JsonObject, shown
 
 
@@ -86,7 +87,10 @@ def read_config(values: JsonObject, *, source: str = "config.json") -> ModelConf
     architectures = reader.take("architectures")
     if architectures is not None and architectures not in [[one] for one in entry.architectures]:
         raise reader.unsupported(f"architectures {shown(architectures)}")
+    quantization = reader.table("quantization_config")
     config = entry.read(reader)
+    if quantization is not None:
+        config = replace(config, quantization=read_quantization(quantization))
     if config.parameter_count > MAX_PARAMETERS:
         raise reader.unsupported(f"{config.parameter_count} parameters are too many")
     return config

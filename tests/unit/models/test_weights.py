@@ -6,15 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pals.engine.steps import Programs
 from pals.errors import CorruptModel
 from pals.models import safetensors
+from pals.models.build import AbstractModel
 from pals.models.family import family_of
 from pals.models.numerics import Numerics
-from pals.models.safetensors import WeightFiles
 from pals.models.snapshot import Snapshot
-from pals.models.weights import load_parameters, parameter_pieces
-from pals.types import EngineLimits, LayerRange
+from pals.models.weights import WeightSource, parameter_pieces
+from pals.types import LayerRange
 from tests.checkpoints import llama_shapes, make_llama_checkpoint, random_weights, write_weights
 
 SHAPES = {
@@ -31,16 +30,18 @@ SHAPES = {
 
 
 def load(folder, layers, dtype=jnp.float32):
-    config = Snapshot.open(folder, "test/model").config
+    """Return the loaded parameters by the names of their tensors."""
+    snapshot = Snapshot.open(folder, "test/model")
     numerics = Numerics(compute=jnp.dtype(dtype))
-    programs = Programs(config, layers, numerics=numerics, limits=EngineLimits())
-    files, table = WeightFiles.open(folder), family_of(config).weights
-    leaves = load_parameters(files, config, layers, table, programs.parameters)
-    names = [
-        parameter_pieces(path, p.shape, config, layers, table, set(files.file_of))[0].source
-        for path, p in programs.parameters.items()
-    ]
-    return dict(zip(names, leaves, strict=True))
+    model = AbstractModel.build(snapshot.config, layers, numerics)
+    weights, table = snapshot.weights(), family_of(snapshot.config).weights
+    source = WeightSource(weights, snapshot.config, layers, table, model.parameters)
+    leaves = dict(source.load(model.parameters, group_size=128))
+    present = set(weights.file_of)
+    return {
+        parameter_pieces(path, leaf.shape, snapshot.config, layers, table, present)[0].source: leaf
+        for path, leaf in leaves.items()
+    }
 
 
 def change_weights(folder, change):
