@@ -124,6 +124,57 @@ class AttentionConfig:
         return 2 * hidden_size * (self.q_size + self.kv_size)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (https://arxiv.org/abs/2405.04434, section 2.1).
+
+    Attributes:
+        q_lora_rank: Width of the compressed queries; None where they are not compressed.
+        kv_lora_rank: Width of the latent from which keys and values follow.
+        qk_nope_head_dim: Dimensions of a query or key that do not turn.
+        qk_rope_head_dim: Those that do, whose keys all heads share.
+        v_head_dim: Width of a head's values.
+        bias: Of the down projections and of the output projection.
+        interleaved: Neighbouring dimensions turn together, not those half a head apart.
+        scale: What scores are multiplied by.
+        rope: Place of its table in `ModelConfig.rope`.
+    """
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    bias: bool
+    interleaved: bool
+    scale: float
+    rope: int = 0
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_size(self) -> int:
+        """Width of what is kept of a token: its latent, then its shared turned key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def cache_shapes(self) -> tuple[CacheShape, ...]:
+        """One array, as of a single key head."""
+        return ((1, self.latent_size),)
+
+    def parameters(self, hidden_size: int) -> int:
+        """Return the parameters in its matrices."""
+        q_size = self.num_heads * self.qk_head_dim
+        rank = self.q_lora_rank
+        queries = hidden_size * q_size if rank is None else rank * (hidden_size + q_size)
+        up_size = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        latents = hidden_size * self.latent_size + self.kv_lora_rank * up_size
+        return queries + latents + self.num_heads * self.v_head_dim * hidden_size
+
+
 Activation = Literal["silu", "gelu_tanh"]
 
 StorageMethod = Literal["fp8", "awq", "gptq", "mxfp4"]
@@ -162,6 +213,8 @@ class ModelConfig(ABC):
         norm_offset: Added to the weight of each norm.
         final_logit_softcap: Logits are squashed into this range by tanh.
         quantization: How the checkpoint stores its matrices, if not plainly.
+        num_mtp_layers: Layers for multi-token prediction that a checkpoint may hold after
+            the model's own; no shard reads them.
     """
 
     family: str
@@ -177,6 +230,7 @@ class ModelConfig(ABC):
     norm_offset: float = 0.0
     final_logit_softcap: float | None = None
     quantization: QuantizationConfig | None = None
+    num_mtp_layers: int = 0
 
     @abstractmethod
     def cache_shapes(self, layer: int) -> tuple[CacheShape, ...]:

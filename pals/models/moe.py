@@ -13,13 +13,30 @@ from flax import nnx
 from jax.experimental import io_callback
 
 from pals.models.attention import Attention, LayerCache, Rows
+from pals.models.config import LatentAttentionConfig
 from pals.models.configs.moe import MoEConfig, SparseConfig
 from pals.models.decoder import model_norm
 from pals.models.experts import ClampedSwiGLU, Experts, swiglu
 from pals.models.layers import GatedMLP
+from pals.models.mla import LatentAttention
 from pals.models.moe_options import RoutingHook, RoutingRecord
 from pals.models.numerics import Numerics
 from pals.models.router import Router, Routing
+from pals.models.table import Fused, PerExpert, WeightTable
+
+SPARSE_WEIGHTS = WeightTable(
+    layer={
+        "mlp.experts.gate_up_proj.weight": (
+            PerExpert("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+            Fused("mlp.experts.gate_up_proj"),
+        ),
+        "mlp.experts.down_proj.weight": (
+            PerExpert("mlp.experts.{}.down_proj.weight"),
+            Fused("mlp.experts.down_proj"),
+        ),
+    }
+)
+"""Of most families; the second spelling is that of transformers 5's own state dicts."""
 
 
 class MoE(nnx.Module):
@@ -86,13 +103,23 @@ def recorder(
     return deliver
 
 
+def build_attention(
+    config: SparseConfig, layer: int, numerics: Numerics
+) -> Attention | LatentAttention:
+    """Return the attention of a layer, whose config names its kind."""
+    attention = config.attention[layer]
+    if isinstance(attention, LatentAttentionConfig):
+        return LatentAttention(config, attention, numerics)
+    return Attention(config, attention, numerics)
+
+
 class SparseLayer(nnx.Module):
     """A decoder layer whose MLP may be a mixture of experts."""
 
     def __init__(self, config: SparseConfig, layer: int, numerics: Numerics) -> None:
         moe = config.moe[layer]
         self.input_layernorm = model_norm(config, numerics)
-        self.self_attn = Attention(config, config.attention[layer], numerics)
+        self.self_attn = build_attention(config, layer, numerics)
         self.post_attention_layernorm = model_norm(config, numerics)
         self.mlp = (
             GatedMLP(config.hidden_size, config.intermediate_size, numerics=numerics)

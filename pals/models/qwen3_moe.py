@@ -3,22 +3,6 @@
 from __future__ import annotations
 
 from pals.models.family import Family
-from pals.models.moe import SparseLayer
-from pals.models.table import Fused, PerExpert, WeightTable
+from pals.models.moe import SPARSE_WEIGHTS, SparseLayer
 
-FAMILY = Family(
-    build_layer=SparseLayer,
-    weights=WeightTable(
-        layer={
-            "mlp.experts.gate_up_proj.weight": (
-                PerExpert("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-                Fused("mlp.experts.gate_up_proj"),
-            ),
-            "mlp.experts.down_proj.weight": (
-                PerExpert("mlp.experts.{}.down_proj.weight"),
-                Fused("mlp.experts.down_proj"),
-            ),
-        }
-    ),
-)
-"""The second spelling is that of transformers 5's modules, in state dicts saved directly."""
+FAMILY = Family(build_layer=SparseLayer, weights=SPARSE_WEIGHTS)

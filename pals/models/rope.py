@@ -49,6 +49,11 @@ def rotate(x: jax.Array, table: RopeTable) -> jax.Array:
     return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
 
 
+def pair_halves(x: jax.Array) -> jax.Array:
+    """Reorder [..., H] from pairs of neighbours to the pairs that `rotate` turns."""
+    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+
+
 def inverse_frequencies(rope: RopeConfig) -> np.ndarray:
     """Return the float32 angle per position of each pair of dimensions, [R / 2]."""
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)

@@ -277,7 +277,7 @@ class _KnownNames:
     def __init__(
         self, config: ModelConfig, layers: LayerRange, table: WeightTable, root: Root
     ) -> None:
-        self._num_layers = config.num_layers
+        self._stored_layers = config.num_layers + config.num_mtp_layers
         self._layers = layers
         model = re.escape(root.model)
         self._layer = re.compile(rf"{model}layers\.(\d{{1,5}})\.")
@@ -292,7 +292,7 @@ class _KnownNames:
         if match is None:
             return False
         layer = int(match[1])
-        return layer < self._num_layers and not self._layers.start <= layer < self._layers.stop
+        return layer < self._stored_layers and not self._layers.start <= layer < self._layers.stop
 
 
 def shape_problems(stored: Mapping[str, StoredWeight], shapes: Mapping[str, Shape]) -> list[str]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 from pals.models.config import MAX_PARAMETERS, ModelConfig
-from pals.models.configs import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from pals.models.configs import (
+    deepseek_v3,
+    glm4_moe,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from pals.models.configs.quantization import read_quantization
 from pals.models.configs.reader import ConfigReader, JsonObject, shown
 
@@ -20,13 +30,30 @@ class FamilyEntry:
         read: Takes the config out of a reader.
         covers: The models that users know, for docs/models.md.
         source: Where the family is described.
+        bundled_code: What `auto_map` may name: classes of code that checkpoints bring along
+            for older versions of transformers, which stays unread.
     """
 
     architectures: tuple[str, ...]
     read: Callable[[ConfigReader], ModelConfig]
     covers: str
     source: str
+    bundled_code: frozenset[str] = frozenset()
 
+
+DEEPSEEK_V3 = FamilyEntry(
+    architectures=("DeepseekV3ForCausalLM",),
+    read=deepseek_v3.read,
+    covers="DeepSeek V3, V3.1, R1; Kimi K2",
+    source="https://arxiv.org/abs/2412.19437",
+    bundled_code=frozenset(
+        {
+            "configuration_deepseek.DeepseekV3Config",
+            "modeling_deepseek.DeepseekV3Model",
+            "modeling_deepseek.DeepseekV3ForCausalLM",
+        }
+    ),
+)
 
 FAMILIES: dict[str, FamilyEntry] = {
     "llama": FamilyEntry(
@@ -65,6 +92,14 @@ FAMILIES: dict[str, FamilyEntry] = {
         covers="Qwen3 30B-A3B, 235B-A22B, Qwen3 Coder 30B-A3B and 480B-A35B",
         source="https://arxiv.org/abs/2505.09388",
     ),
+    "glm4_moe": FamilyEntry(
+        architectures=("Glm4MoeForCausalLM",),
+        read=glm4_moe.read,
+        covers="GLM-4.5, GLM-4.5-Air, GLM-4.6",
+        source="https://arxiv.org/abs/2508.06471",
+    ),
+    "deepseek_v3": DEEPSEEK_V3,
+    "kimi_k2": DEEPSEEK_V3,
 }
 """Families by the ``model_type`` of config.json."""
 
@@ -82,8 +117,7 @@ def read_config(values: JsonObject, *, source: str = "config.json") -> ModelConf
     if entry is None:
         known = ", ".join(f"`{name}`" for name in FAMILIES)
         raise reader.unsupported(f"model_type {shown(model_type)} is not one of {known}")
-    if reader.take("auto_map") is not None:
-        raise reader.unsupported("`auto_map` asks for code of its own, which is never run")
+    _check_bundled_code(reader, entry)
     architectures = reader.take("architectures")
     if architectures is not None and architectures not in [[one] for one in entry.architectures]:
         raise reader.unsupported(f"architectures {shown(architectures)}")
@@ -94,3 +128,12 @@ def read_config(values: JsonObject, *, source: str = "config.json") -> ModelConf
     if config.parameter_count > MAX_PARAMETERS:
         raise reader.unsupported(f"{config.parameter_count} parameters are too many")
     return config
+
+
+def _check_bundled_code(reader: ConfigReader, entry: FamilyEntry) -> None:
+    auto_map = reader.take("auto_map")
+    if auto_map is None:
+        return
+    values = cast("JsonObject", auto_map).values() if isinstance(auto_map, Mapping) else [auto_map]
+    if not all(isinstance(value, str) and value in entry.bundled_code for value in values):
+        raise reader.unsupported("`auto_map` asks for code of its own, which is never run")

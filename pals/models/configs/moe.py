@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from pals.models.config import AttentionConfig, CacheShape, ModelConfig
+from pals.models.config import (
+    AttentionConfig,
+    CacheShape,
+    LatentAttentionConfig,
+    ModelConfig,
+)
 from pals.models.configs.dense import AttentionSwitches, build_attention
 from pals.models.configs.reader import MAX_EXPERTS, ConfigReader
 from pals.models.configs.rope import read_rope
@@ -115,7 +120,7 @@ class SparseConfig(ModelConfig):
         intermediate_size: F of the dense layers.
     """
 
-    attention: tuple[AttentionConfig, ...]
+    attention: tuple[AttentionConfig | LatentAttentionConfig, ...]
     moe: tuple[MoEConfig | None, ...]
     intermediate_size: int
 

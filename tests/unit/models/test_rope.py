@@ -11,7 +11,7 @@ from pals.models.config import (
     RopeConfig,
     YarnScaling,
 )
-from pals.models.rope import inverse_frequencies, make_table, rotate
+from pals.models.rope import inverse_frequencies, make_table, pair_halves, rotate
 
 HEADS, HEAD_DIM = 4, 8
 PLAIN = RopeConfig(theta=10000.0, width=HEAD_DIM)
@@ -117,3 +117,9 @@ def test_yarn_keeps_what_turns_often_and_slows_what_seldom_does():
     np.testing.assert_allclose(scaled[turns > 40], plain[turns > 40], rtol=1e-6)
     np.testing.assert_allclose(scaled[turns < 0.8], plain[turns < 0.8] / 4, rtol=1e-6)
     assert math.isclose(float(make_table(rope, jnp.array([[0]])).cos[0, 0, 0]), 1.5)
+
+
+def test_neighbours_are_paired_half_a_head_apart():
+    found = pair_halves(jnp.array([[0, 10, 1, 11, 2, 12]]))
+
+    assert found.tolist() == [[0, 1, 2, 10, 11, 12]]

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import jax
@@ -12,7 +13,7 @@ from pals.models.build import AbstractModel
 from pals.models.family import family_of
 from pals.models.numerics import Numerics
 from pals.models.snapshot import Snapshot
-from pals.models.weights import WeightSource, parameter_pieces
+from pals.models.weights import WeightSource, name_problems, parameter_pieces
 from pals.types import LayerRange
 from tests.checkpoints import llama_shapes, make_llama_checkpoint, random_weights, write_weights
 
@@ -144,3 +145,15 @@ def test_parameters_are_on_the_device(tmp_path):
     folder = make_llama_checkpoint(tmp_path, num_layers=1)
 
     assert all(isinstance(a, jax.Array) for a in load(folder, LayerRange(0, 1)).values())
+
+
+def test_layers_for_multi_token_prediction_are_left_alone(tmp_path):
+    config = Snapshot.open(make_llama_checkpoint(tmp_path), "test/model").config
+    shard, table = LayerRange(2, 4), family_of(config).weights
+    present = {"model.layers.4.eh_proj.weight", "model.layers.5.eh_proj.weight"}
+
+    problems = name_problems(
+        present, set(), dataclasses.replace(config, num_mtp_layers=1), shard, table
+    )
+
+    assert problems == ["`model.layers.5.eh_proj.weight` is unexpected"]

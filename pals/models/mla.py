@@ -1,0 +1,124 @@
+# pyright: reportUnknownMemberType=false
+# (jax annotates its functions with types that pyright sees as partially unknown)
+"""Multi-head latent attention over its compressed cache.
+
+A token leaves one latent and one turned key in the cache, which all heads share. Queries
+are taken into the space of the latents and the mix of latents is taken out of it, so that
+no step expands what is cached: heads attend as N queries over a single key head, whose
+values are the first part of its keys. That costs more multiplications than expanded keys
+for chunks beyond some hundred tokens, but memory that does not grow with N.
+
+Source: https://arxiv.org/abs/2405.04434, section 2.1, and modeling_deepseek_v3.py.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pals.models.attention import LayerCache, Rows, attend, batched_matmul, read_slots, update_cache
+from pals.models.config import LatentAttentionConfig, ModelConfig
+from pals.models.layers import Linear, RMSNorm
+from pals.models.numerics import Numerics
+from pals.models.rope import RopeTable, pair_halves, rotate
+
+LATENT_EPS = 1e-6
+"""Of the norms over compressed queries and latents, whatever ``rms_norm_eps`` is."""
+
+
+class LatentAttention(nnx.Module):
+    """Self-attention whose keys and values follow from a latent; see `LatentAttentionConfig`."""
+
+    def __init__(
+        self, config: ModelConfig, attention: LatentAttentionConfig, numerics: Numerics
+    ) -> None:
+        hidden_size, bias = config.hidden_size, attention.bias
+        q_size, q_rank = attention.num_heads * attention.qk_head_dim, attention.q_lora_rank
+        if q_rank is None:
+            self.q_proj = Linear(hidden_size, q_size, bias=False, numerics=numerics)
+        else:
+            self.q_a_proj = Linear(hidden_size, q_rank, bias=bias, numerics=numerics)
+            self.q_a_layernorm = RMSNorm(q_rank, eps=LATENT_EPS, numerics=numerics)
+            self.q_b_proj = Linear(q_rank, q_size, bias=False, numerics=numerics)
+        self.kv_a_proj_with_mqa = Linear(
+            hidden_size, attention.latent_size, bias=bias, numerics=numerics
+        )
+        self.kv_a_layernorm = RMSNorm(attention.kv_lora_rank, eps=LATENT_EPS, numerics=numerics)
+        self.kv_b_proj = LatentUpProjection(attention, numerics)
+        v_size = attention.num_heads * attention.v_head_dim
+        self.o_proj = Linear(v_size, hidden_size, bias=bias, numerics=numerics)
+        self.config = attention
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
+    ) -> tuple[jax.Array, LayerCache]:
+        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
+        with jax.named_scope("latent_attention"):
+            table = rows.rope[self.config.rope]
+            queries = self.latent_queries(x, table)
+            cache = update_cache(cache, (self.latents(x, table),), rows)
+            kept = read_slots(cache[0], rows.slots, context, x.dtype)
+            mixed = attend(
+                queries,
+                kept,
+                kept[..., : self.config.kv_lora_rank],
+                rows.starts,
+                scale=self.config.scale,
+            )
+            values = self.kv_b_proj.expand_values(mixed)
+            return self.o_proj(values.reshape(*x.shape[:2], -1)), cache
+
+    def latent_queries(self, x: jax.Array, table: RopeTable) -> jax.Array:
+        """Return the queries [B, T, N, R] of [B, T, D], laid out as `latents` are."""
+        if self.config.q_lora_rank is None:
+            queries = self.q_proj(x)
+        else:
+            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        queries = queries.reshape(*x.shape[:2], self.config.num_heads, self.config.qk_head_dim)
+        still, turning = jnp.split(queries, [self.config.qk_nope_head_dim], axis=-1)
+        absorbed = self.kv_b_proj.absorb_queries(still)
+        return jnp.concatenate([absorbed, self._turn(turning, table)], axis=-1)
+
+    def latents(self, x: jax.Array, table: RopeTable) -> jax.Array:
+        """Return what is kept of [B, T, D]: latent, then turned key, [B, T, 1, R]."""
+        compressed = self.kv_a_proj_with_mqa(x)[:, :, None]
+        latent, key = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
+        return jnp.concatenate([self.kv_a_layernorm(latent), self._turn(key, table)], axis=-1)
+
+    def _turn(self, heads: jax.Array, table: RopeTable) -> jax.Array:
+        return rotate(pair_halves(heads) if self.config.interleaved else heads, table)
+
+
+class LatentUpProjection(nnx.Module):
+    """From a latent to the keys and values of each head, used from either side.
+
+    It is a small part of a layer and stands between two roundings: it is not quantised.
+    """
+
+    def __init__(self, attention: LatentAttentionConfig, numerics: Numerics) -> None:
+        rows = attention.num_heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        self.weight = nnx.Param(jnp.zeros((rows, attention.kv_lora_rank), numerics.compute))
+        self.num_heads = attention.num_heads
+        self.key_size = attention.qk_nope_head_dim
+
+    def absorb_queries(self, queries: jax.Array) -> jax.Array:
+        """Map [B, T, N, H] to what scores the same against latents, [B, T, N, R]."""
+        return _per_head(queries, self._matrices()[:, : self.key_size], contract=2)
+
+    def expand_values(self, latents: jax.Array) -> jax.Array:
+        """Map each head's latent [B, T, N, R] to its value [B, T, N, H]."""
+        return _per_head(latents, self._matrices()[:, self.key_size :], contract=3)
+
+    def _matrices(self) -> jax.Array:
+        """Return keys above values of each head, [N, _, R]."""
+        matrix = self.weight[...]
+        return matrix.reshape(self.num_heads, -1, matrix.shape[-1])
+
+
+def _per_head(x: jax.Array, matrices: jax.Array, *, contract: int) -> jax.Array:
+    """Multiply heads [B, T, N, _] by their matrices [N, _, _] over ``contract`` of [1, N, _, _]."""
+    batch, tokens, num_heads, size = x.shape
+    heads = x.reshape(batch * tokens, num_heads, size).swapaxes(0, 1)[None]
+    product = batched_matmul(heads, matrices[None], contract=contract).astype(x.dtype)
+    return product[0].swapaxes(0, 1).reshape(batch, tokens, num_heads, -1)

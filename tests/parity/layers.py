@@ -1,0 +1,129 @@
+"""Parts of our models beside the same parts of transformers', on the same weights.
+
+A test of whole logits says that something is wrong; these say where. Inputs are random
+hidden states, so that no part depends on the ones before it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pals.config import CACHE_DIR_VARIABLE
+from pals.engine.cache import build_cache, cache_positions
+from pals.models.attention import Rows, make_rows
+from pals.models.decoder import Decoder
+from pals.models.snapshot import Snapshot
+from pals.types import LayerRange
+from tests.parity.matrix import COMMON, LIMITS, NUMERICS, build_model, save_random_model
+
+TOKENS = 21
+ATOL = 2e-5
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One random model twice.
+
+    Attributes:
+        theirs: transformers' model.
+        ours: Ours, whole.
+        hidden: Hidden states [1, T, D] in float32.
+    """
+
+    theirs: object
+    ours: Decoder
+    hidden: np.ndarray
+
+    def with_hidden(self, hidden: np.ndarray) -> "Parts":
+        """Return the same models beside other hidden states."""
+        return replace(self, hidden=hidden)
+
+    def rows(self) -> Rows:
+        """Return the rows of one sequence that begins in slot 0."""
+        return make_rows(self.ours.config, jnp.array([0]), jnp.array([0]), TOKENS)
+
+    def their_tables(self) -> tuple:
+        """Return cosine and sine [1, T, R] of transformers."""
+        import torch
+
+        positions = torch.arange(TOKENS)[None]
+        return self.theirs.model.rotary_emb(torch.tensor(self.hidden), positions)
+
+    def call(self, module: object, *arguments: object, **options: object) -> np.ndarray:
+        """Run a module of transformers over the hidden states; returns its first output."""
+        import torch
+
+        with torch.no_grad():
+            output = module(torch.tensor(self.hidden), *arguments, **options)
+        return (output[0] if isinstance(output, tuple) else output).numpy()
+
+    def their_attention(
+        self, layer: int, *, window: int | None = None, cache: object = None
+    ) -> np.ndarray:
+        """Return what transformers' attention makes of the hidden states, [1, T, D].
+
+        Args:
+            layer: Number of the layer.
+            window: Tokens that a query sees, itself included.
+            cache: transformers' cache, which is written.
+        """
+        import torch
+
+        ages = np.arange(TOKENS)[:, None] - np.arange(TOKENS)
+        visible = (ages >= 0) & (ages < (window or TOKENS))
+        mask = torch.tensor(np.where(visible, 0.0, -np.inf), dtype=torch.float32)[None, None]
+        module = self.theirs.model.layers[layer].self_attn
+        return self.call(module, self.their_tables(), mask, past_key_values=cache)
+
+    def our_attention(self, layer: int) -> tuple[np.ndarray, tuple[jax.Array, ...]]:
+        """Return what our attention makes of them, and the cache that it wrote."""
+        layers = LayerRange(layer, layer + 1)
+        (cache,) = build_cache(self.ours.config, layers, limits=LIMITS, dtype=NUMERICS.compute)
+        found, cache = self.ours.layers[layer].self_attn(
+            jnp.array(self.hidden), cache, self.rows(), context=cache_positions(LIMITS)
+        )
+        return np.asarray(found), cache
+
+    def assert_same_routing(self, layer: int) -> None:
+        """Raise unless both routers give each token the same experts and weights."""
+        import torch
+
+        with torch.no_grad():
+            _, weights, ids = self.theirs.model.layers[layer].mlp.gate(torch.tensor(self.hidden))
+        routing = self.ours.layers[layer].mlp.gate(jnp.array(self.hidden[0]))
+
+        order = np.argsort(ids.numpy(), axis=-1)
+        ours = np.argsort(np.asarray(routing.expert_ids), axis=-1)
+        chosen = np.take_along_axis(np.asarray(routing.expert_ids), ours, axis=-1)
+        np.testing.assert_array_equal(chosen, np.take_along_axis(ids.numpy(), order, axis=-1))
+        found = np.take_along_axis(np.asarray(routing.weights), ours, axis=-1)
+        assert_same(found, np.take_along_axis(weights.numpy(), order, axis=-1), "weights")
+
+
+def parts_of(models: Mapping[str, tuple[str, Mapping[str, object]]]):
+    """Return a fixture over models, each a class of transformers and its config."""
+
+    @pytest.fixture(scope="module", params=list(models), ids=str, name="parts")
+    def parts(request, tmp_path_factory):
+        architecture, values = models[request.param]
+        folder = tmp_path_factory.mktemp(request.param)
+        theirs = save_random_model(folder, architecture, {**COMMON, **values}, seed=7)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+            snapshot = Snapshot.open(folder, "test/model")
+        config = snapshot.config
+        ours = build_model(snapshot, LayerRange(0, config.num_layers))
+        shape = (1, TOKENS, config.hidden_size)
+        hidden = np.random.default_rng(11).standard_normal(shape, np.float32)
+        return Parts(theirs, ours, hidden)
+
+    return parts
+
+
+def assert_same(found: jax.Array | np.ndarray, expected: np.ndarray, part: str) -> None:
+    """Raise unless both are equal to rounding; ``part`` names what was compared."""
+    np.testing.assert_allclose(np.asarray(found), expected, atol=ATOL, rtol=2e-5, err_msg=part)
