@@ -9,7 +9,7 @@ so that a file's bytes go to their place unturned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pals.models.grouped import (
     ExpertMatrices,
@@ -35,6 +35,17 @@ from pals.models.router import Routing
 
 EXPERT_AXIS = "model"
 """The mesh axis over which the experts of a layer are split."""
+
+
+def expert_sharding(path: Sequence[str | int], mesh: Mesh) -> NamedSharding:
+    """Return where a parameter of a model goes that is built with ``mesh``.
+
+    Args:
+        path: Its attribute names and list positions; those of experts hold ``experts``.
+        mesh: The devices of `MoEOptions`.
+    """
+    is_split = "experts" in path
+    return NamedSharding(mesh, PartitionSpec(EXPERT_AXIS) if is_split else PartitionSpec())
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
