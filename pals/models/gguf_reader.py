@@ -36,6 +36,8 @@ _SCALARS: dict[int, str] = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
 MetadataValue = bool | int | float | str | list[str] | NDArray[np.generic]
 
 
