@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pals.errors import CorruptModel, UnsupportedModel
 from pals.models.gguf_families import (
     ARCHITECTURES,
@@ -36,7 +38,8 @@ _COMMON_KEYS = frozenset(
     }
 )  # fmt: skip
 _INERT_KEYS = frozenset({"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"})
-_NEUTRAL = {"attention.causal": True, "pooling_type": 0}
+_NEUTRAL: Mapping[str, Json] = {"attention.causal": True}
+"""What a setting that is not implemented may be; of every other only 0 and false."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,8 @@ def _check_keys(header: GgufHeader, name: str, architecture: Architecture) -> No
     known = _COMMON_KEYS | _INERT_KEYS | architecture.keys
     for key, value in header.metadata.items():
         prefix, _, rest = key.partition(".")
-        if prefix != name or rest in known or value == _NEUTRAL.get(rest, False):
+        is_array = isinstance(value, np.ndarray | list)
+        if prefix != name or rest in known or (not is_array and value == _NEUTRAL.get(rest, False)):
             continue
         problem = f"`{key}` is `{str(value)[:40]}`, which is not implemented"
         raise UnsupportedModel(source=header.source, problem=problem)
