@@ -132,7 +132,7 @@ def read_header(file: Path) -> GgufHeader:
         with file.open("rb") as handle:
             size = handle.seek(0, 2)
             handle.seek(0)
-            cursor = _Cursor(file, handle.read(MAX_HEADER_BYTES))
+            cursor = _Cursor(file, handle.read(min(size, MAX_HEADER_BYTES)))
     except OSError as error:
         raise CorruptModel(source=file, problem=f"cannot be read: {error.strerror}") from error
     num_tensors, num_keys = _read_preamble(cursor)

@@ -36,7 +36,7 @@ MAX_OUTPUT_CHARACTERS = 4 << 20
 MAX_TEMPLATE_MEMORY_BYTES = 512 << 20
 MAX_TOKENIZER_MEMORY_BYTES = 1 << 30
 MAX_CPU_S = 10
-SLOWEST_BYTES_PER_S = 200_000
+SLOWEST_BYTES_PER_S = 100_000
 """What a tokenizer is given time for: a fraction of what any of them does on one core."""
 MAX_PROBLEM_CHARACTERS = 500
 

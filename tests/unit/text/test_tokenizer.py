@@ -182,17 +182,17 @@ def test_a_pattern_that_panics_on_a_text_is_an_error_not_a_crash(folder: Path):
         loaded.encode("a" * 28 + "b", add_special_tokens=False)
 
 
-QUADRATIC = "a*c|a"
+CUBIC = "a*a*c|a"
 
 
 @pytest.mark.timeout(30)
 def test_a_pattern_that_takes_hours_is_an_error_within_five_seconds(folder: Path):
     """Each match is quick, so that the library's own limit never ends it."""
-    split_on(folder, QUADRATIC)
+    split_on(folder, CUBIC)
     loaded = Tokenizer.load(folder)
     started = time.monotonic()
-    with pytest.raises(CorruptModel, match=r"no result within 4\.5 s"):
-        loaded.encode("a" * 100_000, add_special_tokens=False)
+    with pytest.raises(CorruptModel, match=r"no result within 4\.0 s"):
+        loaded.encode("a" * 3000, add_special_tokens=False)
     assert time.monotonic() - started < 5
     assert loaded.encode("ab", add_special_tokens=False) == [97, 98]
 
@@ -211,7 +211,7 @@ def test_a_normalizer_that_makes_gigabytes_of_a_letter_ends_its_own_process(fold
         normalizer={"type": "Sequence", "normalizers": [replace] * 3},
     )
     loaded = Tokenizer.load(folder)
-    with pytest.raises(CorruptModel, match="was ended|no result"):
+    with pytest.raises(CorruptModel, match=r"was ended|no result"):
         loaded.encode("aa", add_special_tokens=False)
     assert loaded.encode("b", add_special_tokens=False) == [98]
 
