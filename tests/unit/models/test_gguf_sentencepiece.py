@@ -16,6 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from pals.errors import CorruptModel, UnsupportedModel
 from pals.models.gguf_reader import read_header
 from pals.models.gguf_tokenizer import tokenizer_files
+from pals.text.child import TextChild
 from pals.text.tokenizer import Tokenizer
 from tests.unit.models.gguf_files import add_value, finish
 
@@ -110,11 +111,13 @@ def write_vocab(path: Path, vocab: Vocab, **changes: object) -> Path:
     return path
 
 
-def load(folder: Path, vocab: Vocab, **changes: object) -> Tokenizer:
+def load(
+    folder: Path, vocab: Vocab, *, child: TextChild | None = None, **changes: object
+) -> Tokenizer:
     header = read_header(write_vocab(folder / "m.gguf", vocab, **changes))
     for name, content in tokenizer_files(header).items():
         (folder / name).write_bytes(content)
-    return Tokenizer.load(folder)
+    return Tokenizer.load(folder, child)
 
 
 def trained_pieces() -> list[str]:
@@ -188,17 +191,25 @@ def test_ids_of_any_text_are_those_of_sentencepiece(
         assert ids == reference_ids(trained, text, add_space=add_space)
 
 
+@pytest.fixture(scope="module")
+def child() -> TextChild:
+    return TextChild()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     pieces=st.lists(st.text("ab▁", min_size=2, max_size=6), unique=True, max_size=25),
     texts=st.lists(st.text("ab ", max_size=16), min_size=1, max_size=8),
 )
 def test_merges_follow_any_vocabulary_whose_parts_score_higher(
-    tmp_path_factory: pytest.TempPathFactory, pieces: list[str], texts: list[str]
+    child: TextChild,
+    tmp_path_factory: pytest.TempPathFactory,
+    pieces: list[str],
+    texts: list[str],
 ):
     """Overlaps such as ab + a + ba, where two unions are one token, go to the left one."""
     vocab = Vocab([*sorted(pieces, key=len), "a", "b", "▁"])
-    tokenizer = load(tmp_path_factory.mktemp("any"), vocab)
+    tokenizer = load(tmp_path_factory.mktemp("any"), vocab, child=child)
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == reference_ids(vocab, text, add_space=True)
