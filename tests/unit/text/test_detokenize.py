@@ -8,7 +8,7 @@ from pals.text.detokenize import MAX_PENDING_TOKENS, StreamDetokenizer
 from pals.text.tokenizer import Tokenizer
 from tests.unit.text.tokenizers_for_tests import save_byte_level, save_sentencepiece
 
-KINDS = ("byte-level", "sequence", "metaspace")
+KINDS = ("byte-level", "sequence", "unstripped", "metaspace")
 TEXTS = st.text(alphabet="ab é€😀👩🏽‍🚀日本語\n", max_size=20)
 
 
@@ -18,6 +18,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
     return {
         "byte-level": Tokenizer.load(save_byte_level(folder / "byte-level")),
         "sequence": Tokenizer.load(save_sentencepiece(folder / "sequence", "sequence")),
+        "unstripped": Tokenizer.load(save_sentencepiece(folder / "unstripped", "unstripped")),
         "metaspace": Tokenizer.load(save_sentencepiece(folder / "metaspace", "metaspace")),
     }
 
@@ -47,6 +48,22 @@ def test_no_piece_shows_half_a_character(tokenizers: dict[str, Tokenizer], kind:
     assert "".join(pieces) == tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
 
 
+@pytest.mark.parametrize("kind", ["sequence", "unstripped"])
+@given(data=st.data())
+def test_runs_of_bytes_between_words_and_special_tokens_join_to_their_decoding(
+    tokenizers: dict[str, Tokenizer], kind: str, data: st.DataObject
+):
+    """Bytes of whole, cut and ill-formed characters; long runs, but not past the bound."""
+    tokenizer = tokenizers[kind]
+    byte = st.sampled_from([0x41, 0x80, 0xBF, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0xFF])
+    runs = st.lists(byte.map(lambda b: 3 + b), max_size=12)
+    emoji = st.sampled_from("é€😀👩🏽‍🚀").map(lambda c: [3 + b for b in c.encode()])
+    other = st.integers(0, tokenizer.vocab_size - 1).map(lambda i: [i])
+    parts = data.draw(st.lists(runs | emoji | other, max_size=5))
+    ids = [i for part in parts for i in part]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
 def test_a_character_of_four_byte_tokens_comes_out_whole_with_its_last_token(
     tokenizers: dict[str, Tokenizer],
 ):
@@ -65,6 +82,15 @@ def test_the_space_before_a_sentencepiece_word_is_kept(tokenizers: dict[str, Tok
     tokenizer = tokenizers["sequence"]
     ids = tokenizer.encode("a a", add_special_tokens=False)
     assert stream(tokenizer, ids) == ["a", " a", ""]
+
+
+def test_every_space_before_a_word_is_kept_where_none_is_added(
+    tokenizers: dict[str, Tokenizer],
+):
+    tokenizer = tokenizers["unstripped"]
+    for text in ("a", " a", "  a", "    a", " a a", "\n\n a", "<a> a"):
+        pieces = stream(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+        assert "".join(pieces) == text
 
 
 def test_a_special_token_does_not_swallow_the_space_that_follows(

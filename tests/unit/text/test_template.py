@@ -1,6 +1,7 @@
 import gc
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,65 @@ def test_an_endless_template_is_stopped_and_the_next_rendering_works(
     assert chat.render(MESSAGES) == "ok"
 
 
-@pytest.mark.skipif(os.uname().sysname != "Linux", reason="macOS sets no limit on memory")
-def test_a_template_that_doubles_a_text_for_ever_runs_out_of_its_own_memory():
-    doubling = (
+HOSTILE = {
+    "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "pow": "{{ 9 ** (9 ** (messages | length * 4)) }}",
+    "long": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "change": "{% set _ = messages.append(1) %}",
+    "file": "{% include '/etc/passwd' %}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_template_is_an_error_within_five_seconds(source: str):
+    chat = ChatTemplate("{% if messages | length > 1 %}" + source + "{% endif %}ok", {})
+    started = time.monotonic()
+    with pytest.raises(TemplateError):
+        chat.render(MESSAGES * 2)
+    assert time.monotonic() - started < 5
+    assert chat.render(MESSAGES) == "ok"
+
+
+@pytest.mark.timeout(30)
+def test_a_template_that_is_computed_for_ever_while_it_compiles_is_refused():
+    """Jinja folds constants."""
+    started = time.monotonic()
+    with pytest.raises(TemplateError, match=r"within 4\.0 s"):
+        ChatTemplate("{{ 9 ** (9 ** 9) }}", {})
+    assert time.monotonic() - started < 5
+
+
+def test_an_attribute_out_of_bounds_is_nothing():
+    hidden = "{{ messages|attr('__class__')|attr('__init__')|attr('__globals__') }}ok"
+    assert ChatTemplate(hidden, {}).render(MESSAGES) == "ok"
+
+
+def test_a_template_of_half_a_surrogate_pair_is_refused():
+    with pytest.raises(TemplateError, match="surrogate"):
+        ChatTemplate("\ud800", {})
+
+
+MEMORY = {
+    "doubling": (
         "{% set ns = namespace(x='aaaaaaaa') %}"
         "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
-    )
+    ),
+    "at once": "{{ 'a' * 9999999999 }}",
+    "list": "{{ ([0] * 999999999) | length }}",
+    "width": "{{ '%999999999d' % 1 }}",
+}
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="macOS sets no limit on memory")
+@pytest.mark.parametrize("source", MEMORY.values(), ids=MEMORY.keys())
+def test_a_template_that_asks_for_gigabytes_runs_out_of_its_own_memory(source: str):
     with pytest.raises(TemplateError):
-        ChatTemplate(doubling, {}).render(MESSAGES)
+        ChatTemplate(source, {}).render(MESSAGES)
 
 
 def test_a_child_that_dies_is_an_error_and_is_replaced():
@@ -117,6 +169,8 @@ def test_the_child_inherits_no_secret(monkeypatch: pytest.MonkeyPatch):
 
 
 def child_pid(chat: ChatTemplate) -> int:
-    call = chat._child.stop.peek()
+    process = chat._child._process
+    assert process is not None
+    call = process.stop.peek()
     assert call is not None
     return call[2][0].pid

@@ -1,10 +1,14 @@
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
 from pals.errors import CorruptModel, InvalidText
-from pals.text import files, tokenizer
+from pals.text import decoding, files, tokenizer
+from pals.text.child import TextChild
+from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from tests import checkpoints
 from tests.unit.text.tokenizers_for_tests import save_byte_level, save_sentencepiece
@@ -171,14 +175,138 @@ def test_a_pattern_that_does_not_compile_is_refused(folder: Path):
         Tokenizer.load(folder)
 
 
-def test_a_pattern_that_panics_on_a_text_is_an_error_not_a_crash(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_a_pattern_that_panics_on_a_text_is_an_error_not_a_crash(folder: Path):
     split_on(folder, "(a+)+$")
     loaded = Tokenizer.load(folder)
-    with pytest.raises(CorruptModel, match="panicked"):
+    with pytest.raises(CorruptModel, match="PanicException"):
         loaded.encode("a" * 28 + "b", add_special_tokens=False)
-    assert "panicked" in capfd.readouterr().err
+
+
+CUBIC = "a*a*c|a"
+
+
+@pytest.mark.timeout(30)
+def test_a_pattern_that_takes_hours_is_an_error_within_five_seconds(folder: Path):
+    """Each match is quick, so that the library's own limit never ends it."""
+    split_on(folder, CUBIC)
+    loaded = Tokenizer.load(folder)
+    started = time.monotonic()
+    with pytest.raises(CorruptModel, match=r"no result within 4\.0 s"):
+        loaded.encode("a" * 3000, add_special_tokens=False)
+    assert time.monotonic() - started < 5
+    assert loaded.encode("ab", add_special_tokens=False) == [97, 98]
+
+
+def test_patterns_that_take_long_to_compile_are_refused(folder: Path):
+    split_on(folder, r"(?i:[\p{L}])" * 20_000)
+    with pytest.raises(CorruptModel, match="240000 characters"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="macOS sets no limit on memory")
+def test_a_normalizer_that_makes_gigabytes_of_a_letter_ends_its_own_process(folder: Path):
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    edit_json(
+        folder / "tokenizer.json",
+        normalizer={"type": "Sequence", "normalizers": [replace] * 3},
+    )
+    loaded = Tokenizer.load(folder)
+    with pytest.raises(CorruptModel, match=r"was ended|no result"):
+        loaded.encode("aa", add_special_tokens=False)
+    assert loaded.encode("b", add_special_tokens=False) == [98]
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""},
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000},
+        {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 17},
+        {"type": "Sequence", "decoders": [{"type": "Unheard"}]},
+        {"type": "Sequence"},
+        [],
+    ],
+    ids=["regex", "growth", "many", "unknown", "no list", "no object"],
+)
+def test_a_decoder_that_nothing_bounds_is_refused(folder: Path, decoder: object):
+    """It runs for each token of an answer, in this process."""
+    edit_json(folder / "tokenizer.json", decoder=decoder)
+    with pytest.raises(CorruptModel):
+        Tokenizer.load(folder)
+
+
+def test_a_token_of_endless_length_is_refused(folder: Path):
+    path = folder / "tokenizer.json"
+    file = json.loads(path.read_text())
+    file["model"]["vocab"]["a" * (decoding.MAX_TOKEN_CHARACTERS + 1)] = 300
+    path.write_text(json.dumps(file))
+    with pytest.raises(CorruptModel, match="65537 characters"):
+        Tokenizer.load(folder)
+
+
+def test_tokenizer_and_template_share_a_process_that_loads_both_again(folder: Path):
+    child = TextChild()
+    loaded, chat = Tokenizer.load(folder, child), ChatTemplate.load(folder, child)
+    child.close()
+    messages = [{"role": "user", "content": "a"}]
+    text = chat.render(messages, add_generation_prompt=False)
+    assert loaded.decode(loaded.encode(text, add_special_tokens=False)) == "user\na\n"
+
+
+# --- BOS -----------------------------------------------------------------------------
+
+
+def adding_bos(folder: Path, *, eos: bool = False) -> None:
+    bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    end = {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    edit_json(
+        folder / "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [bos, first, *([end] if eos else [])],
+            "pair": [bos, first, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                "<|endoftext|>": {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]},
+                "<|im_end|>": {"id": "<|im_end|>", "ids": [258], "tokens": ["<|im_end|>"]},
+            },
+        },
+    )
+
+
+TEMPLATES = {
+    "template writes it": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "template does not": "{% for m in messages %}{{ m.content }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_a_chat_prompt_begins_with_one_bos(folder: Path, source: str, eos: bool):
+    adding_bos(folder, eos=eos)
+    edit_json(folder / "tokenizer_config.json", chat_template=source)
+    prompt = ChatTemplate.load(folder).render([{"role": "user", "content": "ab"}])
+    assert Tokenizer.load(folder).encode_prompt(prompt) == [256, 97, 98]
+
+
+@pytest.mark.parametrize("text", ["ab", "<|endoftext|>ab"], ids=["plain", "typed"])
+def test_a_plain_prompt_begins_with_one_bos(folder: Path, text: str):
+    adding_bos(folder)
+    assert Tokenizer.load(folder).encode_prompt(text) == [256, 97, 98]
+
+
+def test_an_empty_prompt_is_a_bos_alone(folder: Path):
+    adding_bos(folder, eos=True)
+    assert Tokenizer.load(folder).encode_prompt("") == [256]
+
+
+@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_a_tokenizer_that_adds_no_bos_leaves_it_to_the_template(folder: Path, source: str):
+    edit_json(folder / "tokenizer_config.json", chat_template=source)
+    prompt = ChatTemplate.load(folder).render([{"role": "user", "content": "ab"}])
+    expected = [256, 97, 98] if "bos_token" in source else [97, 98]
+    assert Tokenizer.load(folder).encode_prompt(prompt) == expected
+    assert Tokenizer.load(folder).encode_prompt("ab") == [97, 98]
 
 
 def test_half_a_surrogate_pair_is_no_text(folder: Path):

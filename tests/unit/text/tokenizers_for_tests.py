@@ -30,7 +30,8 @@ def save_byte_level(folder: Path) -> Path:
 def save_sentencepiece(folder: Path, decoder: str) -> Path:
     """Llama 2's kind: words begin with ▁, and unknown characters are byte tokens.
 
-    ``decoder`` is ``sequence`` (Llama 2, Mistral) or ``metaspace``.
+    ``decoder`` is ``sequence`` (Llama 2, Mistral), ``unstripped`` (Gemma, which adds no
+    space before a text, and whose added tokens may be runs of spaces) or ``metaspace``.
     """
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     tokens += [METASPACE, "a", "b", "é", METASPACE + "a", METASPACE + METASPACE, "\ufffd"]
@@ -38,10 +39,12 @@ def save_sentencepiece(folder: Path, decoder: str) -> Path:
     merges = [(METASPACE, "a"), (METASPACE, METASPACE)]
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(METASPACE), normalizers.Replace(" ", METASPACE)]
-    )
+    prepend = [] if decoder == "unstripped" else [normalizers.Prepend(METASPACE)]
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", METASPACE)])
     tokenizer.decoder = {
+        "unstripped": decoders.Sequence(
+            [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        ),
         "sequence": decoders.Sequence(
             [
                 decoders.Replace(METASPACE, " "),
@@ -53,6 +56,8 @@ def save_sentencepiece(folder: Path, decoder: str) -> Path:
         "metaspace": decoders.Metaspace(),
     }[decoder]
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in tokens[:3]])
+    if decoder == "unstripped":
+        tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("   ", "\n\n", "<a>")])
     return save(folder, tokenizer, bos_token="<s>", eos_token="</s>")
 
 

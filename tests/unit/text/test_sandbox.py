@@ -5,12 +5,12 @@ from datetime import datetime
 import jinja2
 import pytest
 
-from pals.text import renderer
+from pals.text import sandbox
 
 
 def render(source: str, **variables: object) -> str:
-    template = renderer.compile_template(source, now=lambda: datetime(2026, 2, 3))
-    return renderer.render(template, variables)
+    template = sandbox.compile_template(source, now=lambda: datetime(2026, 2, 3))
+    return sandbox.render(template, variables)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_template_that_reaches_out_or_refuses_is_stopped(source: str):
 
 
 def test_output_is_capped(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(renderer, "MAX_OUTPUT_CHARACTERS", 10)
+    monkeypatch.setattr(sandbox, "MAX_OUTPUT_CHARACTERS", 10)
     assert render("{% for i in range(10) %}a{% endfor %}") == "a" * 10
     with pytest.raises(jinja2.TemplateError, match="10 characters"):
         render("{% for i in range(11) %}a{% endfor %}")
@@ -54,9 +54,9 @@ def test_output_is_capped(monkeypatch: pytest.MonkeyPatch):
 def test_a_message_larger_than_any_is_refused_before_it_is_read():
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall((renderer.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
+        ours.sendall((sandbox.MAX_MESSAGE_BYTES + 1).to_bytes(4, "big"))
         with pytest.raises(ValueError, match="bytes"):
-            renderer.receive(theirs)
+            sandbox.receive(theirs)
 
 
 def test_a_closed_socket_ends_the_message():
@@ -65,19 +65,42 @@ def test_a_closed_socket_ends_the_message():
         with ours:
             ours.sendall((5).to_bytes(4, "big") + b"abc")
         with pytest.raises(EOFError):
-            renderer.receive(theirs)
+            sandbox.receive(theirs)
+
+
+BYTES_TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+    }
+).encode()
 
 
 def test_requests_are_answered_in_order_until_the_other_side_closes():
     ours, theirs = socket.socketpair()
+    kinds: list[bytes] = []
     with theirs, ours:
-        for request in ("{{ x }}{{ 1 // y }}", {"x": "a", "y": 1}, {"x": "a", "y": 0}):
-            renderer.send(ours, json.dumps(request).encode())
+        for kind, content in (
+            (sandbox.START, b""),
+            (sandbox.LOAD_TEMPLATE, b"{{ x }}{{ 1 // y }}"),
+            (sandbox.RENDER, b'{"x": "a", "y": 1}'),
+            (sandbox.RENDER, b'{"x": "a", "y": 0}'),
+            (sandbox.LOAD_TOKENIZER, BYTES_TOKENIZER),
+            (sandbox.ENCODE, b"abba"),
+        ):
+            sandbox.send(ours, kind + content)
         ours.shutdown(socket.SHUT_WR)
         with pytest.raises(EOFError):
-            renderer.serve(theirs, before_each=lambda: None)
-        answers = [json.loads(renderer.receive(ours)) for _ in range(3)]
-    assert answers[0] == {"text": "", "problem": None}
-    assert answers[1] == {"text": "a1", "problem": None}
-    assert answers[2]["text"] is None
-    assert "ZeroDivisionError" in answers[2]["problem"]
+            sandbox.serve(theirs, before_each=lambda kind, _: kinds.append(kind))
+        answers = [json.loads(sandbox.receive(ours)) for _ in range(6)]
+    assert kinds == [b"A", b"T", b"R", b"R", b"K", b"E"]
+    assert answers[1] == {"text": "", "ids": None, "problem": None}
+    assert answers[2] == {"text": "a1", "ids": None, "problem": None}
+    assert answers[3]["text"] is None
+    assert "ZeroDivisionError" in answers[3]["problem"]
+    assert answers[5] == {"text": None, "ids": [0, 1, 1, 0], "problem": None}
+
+
+def test_a_request_before_its_load_is_a_problem():
+    assert sandbox.Sandbox().answer(sandbox.ENCODE + b"a")["problem"] is not None

@@ -1,0 +1,122 @@
+"""The killable process that holds a model's chat template and tokenizer: its parent's side."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+
+import msgspec
+
+from pals.errors import PalsError
+from pals.text import sandbox
+
+START_DEADLINE_S = 30.0
+
+MakeError = Callable[[str], PalsError]
+"""Makes the error to raise of a problem in words."""
+
+
+class TextChild:
+    """One `sandbox` process; safe to use from any thread.
+
+    The process lives as long as this object. One that was stopped for exceeding its limits
+    is started again at the next request, and loads again what the last one had loaded.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: dict[bytes, tuple[bytes, float]] = {}
+        self._process: _Process | None = None
+
+    def load(self, kind: bytes, content: bytes, deadline_s: float, error: MakeError) -> None:
+        """Load a template or a tokenizer, in place of an earlier one.
+
+        Args:
+            kind: `sandbox.LOAD_TEMPLATE` or `sandbox.LOAD_TOKENIZER`.
+            content: Its source.
+            deadline_s: Longest wait, the start of the process apart.
+            error: What to raise when it does not load.
+        """
+        with self._lock:
+            self._running(error).ask(kind + content, deadline_s, error)
+            self._loaded[kind] = content, deadline_s
+
+    def ask(
+        self, kind: bytes, content: bytes, deadline_s: float, error: MakeError
+    ) -> sandbox.Answer:
+        """Send one request and return its answer; a child that gives none is stopped.
+
+        ``error`` makes what is raised of a problem: its own, or that there was none in time.
+        """
+        with self._lock:
+            return self._running(error).ask(kind + content, deadline_s, error)
+
+    def close(self) -> None:
+        """End the process now; a later request starts another."""
+        with self._lock:
+            if self._process is not None:
+                self._process.stop()
+
+    def _running(self, error: MakeError) -> _Process:
+        if self._process is None or not self._process.alive:
+            self._process = _Process()
+            self._process.ask(sandbox.START, START_DEADLINE_S, error)
+            for kind, (content, deadline_s) in self._loaded.items():
+                self._process.ask(kind + content, deadline_s, error)
+        return self._process
+
+
+class _Process:
+    """One run of the sandbox and the socket to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603 our own file, no shell
+                [sys.executable, "-I", sandbox.__file__],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_child_environment(),
+            )
+        self._socket = ours
+        self.stop = weakref.finalize(self, _stop, process, ours)
+
+    @property
+    def alive(self) -> bool:
+        return self.stop.alive
+
+    def ask(self, request: bytes, deadline_s: float, error: MakeError) -> sandbox.Answer:
+        """Return the answer to a request; an empty one says that the process has started."""
+        self._socket.settimeout(deadline_s)
+        try:
+            sandbox.send(self._socket, request)
+            answer = msgspec.json.decode(sandbox.receive(self._socket), type=sandbox.Answer)
+        except TimeoutError:
+            self.stop()
+            raise error(f"no result within {deadline_s:.1f} s") from None
+        except (OSError, EOFError, ValueError):
+            self.stop()
+            raise error("the process that runs it was ended") from None
+        if answer["problem"] is not None:
+            raise error(answer["problem"])
+        return answer
+
+
+def _child_environment() -> dict[str, str]:
+    """Return what a Python needs to start and to know the local time, and no secret."""
+    names = ("LD_LIBRARY_PATH", "TZ")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    # threads would only count against the limits of a process that encodes one text at a time
+    return found | {"TOKENIZERS_PARALLELISM": "false"}
+
+
+def _stop(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
