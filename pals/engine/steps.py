@@ -210,7 +210,9 @@ class Programs:
     ) -> tuple[jax.Array, Cache]:
         """Run one padded chunk; returns hidden states [T, D], or a token [1] at the tail."""
         model = self._model.merge(leaves)
-        x, cache = model(inputs[None], cache, slots=slots, starts=starts, context=context)
+        x, cache = model(
+            inputs[None], cache, slots=slots, starts=starts, context=context, lengths=lengths
+        )
         if sampling is None:
             return x[0], cache
         last = jax.lax.dynamic_slice_in_dim(x[0], lengths[0] - 1, 1)
@@ -229,7 +231,11 @@ class Programs:
     ) -> tuple[jax.Array, Cache]:
         """Run a padded batch; returns hidden states [B, D], or tokens [B] at the tail."""
         model = self._model.merge(leaves)
-        x, cache = model(inputs[:, None], cache, slots=slots, starts=starts, context=context)
+        # rows that only pad stand past the context, see `Shard.decode`
+        lengths = (starts < self._limits.max_context_tokens).astype(jnp.int32)
+        x, cache = model(
+            inputs[:, None], cache, slots=slots, starts=starts, context=context, lengths=lengths
+        )
         if sampling is None:
             return x[:, 0], cache
         return sample(model.forward_logits(x[:, 0]), sampling, starts + 1), cache

@@ -33,20 +33,38 @@ class Rows(NamedTuple):
     Attributes:
         slots: [B] int32, the cache slot of each row.
         starts: [B] int32, the position of each row's first token.
+        counted: [B, T] booleans, False for padding; None means that all tokens count.
         rope: One table for each entry of `ModelConfig.rope`.
     """
 
     slots: jax.Array
     starts: jax.Array
+    counted: jax.Array | None
     rope: tuple[RopeTable, ...]
 
 
-def make_rows(config: ModelConfig, slots: jax.Array, starts: jax.Array, num_tokens: int) -> Rows:
-    """Return the rows of ``num_tokens`` tokens each that begin at ``starts``."""
-    positions = starts[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+def make_rows(
+    config: ModelConfig,
+    slots: jax.Array,
+    starts: jax.Array,
+    num_tokens: int,
+    lengths: jax.Array | None = None,
+) -> Rows:
+    """Return the rows of ``num_tokens`` tokens each that begin at ``starts``.
+
+    Args:
+        config: Of the model.
+        slots: [B] int32.
+        starts: [B] int32.
+        num_tokens: T, padding included.
+        lengths: [B] int32, how many tokens of each row count; None for all.
+    """
+    columns = jnp.arange(num_tokens, dtype=jnp.int32)
+    positions = starts[:, None] + columns
     return Rows(
         slots=slots,
         starts=starts,
+        counted=None if lengths is None else columns < lengths[:, None],
         rope=tuple(make_table(rope, positions) for rope in config.rope),
     )
 

@@ -76,6 +76,7 @@ class Decoder(nnx.Module):
         slots: jax.Array,
         starts: jax.Array,
         context: int,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Run the layers over some rows of tokens.
 
@@ -85,12 +86,13 @@ class Decoder(nnx.Module):
             slots: [B] int32, the cache slot of each row.
             starts: [B] int32, the position of each row's first token.
             context: Positions of the cache to attend to; covers every row.
+            lengths: [B] int32, how many tokens of each row are no padding; None for all.
 
         Returns:
             Hidden states [B, T, D] before the final norm, and the new cache.
         """
         x = inputs if self.embed_tokens is None else self.embed(inputs)
-        rows = make_rows(self.config, slots, starts, x.shape[1])
+        rows = make_rows(self.config, slots, starts, x.shape[1], lengths)
         new_cache: list[LayerCache] = []
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{self.first_layer + number}"):

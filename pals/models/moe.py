@@ -133,4 +133,7 @@ class SparseLayer(nnx.Module):
         """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
         mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows, context=context)
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        normed = self.post_attention_layernorm(x)
+        mlp = self.mlp
+        out = mlp(normed, rows.counted) if isinstance(mlp, MoE) else mlp(normed)
+        return x + out, cache
