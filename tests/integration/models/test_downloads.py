@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -637,3 +638,20 @@ def test_a_layer_that_was_not_fetched_has_no_hash(hub: HubServer, repo: Repo):
 def test_threads_end_with_the_download(hub: HubServer, repo: Repo):
     resolve("0:2")
     assert not [t for t in threading.enumerate() if t.name.startswith("download")]
+
+
+def test_a_redirect_on_the_way_does_not_carry_the_token_on(
+    hub: HubServer, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = single_file(repo, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    headers = {
+        "X-Repo-Commit": str(repo.commit_of("main")),
+        "X-Linked-Size": str(file.stat().st_size),
+        "X-Linked-ETag": f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"',
+    }
+    # the hub gives no address of a storage, and sends each request there by itself
+    hub.add(Fault("hub", "model.safetensors", "HEAD", times=99, status=200, headers=headers))
+    assert_same_weights(resolve("1:2"), repo, "1:2")
+    fetched = [r for r in hub.requests if r.method == "GET" and r.range is not None]
+    assert {(r.server, r.has_token) for r in fetched} == {("hub", True), ("storage", False)}
