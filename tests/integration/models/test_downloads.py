@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants, scan_cache_dir
 
+from pals.engine.shard import Shard
 from pals.errors import (
     CorruptModel,
     DiskTooSmall,
@@ -35,7 +36,7 @@ from pals.models.layer_hashes import layer_hashes
 from pals.models.parts import is_needed
 from pals.models.safetensors import WeightFiles, read_header
 from pals.models.snapshot import Snapshot
-from pals.types import LayerRange
+from pals.types import EngineLimits, LayerRange
 from tests import checkpoints
 from tests.integration.models.conftest import NAME
 from tests.integration.models.hub_server import TOKEN, Fault, HubServer, Repo
@@ -219,6 +220,17 @@ def test_progress_counts_every_byte_once(hub: HubServer, repo: Repo):
     assert done == sorted(done)
     assert totals == {done[-1]}
     assert done[0] == 0
+
+
+def test_a_shard_loads_the_same_parameters_from_what_it_downloaded(hub: HubServer, repo: Repo):
+    limits = EngineLimits(max_sessions=1, max_context_tokens=16, max_chunk_tokens=16)
+    local = resolve_model(str(source_of(repo)))
+    for layers in (LayerRange(0, 2), LayerRange(2, 4)):
+        here = Shard.load(resolve(str(layers)), layers, dtype="f32", limits=limits)
+        there = Shard.load(local, layers, dtype="f32", limits=limits)
+        assert here.is_head == there.is_head
+        for leaf, expected in zip(here._leaves, there._leaves, strict=True):
+            np.testing.assert_array_equal(leaf, expected)
 
 
 # --- revisions -----------------------------------------------------------------------
@@ -538,6 +550,33 @@ def test_a_remote_header_whose_offsets_lie_is_refused(
     with pytest.raises(CorruptModel):
         resolve("1:2")
     assert len(hub.ranges(file)) == 2
+
+
+@pytest.mark.parametrize(
+    "lfs",
+    [
+        {"sha256": "../../../../escaped", "size": 1, "pointerSize": 1},
+        {"sha256": "a" * 64, "size": -1, "pointerSize": 1},
+        {"sha256": "a" * 64, "size": "1", "pointerSize": 1},
+    ],
+)
+def test_a_hash_that_is_none_names_no_folder(
+    hub: HubServer, repo: Repo, tmp_path: Path, lfs: dict[str, object]
+):
+    single_file(repo, tmp_path)
+    hub.lfs["model.safetensors"] = lfs
+    with pytest.raises(InvalidHubAnswer, match="no valid size and hash"):
+        resolve("0:1")
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_a_model_of_pickles_is_refused_and_none_is_fetched(hub: HubServer, repo: Repo):
+    for file in [*weight_files(repo), source_of(repo) / "model.safetensors.index.json"]:
+        file.unlink()
+    (source_of(repo) / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelNotFound, match="only safetensors"):
+        resolve("0:1")
+    assert not [request for request in hub.requests if ".bin" in request.path]
 
 
 def test_an_index_that_names_a_tensor_the_file_lacks_is_refused(hub: HubServer, repo: Repo):
