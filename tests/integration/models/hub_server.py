@@ -33,6 +33,7 @@ class Request:
     path: str
     range: tuple[int, int] | None
     has_token: bool
+    if_range: str
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Fault:
         extra: Bytes too many.
         ignore_range: Send the whole file with status 200.
         hang_after: Send this many bytes, set ``reached`` and wait for ``release``.
+        drip_s: While it waits, send one more byte whenever so long has passed.
         skip: Requests to let through first.
     """
 
@@ -63,6 +65,7 @@ class Fault:
     chunked: bool = False
     ignore_range: bool = False
     hang_after: int | None = None
+    drip_s: float | None = None
     release: threading.Event = field(default_factory=threading.Event)
     reached: threading.Event = field(default_factory=threading.Event)
 
@@ -190,7 +193,16 @@ class _Handler(BaseHTTPRequestHandler):
         span = None if match is None else (int(match[1]), int(match[2] or 1 << 60) + 1)
         has_token = "Authorization" in self.headers
         with hub.lock:
-            hub.requests.append(Request(self.server.name, self.command, path, span, has_token))
+            hub.requests.append(
+                Request(
+                    self.server.name,
+                    self.command,
+                    path,
+                    span,
+                    has_token,
+                    self.headers.get("If-Range", ""),
+                )
+            )
         fault = hub.fault_of(self.server.name, self.command, path) or Fault()
         if fault.status:
             self._send(fault.status, b"", fault.headers, fault)
@@ -292,8 +304,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: fault.hang_after])
         self.wfile.flush()
         fault.reached.set()
-        fault.release.wait()
-        self.wfile.write(body[fault.hang_after :])
+        sent = fault.hang_after
+        while not fault.release.wait(fault.drip_s):
+            self.wfile.write(body[sent : sent + 1])
+            self.wfile.flush()
+            sent += 1
+        self.wfile.write(body[sent:])
 
 
 def _info(name: str, repo: Repo, commit: str, lfs: dict[str, dict[str, object]]) -> bytes:

@@ -87,6 +87,15 @@ def single_file(repo: Repo, tmp_path: Path, **shape: int) -> Path:
     return repo.folders["main"] / "model.safetensors"
 
 
+def hub_headers(repo: Repo, file: Path) -> dict[str, str]:
+    """Return what the hub's own server says of a weight file."""
+    return {
+        "X-Repo-Commit": str(repo.commit_of("main")),
+        "X-Linked-Size": str(file.stat().st_size),
+        "X-Linked-ETag": f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"',
+    }
+
+
 # --- what is fetched -----------------------------------------------------------------
 
 
@@ -439,9 +448,12 @@ def test_a_partial_file_of_something_else_is_not_gone_on_with(
     assert_same_weights(resolve("1:2"), repo, "1:2")
 
 
-def test_an_answer_that_drips_or_hangs_is_given_up(hub: HubServer, repo: Repo, tmp_path: Path):
+@pytest.mark.parametrize("drip_s", [None, 0.02])
+def test_an_answer_that_drips_or_hangs_is_given_up(
+    hub: HubServer, repo: Repo, tmp_path: Path, drip_s: float | None
+):
     single_file(repo, tmp_path)
-    hub.add(Fault(skip=2, hang_after=100, times=99))
+    hub.add(Fault(skip=2, hang_after=100, drip_s=drip_s, times=99))
     with pytest.raises(HubUnavailable):
         resolve("1:2", HASTY)
 
@@ -493,22 +505,18 @@ def test_a_file_that_changes_between_two_ranges_is_noticed(
     single_file(repo, tmp_path)
     error = lie(hub, Fault(skip=1, headers={"ETag": '"another"'}, times=99))
     assert isinstance(error, ModelChanged)
+    first, second = (r for r in hub.requests if r.server == "storage")
+    assert not first.if_range
+    assert second.if_range.startswith('"storage-')
 
 
-@pytest.mark.parametrize("headers", [{"X-Linked-ETag": '"00"'}, {"X-Linked-Size": "12"}])
+@pytest.mark.parametrize("lie_of", ["X-Linked-ETag", "X-Linked-Size"])
 def test_a_file_that_is_not_the_listed_one_is_noticed(
-    hub: HubServer, repo: Repo, tmp_path: Path, headers: dict[str, str]
+    hub: HubServer, repo: Repo, tmp_path: Path, lie_of: str
 ):
-    single_file(repo, tmp_path)
-    location = {"Location": f"{hub.storage_url}/x", "X-Repo-Commit": str(repo.commit_of("main"))}
-    fault = Fault(
-        server="hub",
-        method="HEAD",
-        path="model.safetensors",
-        status=302,
-        headers=location | {"X-Linked-Size": "1", "X-Linked-ETag": '"1"'} | headers,
-        times=99,
-    )
+    headers = hub_headers(repo, single_file(repo, tmp_path))
+    headers |= {"Location": f"{hub.storage_url}/x", lie_of: "12"}
+    fault = Fault("hub", "model.safetensors", "HEAD", times=99, status=302, headers=headers)
     assert isinstance(lie(hub, fault), ModelChanged)
 
 
@@ -684,11 +692,7 @@ def test_a_redirect_on_the_way_does_not_carry_the_token_on(
 ):
     file = single_file(repo, tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    headers = {
-        "X-Repo-Commit": str(repo.commit_of("main")),
-        "X-Linked-Size": str(file.stat().st_size),
-        "X-Linked-ETag": f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"',
-    }
+    headers = hub_headers(repo, file)
     # the hub gives no address of a storage, and sends each request there by itself
     hub.add(Fault("hub", "model.safetensors", "HEAD", times=99, status=200, headers=headers))
     assert_same_weights(resolve("1:2"), repo, "1:2")
