@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from pals import config
+
+# The hub's client reads it once, when the first test module that names it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Every run plays the same examples, and a machine under load makes none of them fail.
 settings.register_profile("pals", derandomize=True, deadline=None)
@@ -28,6 +32,9 @@ def isolated_environment(
         config.CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache", numbered=True))
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf", numbered=True)))
+    for variable in ("HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import (
@@ -10,11 +11,12 @@ from huggingface_hub import (
     hf_hub_download,  # pyright: ignore[reportUnknownVariableType] a bare dict in its type
     try_to_load_from_cache,
 )
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import BlobLfsInfo, ModelInfo
 from huggingface_hub.utils import tqdm
 
-from pals.errors import CorruptModel, ModelNotFound
+from pals.errors import CorruptModel, InvalidHubAnswer, ModelNotFound
 from pals.models.download import HUB_ERRORS, Patience, Tries
+from pals.models.hashes import SHA256
 from pals.models.hub_errors import explain
 from pals.models.listing import MAX_LICENCE_CHARACTERS, ListedFile, Listing
 from pals.models.safetensors import INDEX_NAME
@@ -94,20 +96,30 @@ def _keep_listing(folder: Path, name: str, info: ModelInfo) -> None:
     """Keep size and SHA-256 of every weight file, as the hub states them for LFS files.
 
     Raises:
-        ModelNotFound: The hub states none of a weight file.
+        ModelNotFound: The model has no safetensors, or the hub states no hash of a file.
+        InvalidHubAnswer: The hub states something that is no hash or no size.
     """
     store = WeightStore.of(folder)
     assert store is not None
     if store.read_listing(folder.name) is not None:
         return
     stated = {file.rfilename: file.lfs for file in info.siblings or ()}
-    files: dict[str, ListedFile] = {}
-    for file in weight_names(folder):
-        lfs = stated.get(file)
-        if lfs is None:
-            raise ModelNotFound(model=name, problem=f"the hub states no hash of `{file}`")
-        files[file] = ListedFile(name=file, size_bytes=lfs.size, sha256=lfs.sha256)
+    files = {file: _listed_file(name, file, stated) for file in weight_names(folder)}
     store.keep_listing(folder.name, Listing(files=files, licence=_licence(info)))
+
+
+def _listed_file(name: str, file: str, stated: Mapping[str, BlobLfsInfo | None]) -> ListedFile:
+    if file not in stated:
+        problem = f"it has no `{file}`; only safetensors are read"
+        raise ModelNotFound(model=name, problem=problem)
+    lfs = stated[file]
+    if lfs is None:
+        raise ModelNotFound(model=name, problem=f"the hub states no hash of `{file}`")
+    size_bytes: object = lfs.size
+    if type(size_bytes) is not int or size_bytes < 0 or not SHA256.fullmatch(str(lfs.sha256)):
+        problem = "the hub states no valid size and hash"
+        raise InvalidHubAnswer(model=name, file=file, problem=problem)
+    return ListedFile(name=file, size_bytes=size_bytes, sha256=lfs.sha256)
 
 
 def _licence(info: ModelInfo) -> str:

@@ -27,7 +27,7 @@ class PartWriter:
         self._hashes = _TensorHashes(tensors)
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        self._file = os.fdopen(os.open(partial_path(path), flags, 0o666), "r+b")
+        self._file = os.fdopen(os.open(partial_path(path), flags, 0o666), "r+b", READ_BYTES)
 
     def __enter__(self) -> Self:
         if self._file.read(len(self._head)) != self._head:

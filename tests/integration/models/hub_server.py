@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +33,7 @@ class Request:
     path: str
     range: tuple[int, int] | None
     has_token: bool
+    if_range: str
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Fault:
         cut: Bytes of the body before the connection breaks; with ``chunked`` it ends there.
         extra: Bytes too many.
         ignore_range: Send the whole file with status 200.
-        drip: Send this many bytes, then one at a time whenever ``release`` is set, else wait.
+        hang_after: Send this many bytes, set ``reached`` and wait for ``release``.
+        drip_s: While it waits, send one more byte whenever so long has passed.
         skip: Requests to let through first.
     """
 
@@ -64,6 +65,7 @@ class Fault:
     chunked: bool = False
     ignore_range: bool = False
     hang_after: int | None = None
+    drip_s: float | None = None
     release: threading.Event = field(default_factory=threading.Event)
     reached: threading.Event = field(default_factory=threading.Event)
 
@@ -98,7 +100,10 @@ class Repo:
 
 
 class HubServer:
-    """Serves ``repos``; ``requests`` lists what was asked for, in order."""
+    """Serves ``repos``; ``requests`` lists what was asked for, in order.
+
+    ``lfs`` replaces what the hub states of a file, and ``denied`` are tokens without rights.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -108,6 +113,7 @@ class HubServer:
         self.servers = {name: _Server(self, name) for name in ("hub", "storage")}
         self.tokens = {TOKEN}
         self.denied: set[str] = set()
+        self.lfs: dict[str, dict[str, object]] = {}
 
     def __enter__(self) -> Self:
         for server in self.servers.values():
@@ -187,7 +193,16 @@ class _Handler(BaseHTTPRequestHandler):
         span = None if match is None else (int(match[1]), int(match[2] or 1 << 60) + 1)
         has_token = "Authorization" in self.headers
         with hub.lock:
-            hub.requests.append(Request(self.server.name, self.command, path, span, has_token))
+            hub.requests.append(
+                Request(
+                    self.server.name,
+                    self.command,
+                    path,
+                    span,
+                    has_token,
+                    self.headers.get("If-Range", ""),
+                )
+            )
         fault = hub.fault_of(self.server.name, self.command, path) or Fault()
         if fault.status:
             self._send(fault.status, b"", fault.headers, fault)
@@ -211,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, fault)
         elif info is not None:
-            self._send(200, _info(name, repo, commit), {}, fault)
+            self._send(200, _info(name, repo, commit, self.server.hub.lfs), {}, fault)
         elif resolve is not None:
             self._resolve(repo.folder_of(commit) / resolve[3], commit, span, fault)
 
@@ -289,17 +304,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[: fault.hang_after])
         self.wfile.flush()
         fault.reached.set()
-        fault.release.wait()
-        self.wfile.write(body[fault.hang_after :])
+        sent = fault.hang_after
+        while not fault.release.wait(fault.drip_s):
+            self.wfile.write(body[sent : sent + 1])
+            self.wfile.flush()
+            sent += 1
+        self.wfile.write(body[sent:])
 
 
-def _info(name: str, repo: Repo, commit: str) -> bytes:
+def _info(name: str, repo: Repo, commit: str, lfs: dict[str, dict[str, object]]) -> bytes:
     siblings: list[dict[str, object]] = []
     for file in sorted(repo.folder_of(commit).iterdir()):
         size = file.stat().st_size
         entry: dict[str, object] = {"rfilename": file.name, "size": size}
         if file.suffix == ".safetensors":
-            entry["lfs"] = {"sha256": _sha256(file), "size": size, "pointerSize": 134}
+            stated: dict[str, object] = {"sha256": _sha256(file), "size": size, "pointerSize": 134}
+            entry["lfs"] = lfs.get(file.name, stated)
         siblings.append(entry)
     document = {"id": name, "sha": commit, "siblings": siblings, "tags": repo.tags}
     return json.dumps(document).encode()
@@ -313,6 +333,3 @@ def _sha256(file: Path) -> str:
     if key not in _HASHES:
         _HASHES[key] = hashlib.sha256(file.read_bytes()).hexdigest()
     return _HASHES[key]
-
-
-Change = Callable[[Path], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants, scan_cache_dir
 
+from pals.engine.shard import Shard
 from pals.errors import (
     CorruptModel,
     DiskTooSmall,
@@ -34,7 +36,7 @@ from pals.models.layer_hashes import layer_hashes
 from pals.models.parts import is_needed
 from pals.models.safetensors import WeightFiles, read_header
 from pals.models.snapshot import Snapshot
-from pals.types import LayerRange
+from pals.types import EngineLimits, LayerRange
 from tests import checkpoints
 from tests.integration.models.conftest import NAME
 from tests.integration.models.hub_server import TOKEN, Fault, HubServer, Repo
@@ -83,6 +85,15 @@ def single_file(repo: Repo, tmp_path: Path, **shape: int) -> Path:
     """Put a model of a single weight file on the hub instead."""
     repo.folders["main"] = checkpoints.make_llama_checkpoint(tmp_path / "single", **shape)
     return repo.folders["main"] / "model.safetensors"
+
+
+def hub_headers(repo: Repo, file: Path) -> dict[str, str]:
+    """Return what the hub's own server says of a weight file."""
+    return {
+        "X-Repo-Commit": str(repo.commit_of("main")),
+        "X-Linked-Size": str(file.stat().st_size),
+        "X-Linked-ETag": f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"',
+    }
 
 
 # --- what is fetched -----------------------------------------------------------------
@@ -218,6 +229,17 @@ def test_progress_counts_every_byte_once(hub: HubServer, repo: Repo):
     assert done == sorted(done)
     assert totals == {done[-1]}
     assert done[0] == 0
+
+
+def test_a_shard_loads_the_same_parameters_from_what_it_downloaded(hub: HubServer, repo: Repo):
+    limits = EngineLimits(max_sessions=1, max_context_tokens=16, max_chunk_tokens=16)
+    local = resolve_model(str(source_of(repo)))
+    for layers in (LayerRange(0, 2), LayerRange(2, 4)):
+        here = Shard.load(resolve(str(layers)), layers, dtype="f32", limits=limits)
+        there = Shard.load(local, layers, dtype="f32", limits=limits)
+        assert here.is_head == there.is_head
+        for leaf, expected in zip(here._leaves, there._leaves, strict=True):
+            np.testing.assert_array_equal(leaf, expected)
 
 
 # --- revisions -----------------------------------------------------------------------
@@ -426,9 +448,12 @@ def test_a_partial_file_of_something_else_is_not_gone_on_with(
     assert_same_weights(resolve("1:2"), repo, "1:2")
 
 
-def test_an_answer_that_drips_or_hangs_is_given_up(hub: HubServer, repo: Repo, tmp_path: Path):
+@pytest.mark.parametrize("drip_s", [None, 0.02])
+def test_an_answer_that_drips_or_hangs_is_given_up(
+    hub: HubServer, repo: Repo, tmp_path: Path, drip_s: float | None
+):
     single_file(repo, tmp_path)
-    hub.add(Fault(skip=2, hang_after=100, times=99))
+    hub.add(Fault(skip=2, hang_after=100, drip_s=drip_s, times=99))
     with pytest.raises(HubUnavailable):
         resolve("1:2", HASTY)
 
@@ -480,22 +505,18 @@ def test_a_file_that_changes_between_two_ranges_is_noticed(
     single_file(repo, tmp_path)
     error = lie(hub, Fault(skip=1, headers={"ETag": '"another"'}, times=99))
     assert isinstance(error, ModelChanged)
+    first, second = (r for r in hub.requests if r.server == "storage")
+    assert not first.if_range
+    assert second.if_range.startswith('"storage-')
 
 
-@pytest.mark.parametrize("headers", [{"X-Linked-ETag": '"00"'}, {"X-Linked-Size": "12"}])
+@pytest.mark.parametrize("lie_of", ["X-Linked-ETag", "X-Linked-Size"])
 def test_a_file_that_is_not_the_listed_one_is_noticed(
-    hub: HubServer, repo: Repo, tmp_path: Path, headers: dict[str, str]
+    hub: HubServer, repo: Repo, tmp_path: Path, lie_of: str
 ):
-    single_file(repo, tmp_path)
-    location = {"Location": f"{hub.storage_url}/x", "X-Repo-Commit": str(repo.commit_of("main"))}
-    fault = Fault(
-        server="hub",
-        method="HEAD",
-        path="model.safetensors",
-        status=302,
-        headers=location | {"X-Linked-Size": "1", "X-Linked-ETag": '"1"'} | headers,
-        times=99,
-    )
+    headers = hub_headers(repo, single_file(repo, tmp_path))
+    headers |= {"Location": f"{hub.storage_url}/x", lie_of: "12"}
+    fault = Fault("hub", "model.safetensors", "HEAD", times=99, status=302, headers=headers)
     assert isinstance(lie(hub, fault), ModelChanged)
 
 
@@ -537,6 +558,33 @@ def test_a_remote_header_whose_offsets_lie_is_refused(
     with pytest.raises(CorruptModel):
         resolve("1:2")
     assert len(hub.ranges(file)) == 2
+
+
+@pytest.mark.parametrize(
+    "lfs",
+    [
+        {"sha256": "../../../../escaped", "size": 1, "pointerSize": 1},
+        {"sha256": "a" * 64, "size": -1, "pointerSize": 1},
+        {"sha256": "a" * 64, "size": "1", "pointerSize": 1},
+    ],
+)
+def test_a_hash_that_is_none_names_no_folder(
+    hub: HubServer, repo: Repo, tmp_path: Path, lfs: dict[str, object]
+):
+    single_file(repo, tmp_path)
+    hub.lfs["model.safetensors"] = lfs
+    with pytest.raises(InvalidHubAnswer, match="no valid size and hash"):
+        resolve("0:1")
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+def test_a_model_of_pickles_is_refused_and_none_is_fetched(hub: HubServer, repo: Repo):
+    for file in [*weight_files(repo), source_of(repo) / "model.safetensors.index.json"]:
+        file.unlink()
+    (source_of(repo) / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelNotFound, match="only safetensors"):
+        resolve("0:1")
+    assert not [request for request in hub.requests if ".bin" in request.path]
 
 
 def test_an_index_that_names_a_tensor_the_file_lacks_is_refused(hub: HubServer, repo: Repo):
@@ -637,3 +685,16 @@ def test_a_layer_that_was_not_fetched_has_no_hash(hub: HubServer, repo: Repo):
 def test_threads_end_with_the_download(hub: HubServer, repo: Repo):
     resolve("0:2")
     assert not [t for t in threading.enumerate() if t.name.startswith("download")]
+
+
+def test_a_redirect_on_the_way_does_not_carry_the_token_on(
+    hub: HubServer, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = single_file(repo, tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    headers = hub_headers(repo, file)
+    # the hub gives no address of a storage, and sends each request there by itself
+    hub.add(Fault("hub", "model.safetensors", "HEAD", times=99, status=200, headers=headers))
+    assert_same_weights(resolve("1:2"), repo, "1:2")
+    fetched = [r for r in hub.requests if r.method == "GET" and r.range is not None]
+    assert {(r.server, r.has_token) for r in fetched} == {("hub", True), ("storage", False)}
