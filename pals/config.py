@@ -88,6 +88,14 @@ def limit_compute_threads(threads: int | None) -> None:
         os.environ["NPROC"] = str(threads)
 
 
+def share_device_memory() -> None:
+    """Let jax take device memory only as it needs it; must run before its first client.
+
+    By default it takes most of a GPU at once, where a shard may be running.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
 # --- secrets -------------------------------------------------------------------------
 
 

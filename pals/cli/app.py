@@ -46,6 +46,7 @@ COMMANDS = {
     "backend": ("pals.cli.backend:backend", "Run the membership backend."),
     "models list": ("pals.cli.models:list_models", "List the models on this machine."),
     "models import": ("pals.cli.models:import_model", "Import a model from a GGUF file."),
+    "models plan": ("pals.cli.plan:plan", "Say what a model takes and which machines hold it."),
     "doctor": ("pals.cli.doctor:doctor", "Check this machine and say what to mend."),
 }
 """Command -> where its function is, and its line in the help."""

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -18,8 +18,10 @@ from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
-from pals.cli.options import ConfigDir
+from pals.cli.options import ConfigDir, Tokens, read_size
 from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
+from pals.engine.memory import Memory
+from pals.errors import InvalidConfig
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.types import Dtype, EngineLimits, LayerRange
 
@@ -142,9 +144,7 @@ class ShardOptions:
     """Options of every command that serves layers."""
 
     dtype: Annotated[Dtype | None, Parameter(help="`bf16`, or `f32` for comparisons.")] = None
-    context: Annotated[
-        int | None, Parameter(validator=_AtLeastOne, help="Most tokens of one session.")
-    ] = None
+    context: Tokens = None
     sessions: Annotated[
         int | None, Parameter(validator=_AtLeastOne, help="Most sessions at one time.")
     ] = None
@@ -153,20 +153,62 @@ class ShardOptions:
         Parameter(validator=_AtLeastOne, help="Compute threads; every core when left out."),
     ] = None
 
-    def make_loader(
-        self, model: str, layers: LayerRange, settings: ShardSettings
-    ) -> Callable[[], ServedShard]:
-        """Return what loads and compiles the shard; jax is imported when it is called."""
-        from pals.net.serving import load_shard
+    memory: Annotated[
+        int | None,
+        Parameter(
+            converter=read_size,
+            help="Memory to fill when no layers are named, such as `24GiB`; this machine's "
+            "when left out.",
+        ),
+    ] = None
 
-        config.limit_compute_threads(self.threads)
-        limits = EngineLimits(
+    def dtype_within(self, settings: ShardSettings) -> Dtype:
+        return self.dtype or settings.dtype
+
+    def limits_within(self, settings: ShardSettings) -> EngineLimits:
+        return EngineLimits(
             max_sessions=self.sessions or settings.max_sessions,
             max_context_tokens=self.context or settings.max_context_tokens,
             max_chunk_tokens=settings.max_chunk_tokens,
         )
-        dtype = self.dtype or settings.dtype
-        return partial(load_shard, model, layers, dtype, limits, on_progress=console.note)
+
+    def make_role(
+        self, model: str, layers: LayerRange | None, settings: ShardSettings, *, json: bool
+    ) -> Callable[[Node], Awaitable[None]]:
+        """Return what serves a shard on a node; jax is imported when it loads.
+
+        Args:
+            model: Model name or folder.
+            layers: The layers; None chooses some that fit.
+            settings: For what these options leave out.
+            json: Print one JSON document a line.
+
+        Raises:
+            InvalidConfig: Both layers and memory are named.
+        """
+        from pals.net.fitting import FittingShard, run_fitting_shard
+        from pals.net.serving import load_shard, run_shard
+
+        config.limit_compute_threads(self.threads)
+        dtype, limits = self.dtype_within(settings), self.limits_within(settings)
+        on_ready = partial(announce_shard, json)
+        if layers is None:
+            shard = FittingShard(
+                model=model,
+                dtype=dtype,
+                limits=limits,
+                memory=None if self.memory is None else Memory(size_bytes=self.memory),
+                on_progress=console.note,
+            )
+            return partial(run_fitting_shard, shard=shard, on_ready=on_ready)
+        if self.memory is not None:
+            raise InvalidConfig(
+                source="--memory",
+                problem=f"the layers {layers} take what they take",
+                advice="leave out `--layers`, or `--memory`",
+            )
+        load = partial(load_shard, model, layers, dtype, limits, on_progress=console.note)
+        return partial(run_shard, load=load, on_ready=on_ready)
 
 
 NO_SERVER_OPTIONS = ServerOptions()

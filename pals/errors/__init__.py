@@ -39,6 +39,7 @@ from pals.errors.models import (
     InvalidText,
     ModelNotFound,
     ModelNotWritten,
+    ModelTooLarge,
     TemplateError,
     UnsupportedModel,
 )
@@ -118,6 +119,7 @@ __all__ = [
     "ModelError",
     "ModelNotFound",
     "ModelNotWritten",
+    "ModelTooLarge",
     "NoChain",
     "NoSuchRoute",
     "NoSwarm",

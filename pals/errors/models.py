@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pals.errors.base import ModelError, UserError
+from pals.errors.base import CapacityError, ModelError, UserError
 
 
 class ModelNotFound(ModelError):
@@ -39,6 +39,15 @@ class ModelNotWritten(ModelError):
     message = "the model cannot be written to {folder}: {problem}"
     hint_template = "free some space there, or set PALS_CACHE_DIR to a folder that has it"
     http_status = 500
+
+
+class ModelTooLarge(CapacityError):
+    """A machine on which not even one layer of a model fits."""
+
+    code = "PALS-MODEL-TOO-LARGE"
+    message = "no layer of `{model}` fits in {memory}: a shard of one takes {needed}"
+    hint_template = "free memory, or serve fewer or shorter sessions: `--sessions`, `--context`"
+    retryable = False
 
 
 class TemplateError(ModelError):

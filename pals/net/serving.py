@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
 from pals.errors import InvalidRecord, LayersOutsideModel
+from pals.models.config import ModelConfig
 from pals.net.announce import MAX_ADDRESSES, Announcement, sign_announcement, useful_first
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
@@ -59,8 +60,8 @@ def load_shard(
     num_layers = snapshot.config.num_layers
     if layers.stop > num_layers:
         raise LayersOutsideModel(layers=layers, num_layers=num_layers)
-    if limits.max_context_tokens > snapshot.config.max_position_embeddings:
-        limits = replace(limits, max_context_tokens=snapshot.config.max_position_embeddings)
+    asked, limits = limits, limits_within(limits, snapshot.config)
+    if limits != asked:
         on_progress(f"context: {limits.max_context_tokens} tokens, the most this model takes")
     on_progress(f"loading layers {layers} of {snapshot.model_id}")
     loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits)
@@ -81,14 +82,18 @@ def load_shard(
     )
 
 
+def limits_within(limits: EngineLimits, config: ModelConfig) -> EngineLimits:
+    """Return ``limits`` with no longer context than the model takes."""
+    most = config.max_position_embeddings
+    return replace(limits, max_context_tokens=min(limits.max_context_tokens, most))
+
+
 OnReady = Callable[[Node, ServedShard], None]
 """Called once a shard is announced."""
 
 
-async def serve_shard(
-    options: NodeOptions, load: Callable[[], ServedShard], *, on_ready: OnReady
-) -> None:
-    """Run a node that serves one shard until cancelled; see `run_shard`.
+async def serve_role(options: NodeOptions, serve: Callable[[Node], Awaitable[None]]) -> None:
+    """Run a node that serves until cancelled, such as by `run_shard`.
 
     Raises:
         RosterUnavailable: There is no verified member list.
@@ -96,7 +101,7 @@ async def serve_shard(
         ModelError: The model cannot be loaded.
     """
     async with open_node(options) as node:
-        await run_shard(node, load, on_ready=on_ready)
+        await serve(node)
 
 
 async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady) -> None:
