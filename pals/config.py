@@ -38,7 +38,7 @@ from pals.errors import (
     ProfileMissing,
     SwarmSecretInvalid,
 )
-from pals.types import Dtype, GroupSize
+from pals.types import Dtype, GroupSize, Quantization
 
 SECRET_BYTES = 32
 _SWARM_ID = re.compile(r"[0-9a-f]{64}")
@@ -86,6 +86,14 @@ def limit_compute_threads(threads: int | None) -> None:
     """
     if threads is not None:
         os.environ["NPROC"] = str(threads)
+
+
+def share_device_memory() -> None:
+    """Let jax take device memory only as it needs it; must run before its first client.
+
+    By default it takes most of a GPU at once, where a shard may be running.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 # --- secrets -------------------------------------------------------------------------
@@ -373,6 +381,10 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_sessions: int = 4
     max_context_tokens: int = 2048
     max_chunk_tokens: int = 256
+
+    @property
+    def quantization(self) -> Quantization:
+        return Quantization(group_size=self.int4_group_size, activations=self.quantize_activations)
 
 
 class DemoSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

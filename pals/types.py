@@ -131,6 +131,15 @@ class EngineLimits:
     max_chunk_tokens: int = 256
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """How one shard holds its layers, and for how much it makes room."""
+
+    dtype: Dtype = "bf16"
+    limits: EngineLimits
+    quantization: Quantization = DEFAULT_QUANTIZATION
+
+
 def short_id(value: str | bytes) -> str:
     """Return the 8-character form used in logs and tables."""
     return value.hex()[:8] if isinstance(value, bytes) else value[-8:]

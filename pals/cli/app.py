@@ -50,6 +50,7 @@ COMMANDS = {
     "models remove": ("pals.cli.models:remove", "Remove a model from this machine."),
     "models verify": ("pals.cli.models:verify", "Check the files of a model for damage."),
     "models import": ("pals.cli.models:import_model", "Import a model from a GGUF file."),
+    "models plan": ("pals.cli.plan:plan", "Say what a model takes and which machines hold it."),
     "doctor": ("pals.cli.doctor:doctor", "Check this machine and say what to mend."),
 }
 """Command -> where its function is, and its line in the help."""

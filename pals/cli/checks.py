@@ -7,7 +7,6 @@ imports it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import stat
@@ -27,6 +26,7 @@ from pals.config import (
     check_private,
     child_environment,
 )
+from pals.engine.memory import free_host_bytes
 from pals.errors import PalsError
 
 State = Literal["ok", "warn", "fail", "skipped"]
@@ -118,8 +118,8 @@ def check_device(_: Subject) -> Finding:
 
 def check_memory(_: Subject) -> Finding:
     """Compare the memory that is free with what a small shard takes."""
-    free = _available_memory_bytes()
-    return _at_least(free, LEAST_FREE_MEMORY_BYTES, "close programs, or serve fewer layers")
+    hint = "close programs, or serve fewer layers"
+    return _at_least(free_host_bytes(), LEAST_FREE_MEMORY_BYTES, hint)
 
 
 def check_disk(_: Subject) -> Finding:
@@ -220,16 +220,6 @@ def _at_least(free: int, least: int, hint: str) -> Finding:
     if free >= least:
         return Finding(state="ok", text=text)
     return Finding(state="warn", text=f"{text}, less than {least / 1e9:.1f} GB", hint=hint)
-
-
-def _available_memory_bytes() -> int:
-    """Return what programs may still take; all there is where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    kilobytes = {name: value.split()[0] for name, _, value in (x.partition(":") for x in lines)}
-    return int(kilobytes["MemAvailable"]) * 1024
 
 
 def _existing_parent(path: Path) -> Path:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token, validators
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt])(i?)b", re.IGNORECASE)
+_COUNT = re.compile(r"(\d+)(k?)", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 ConfigDir = Annotated[
     Path | None,
@@ -21,3 +27,53 @@ Json = Annotated[
     Parameter(name="--json", negative="", help="Print one JSON document on standard output."),
 ]
 """Whether to print a document for programs instead of lines for people."""
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``24GiB`` (1024s) or ``24GB`` (1000s).
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"`{text}` is no size; write one such as 24GiB, 24GB or 512MiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
+
+
+def parse_tokens(text: str) -> int:
+    """Read a number of tokens, such as ``4096`` or ``32k`` (32 x 1024).
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = _COUNT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"`{text}` is no number of tokens; write one such as 4096 or 32k")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def read_size(_: type, tokens: Sequence[Token]) -> int:
+    """Convert one size on the command line."""
+    return parse_bytes(tokens[0].value)
+
+
+def read_sizes(_: type, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """Convert sizes on the command line."""
+    return tuple(parse_bytes(token.value) for token in tokens)
+
+
+def _read_tokens(_: type, tokens: Sequence[Token]) -> int:
+    return parse_tokens(tokens[0].value)
+
+
+Tokens = Annotated[
+    int | None,
+    Parameter(
+        converter=_read_tokens,
+        validator=validators.Number(gte=1),
+        help="Most tokens of one session, such as `4096` or `32k`.",
+    ),
+]
+"""A number of tokens."""

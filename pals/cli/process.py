@@ -7,7 +7,8 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -18,10 +19,12 @@ from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
-from pals.cli.options import ConfigDir
+from pals.cli.options import ConfigDir, Tokens, read_size
 from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
+from pals.engine.memory import Memory
+from pals.errors import InvalidConfig
 from pals.swarm.identity import Identity, load_or_create_identity
-from pals.types import Dtype, EngineLimits, GroupSize, LayerRange, Quantization
+from pals.types import Dtype, EngineLimits, GroupSize, LayerRange, Quantization, ShardSpec
 
 if TYPE_CHECKING:
     from pals.net.node import Node, NodeOptions
@@ -152,9 +155,7 @@ class ShardOptions:
     group_size: Annotated[
         GroupSize | None, Parameter(help="Columns that share a scale in `int4`.")
     ] = None
-    context: Annotated[
-        int | None, Parameter(validator=_AtLeastOne, help="Most tokens of one session.")
-    ] = None
+    context: Tokens = None
     sessions: Annotated[
         int | None, Parameter(validator=_AtLeastOne, help="Most sessions at one time.")
     ] = None
@@ -163,27 +164,70 @@ class ShardOptions:
         Parameter(validator=_AtLeastOne, help="Compute threads; every core when left out."),
     ] = None
 
-    def make_loader(
-        self, model: str, layers: LayerRange, settings: ShardSettings
-    ) -> Callable[[], ServedShard]:
-        """Return what loads and compiles the shard; jax is imported when it is called."""
-        from pals.net.serving import load_shard
+    memory: Annotated[
+        int | None,
+        Parameter(
+            converter=read_size,
+            help="Memory to fill when no layers are named, such as `24GiB`; this machine's "
+            "when left out.",
+        ),
+    ] = None
 
-        config.limit_compute_threads(self.threads)
+    def spec_within(self, settings: ShardSettings) -> ShardSpec:
+        """Return what these options ask for, and of the settings what they leave out."""
         limits = EngineLimits(
             max_sessions=self.sessions or settings.max_sessions,
             max_context_tokens=self.context or settings.max_context_tokens,
             max_chunk_tokens=settings.max_chunk_tokens,
         )
-        dtype = self.dtype or settings.dtype
         activations = settings.quantize_activations
         quantization = Quantization(
             group_size=self.group_size or settings.int4_group_size,
             activations=activations if self.act_quant is None else self.act_quant == "on",
         )
-        return partial(
-            load_shard, model, layers, dtype, limits, quantization, on_progress=console.note
+        return ShardSpec(
+            dtype=self.dtype or settings.dtype, limits=limits, quantization=quantization
         )
+
+    def make_role(
+        self, model: str, layers: LayerRange | None, settings: ShardSettings, *, json: bool
+    ) -> Callable[[Node], Awaitable[None]]:
+        """Return what serves a shard on a node; jax is imported when it loads.
+
+        Args:
+            model: Model name or folder.
+            layers: The layers; None chooses some that fit.
+            settings: For what these options leave out.
+            json: Print one JSON document a line.
+
+        Raises:
+            InvalidConfig: Both layers and memory are named.
+        """
+        from pals.cli.progress import Lines
+        from pals.net.fitting import FittingShard, run_fitting_shard
+        from pals.net.serving import Report, load_shard, run_shard
+
+        config.limit_compute_threads(self.threads)
+        spec = self.spec_within(settings)
+        # lines and no bar: a server's other messages come between them
+        report = Report(on_progress=console.note, on_download=Lines(model, clock=time.monotonic))
+        on_ready = partial(announce_shard, json)
+        if layers is None:
+            shard = FittingShard(
+                model=model,
+                spec=spec,
+                memory=None if self.memory is None else Memory(size_bytes=self.memory),
+                report=report,
+            )
+            return partial(run_fitting_shard, shard=shard, on_ready=on_ready)
+        if self.memory is not None:
+            raise InvalidConfig(
+                source="--memory",
+                problem=f"the layers {layers} take what they take",
+                advice="leave out `--layers`, or `--memory`",
+            )
+        load = partial(load_shard, model, layers, spec, report=report)
+        return partial(run_shard, load=load, on_ready=on_ready)
 
 
 NO_SERVER_OPTIONS = ServerOptions()

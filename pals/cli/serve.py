@@ -23,7 +23,6 @@ from pals.cli.process import (
     Member,
     ServerOptions,
     ShardOptions,
-    announce_shard,
     configure_logging,
     load_member,
     node_options,
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
     from pals.driver.sessions import SessionClient
     from pals.models.snapshot import Snapshot
     from pals.net.node import Node
-    from pals.net.serving import ServedShard
+
+AUTO = "auto"
 
 
 def serve(
@@ -61,7 +61,8 @@ def serve(
         host: Address to listen on; anything but loopback needs an API key.
         port: Port to listen on; 0 takes a free one.
         api_key: Key that clients must send; `PALS_API_KEY` keeps it out of the process list.
-        layers: Also serve this range of layers to the swarm, such as `0:10`.
+        layers: Also serve this range of layers to the swarm, such as `0:10`; `auto` chooses
+            as many as fit, those that nobody serves first.
         shard_options: Options of the shard, with `--layers`.
         options: Options of the member.
         json: Print one JSON document a line on standard output.
@@ -70,7 +71,7 @@ def serve(
     if api_key is not None:
         _move_key_to_environment(api_key)
     key = config.take_environment(config.API_KEY_VARIABLE)
-    layer_range = None if layers is None else LayerRange.parse(layers)
+    layer_range = None if layers in (None, AUTO) else LayerRange.parse(layers)
     settings = options.load_settings()
     bind = msgspec.structs.replace(
         settings.serve,
@@ -83,17 +84,11 @@ def serve(
     )
     model = model or member.entry.model
     also = None
-    if layer_range is not None:
-        also = _shard_role(shard_options.make_loader(model, layer_range, settings.shard), json)
+    if layers is not None:
+        also = shard_options.make_role(model, layer_range, settings.shard, json=json)
     listener = listen(bind.host, bind.port, api_key=key)
     with exiting_on_termination(), member.profile.lock(), listener.socket:
         _serve(member, settings, model, listener, key, also=also, json=json)
-
-
-def _shard_role(load: Callable[[], ServedShard], json: bool) -> Callable[[Node], Awaitable[None]]:
-    from pals.net.serving import run_shard
-
-    return partial(run_shard, load=load, on_ready=partial(announce_shard, json))
 
 
 def _move_key_to_environment(api_key: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,6 @@ from pals.cli.process import (
     NO_SHARD_OPTIONS,
     ServerOptions,
     ShardOptions,
-    announce_shard,
     configure_logging,
     load_member,
     node_options,
@@ -23,15 +22,14 @@ from pals.cli.process import (
 from pals.types import LayerRange
 
 if TYPE_CHECKING:
-    from pals.net.node import NodeOptions
-    from pals.net.serving import ServedShard
+    from pals.net.node import Node, NodeOptions
 
 
 def shard(
     model: str | None = None,
     /,
     *,
-    layers: str,
+    layers: str | None = None,
     shard_options: ShardOptions = NO_SHARD_OPTIONS,
     options: ServerOptions = NO_SERVER_OPTIONS,
     json: Json = False,
@@ -40,22 +38,24 @@ def shard(
 
     Args:
         model: Model name or folder; the swarm's model when left out.
-        layers: Half-open range of layers, such as `0:10`.
+        layers: Half-open range of layers, such as `0:10`; as many as fit when left out,
+            those that nobody serves first.
         shard_options: Options of the shard.
         options: Options of the member.
         json: Print one JSON document a line on standard output.
     """
     configure_logging(verbose=options.verbose)
-    layer_range = LayerRange.parse(layers)
+    layer_range = None if layers is None else LayerRange.parse(layers)
     settings = options.load_settings()
     member = load_member(options.profile)
-    load = shard_options.make_loader(model or member.entry.model, layer_range, settings.shard)
+    role = shard_options.make_role(
+        model or member.entry.model, layer_range, settings.shard, json=json
+    )
     with member.profile.lock():
-        trio.run(_serve, node_options(member, settings), load, json)
+        trio.run(_serve, node_options(member, settings), role)
 
 
-async def _serve(options: NodeOptions, load: Callable[[], ServedShard], json: bool) -> None:
-    from pals.net.serving import serve_shard
+async def _serve(options: NodeOptions, role: Callable[[Node], Awaitable[None]]) -> None:
+    from pals.net.serving import serve_role
 
-    on_ready = partial(announce_shard, json)
-    raise_interrupt(await run_until_signal(partial(serve_shard, options, load, on_ready=on_ready)))
+    raise_interrupt(await run_until_signal(partial(serve_role, options, role)))

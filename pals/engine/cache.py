@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from pals.errors import InvalidStep
@@ -13,6 +14,8 @@ from pals.models.decoder import Cache
 from pals.types import EngineLimits, LayerRange
 
 MIN_CHUNK_BUCKET = 16
+
+AbstractCache = tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
 
 
 def cache_positions(limits: EngineLimits) -> int:
@@ -25,18 +28,28 @@ def cache_positions(limits: EngineLimits) -> int:
     return limits.max_context_tokens + max(MIN_CHUNK_BUCKET, limits.max_chunk_tokens // 2)
 
 
-def build_cache(
+def abstract_cache(
     config: ModelConfig, layers: LayerRange, *, limits: EngineLimits, dtype: jnp.dtype
-) -> Cache:
-    """Allocate zeros, [slots, K, C, H] for each array that a layer keeps."""
+) -> AbstractCache:
+    """Return the shapes of the cache, [slots, K, C, H] for each array that a layer keeps."""
     stored = storage_dtype(dtype)
     positions = cache_positions(limits)
     return tuple(
         tuple(
-            jnp.zeros((limits.max_sessions, heads, positions, width), stored)
+            jax.ShapeDtypeStruct((limits.max_sessions, heads, positions, width), stored)
             for heads, width in config.cache_shapes(layer)
         )
         for layer in range(layers.start, layers.stop)
+    )
+
+
+def build_cache(
+    config: ModelConfig, layers: LayerRange, *, limits: EngineLimits, dtype: jnp.dtype
+) -> Cache:
+    """Allocate zeros in the shapes of `abstract_cache`."""
+    return tuple(
+        tuple(jnp.zeros(array.shape, array.dtype) for array in arrays)
+        for arrays in abstract_cache(config, layers, limits=limits, dtype=dtype)
     )
 
 

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled
 
 from pals.config import PRIVATE_FOLDER
-from pals.engine.cache import MIN_CHUNK_BUCKET, cache_positions
+from pals.engine.cache import MIN_CHUNK_BUCKET, abstract_cache, cache_positions
 from pals.engine.sampler import SamplingRows, sample
 from pals.models.build import AbstractModel, Parameters
 from pals.models.config import ModelConfig
@@ -32,6 +32,8 @@ MIN_CONTEXT_BUCKET = 256
 CONTEXT_BUCKET_RATIO = 8
 
 Leaves = tuple[jax.Array, ...]
+
+_CODE_UNOPTIMISED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -115,7 +117,9 @@ class Programs:
         limits: EngineLimits,
     ) -> None:
         self._config = config
+        self._layers = layers
         self._dtype = numerics.compute
+        self._platform = numerics.platform
         self._limits = limits
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
@@ -178,6 +182,20 @@ class Programs:
             seconds=time.perf_counter() - started,
             workspace_bytes=memory.temp_size_in_bytes if memory is not None else 0,
         )
+
+    def workspace_bytes(self, key: ProgramKey) -> int:
+        """Return the temporary device bytes of a program, without weights or cache.
+
+        The program is compiled of shapes only and thrown away. Buffers are assigned before
+        machine code is made, so on CPU no time goes into optimising that code.
+        """
+        leaves = tuple(self.parameters.values())
+        cache = abstract_cache(self._config, self._layers, limits=self._limits, dtype=self._dtype)
+        arguments = self._abstract_arguments(key)
+        lowered = self._steps[key.kind].lower(leaves, cache, *arguments, context=key.context)
+        compiled = lowered.compile(_CODE_UNOPTIMISED if self._platform == "cpu" else None)
+        memory = compiled.memory_analysis()
+        return memory.temp_size_in_bytes if memory is not None else 0
 
     def _abstract_arguments(self, key: ProgramKey) -> tuple[object, ...]:
         array = jax.ShapeDtypeStruct

@@ -46,6 +46,7 @@ from pals.errors.models import (
     ModelNotFound,
     ModelNotRemoved,
     ModelNotWritten,
+    ModelTooLarge,
     TemplateError,
     UnsupportedModel,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "ModelNotFound",
     "ModelNotRemoved",
     "ModelNotWritten",
+    "ModelTooLarge",
     "NoChain",
     "NoSuchRoute",
     "NoSwarm",

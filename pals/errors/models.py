@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pals.errors.base import ModelError, UserError
+from pals.errors.base import CapacityError, ModelError, UserError
 
 
 class ModelNotFound(ModelError):
@@ -108,6 +108,15 @@ class ModelNotRemoved(ModelError):
     message = "the model in {folder} is not wholly removed: {problem}"
     hint_template = "check who owns the folder, then run it again"
     http_status = 500
+
+
+class ModelTooLarge(CapacityError):
+    """A machine on which not even one layer of a model fits."""
+
+    code = "PALS-MODEL-TOO-LARGE"
+    message = "no layer of `{model}` fits in {memory}: a shard of one takes {needed}"
+    hint_template = "free memory, or serve fewer or shorter sessions: `--sessions`, `--context`"
+    retryable = False
 
 
 class TemplateError(ModelError):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
 from pals.errors import InvalidRecord, LayersOutsideModel
+from pals.models.config import ModelConfig
 from pals.net.announce import (
     LAYER_HASH_BYTES,
     MAX_ADDRESSES,
@@ -21,7 +22,7 @@ from pals.net.announce import (
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.types import Dtype, EngineLimits, LayerRange, Quantization
+from pals.types import EngineLimits, LayerRange, ShardSpec
 
 ANNOUNCE_INTERVAL_S = 60.0
 ANNOUNCE_SOON_S = 2.0
@@ -48,14 +49,25 @@ class ServedShard:
     limits: EngineLimits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Who is told how the loading of a shard goes on.
+
+    Attributes:
+        on_progress: What happens, in a line.
+        on_download: Bytes of weights that were downloaded, and all that are to be.
+    """
+
+    on_progress: Callable[[str], None]
+    on_download: Callable[[int, int], None]
+
+
 def load_shard(
     model: str,
     layers: LayerRange,
-    dtype: Dtype,
-    limits: EngineLimits,
-    quantization: Quantization,
+    spec: ShardSpec,
     *,
-    on_progress: Callable[[str], None],
+    report: Report,
 ) -> ServedShard:
     """Read a shard's weights and compile everything that its limits allow.
 
@@ -67,18 +79,23 @@ def load_shard(
     from pals.engine.shard import Shard
     from pals.models.hub import resolve_model
 
-    snapshot = resolve_model(model, layers)
+    snapshot = resolve_model(model, layers, on_progress=report.on_download)
     num_layers = snapshot.config.num_layers
     if layers.stop > num_layers:
         raise LayersOutsideModel(layers=layers, num_layers=num_layers)
-    if limits.max_context_tokens > snapshot.config.max_position_embeddings:
-        limits = replace(limits, max_context_tokens=snapshot.config.max_position_embeddings)
-        on_progress(f"context: {limits.max_context_tokens} tokens, the most this model takes")
-    on_progress(f"loading layers {layers} of {snapshot.model_id}")
-    loaded = Shard.load(snapshot, layers, dtype=dtype, limits=limits, quantization=quantization)
+    limits = limits_within(spec.limits, snapshot.config)
+    if limits != spec.limits:
+        report.on_progress(
+            f"context: {limits.max_context_tokens} tokens, the most this model takes"
+        )
+    report.on_progress(f"loading layers {layers} of {snapshot.model_id}")
+    loaded = Shard.load(
+        snapshot, layers, dtype=spec.dtype, limits=limits, quantization=spec.quantization
+    )
     started_s = time.perf_counter()
     programs = loaded.warmup()
-    on_progress(f"compiled {len(programs)} programs in {time.perf_counter() - started_s:.1f} s")
+    seconds = time.perf_counter() - started_s
+    report.on_progress(f"compiled {len(programs)} programs in {seconds:.1f} s")
     return ServedShard(
         runner=loaded,
         model_id=snapshot.model_id,
@@ -86,7 +103,7 @@ def load_shard(
             manifest=snapshot.manifest,
             num_layers=num_layers,
             hidden_size=snapshot.config.hidden_size,
-            dtype=dtype,
+            dtype=spec.dtype,
         ),
         layers=layers,
         layer_hashes=tuple(layer_hash[:LAYER_HASH_BYTES] for layer_hash in loaded.layer_hashes),
@@ -94,14 +111,18 @@ def load_shard(
     )
 
 
+def limits_within(limits: EngineLimits, config: ModelConfig) -> EngineLimits:
+    """Return ``limits`` with no longer context than the model takes."""
+    most = config.max_position_embeddings
+    return replace(limits, max_context_tokens=min(limits.max_context_tokens, most))
+
+
 OnReady = Callable[[Node, ServedShard], None]
 """Called once a shard is announced."""
 
 
-async def serve_shard(
-    options: NodeOptions, load: Callable[[], ServedShard], *, on_ready: OnReady
-) -> None:
-    """Run a node that serves one shard until cancelled; see `run_shard`.
+async def serve_role(options: NodeOptions, serve: Callable[[Node], Awaitable[None]]) -> None:
+    """Run a node that serves until cancelled, such as by `run_shard`.
 
     Raises:
         RosterUnavailable: There is no verified member list.
@@ -109,7 +130,7 @@ async def serve_shard(
         ModelError: The model cannot be loaded.
     """
     async with open_node(options) as node:
-        await run_shard(node, load, on_ready=on_ready)
+        await serve(node)
 
 
 async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady) -> None:

@@ -27,7 +27,7 @@ from pals.driver.sessions import (
 from pals.models.snapshot import Snapshot
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import Node, NodeOptions
-from pals.net.serving import ServedShard, load_shard, run_shard, serve_shard
+from pals.net.serving import ServedShard, load_shard, run_shard, serve_role
 from pals.swarm.identity import load_or_create_identity
 from pals.types import Dtype, EngineLimits, LayerRange
 from tests.checkpoints import make_llama_checkpoint
@@ -145,7 +145,7 @@ async def start_shard(
 
     async def run() -> None:
         with scope:
-            await serve_shard(options, load, on_ready=on_ready)
+            await serve_role(options, partial(run_shard, load=load, on_ready=on_ready))
         finished.set()
 
     nursery.start_soon(run)
