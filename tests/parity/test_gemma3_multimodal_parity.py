@@ -5,6 +5,7 @@ from tests.parity.test_gemma3_parity import GEMMA
 
 TEXT = {
     **GEMMA,
+    "initializer_range": 0.05,
     "num_hidden_layers": 2,
     "head_dim": 16,
     "sliding_window": 20,
