@@ -11,6 +11,7 @@ from pals.models.configs import (
     deepseek_v3,
     gemma3,
     glm4_moe,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -68,6 +69,12 @@ FAMILIES: dict[str, FamilyEntry] = {
         read=gemma3.read,
         covers="Gemma 3 270M and 1B",
         source="https://arxiv.org/abs/2503.19786",
+    ),
+    "gpt_oss": FamilyEntry(
+        architectures=("GptOssForCausalLM",),
+        read=gpt_oss.read,
+        covers="gpt-oss 20b and 120b",
+        source="https://arxiv.org/abs/2508.10925",
     ),
     "llama": FamilyEntry(
         architectures=("LlamaForCausalLM",),

@@ -71,9 +71,7 @@ def read(reader: ConfigReader) -> DenseConfig:
     config = DenseConfig(
         family="gemma3",
         **common,
-        rope=read_ropes(
-            reader, width=heads.head_dim, positions=common["max_position_embeddings"]
-        ),
+        rope=read_ropes(reader, width=heads.head_dim, positions=common["max_position_embeddings"]),
         intermediate_size=reader.integer("intermediate_size", MAX_INTERMEDIATE_SIZE),
         mlp_bias=False,
         attention=read_attention(reader, heads, common["num_layers"]),
