@@ -2,6 +2,16 @@
 
 from tests.parity.matrix import ParityMatrix, reference_of
 
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
+
 reference = reference_of(
     "GptOssForCausalLM",
     {
@@ -12,15 +22,7 @@ reference = reference_of(
             "intermediate_size": 33,
             "head_dim": 20,
             "sliding_window": 9,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 150.0,
-                "factor": 4.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 32,
-            },
+            "rope_parameters": YARN_ROPE,
         },
         "plain-rope-tight-clamp": {
             "num_hidden_layers": 2,

@@ -39,7 +39,6 @@ def read(reader: ConfigReader) -> SparseConfig:
     """Read a config of model_type ``gpt_oss``."""
     reader = with_default_rope(reader)
     reader.expect("hidden_act", "silu")
-    expect_mxfp4(reader)
     common = read_common(reader, positions=131_072, eps=1e-5)
     bias = reader.boolean("attention_bias", default=True)
     switches = AttentionSwitches(
@@ -70,14 +69,6 @@ def with_default_rope(reader: ConfigReader) -> ConfigReader:
     return ConfigReader(
         {**reader.values, "rope_scaling": DEFAULT_ROPE}, reader.source, reader.taken
     )
-
-
-def expect_mxfp4(reader: ConfigReader) -> None:
-    """Raise when the weights are quantised otherwise than OpenAI published them."""
-    quantization = reader.table("quantization_config")
-    if quantization is not None:
-        quantization.expect("quant_method", "mxfp4")
-        quantization.refuse_unknown("modules_to_not_convert")
 
 
 def read_windows(reader: ConfigReader, num_layers: int) -> list[int | None]:
