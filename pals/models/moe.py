@@ -51,13 +51,13 @@ class MoE(nnx.Module):
 
     def __init__(self, config: MoEConfig, hidden_size: int, layer: int, numerics: Numerics) -> None:
         router = numerics.moe.override.apply(config.router)
-        limit = config.swiglu_limit
+        limit, alpha = config.swiglu_limit, config.swiglu_alpha
         self.gate = Router(router, hidden_size, numerics=numerics)
         self.experts = Experts(
             router.num_experts,
             hidden_size,
             config.intermediate_size,
-            activation=swiglu if limit is None else ClampedSwiGLU(limit=limit),
+            activation=swiglu if limit is None else ClampedSwiGLU(alpha=alpha, limit=limit),
             bias=config.bias,
             numerics=numerics,
         )

@@ -48,8 +48,13 @@ NUMPY_DTYPES = MappingProxyType(
         "F32": np.dtype("<f4"),
         "F16": np.dtype("<f2"),
         "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E8M0": np.dtype(np.uint8),
+        "U8": np.dtype(np.uint8),
+        "I32": np.dtype("<i4"),
     }
 )
+"""What is read: floats, and the codes and exponents of quantised matrices."""
 
 
 class Weights(Protocol):
@@ -115,7 +120,7 @@ class TensorEntry:
         """Return the tensor in the dtype of the file.
 
         Raises:
-            UnsupportedModel: The dtype is not one of F32, F16 and BF16.
+            UnsupportedModel: The dtype is not one of `NUMPY_DTYPES`.
             CorruptModel: The file became shorter.
         """
         dtype = NUMPY_DTYPES.get(self.dtype)

@@ -90,25 +90,36 @@ class PerExpert:
 
 
 class Fused:
-    """A parameter [E, R, C] that is one tensor, whose experts may be stored otherwise."""
+    """A parameter [E, R, ...] that is one tensor, whose experts may be stored otherwise."""
 
-    def __init__(self, name: str, *, change: Callable[[Array], Array] = unchanged) -> None:
-        """Take the tensor ``name``; ``change`` gets one expert's [C, R] or [R, C]."""
+    def __init__(
+        self,
+        name: str,
+        *,
+        transposed: bool = False,
+        change: Callable[[Array], Array] = unchanged,
+    ) -> None:
+        """Take the tensor ``name``.
+
+        Args:
+            name: Of the tensor.
+            transposed: It is [E, C, R].
+            change: From one expert's block, as `Piece.change`.
+        """
         self._name = name
+        self._transposed = transposed
         self._change = change
 
     def pieces(self, prefix: str, shape: Shape) -> Iterator[Piece]:
-        num_experts, rows, *rest = shape
-        stored = (num_experts, rows, *rest)
-        if self._change is not unchanged and rest:
-            stored = (num_experts, *rest, rows)
+        num_experts, *block = shape
+        stored = (num_experts, *(reversed(block) if self._transposed else block))
         for expert in range(num_experts):
             yield Piece(
                 source=prefix + self._name,
                 shape=stored,
                 entry=expert,
                 index=expert,
-                rows=slice(0, rows),
+                rows=slice(0, block[0]),
                 change=self._change,
             )
 

@@ -46,12 +46,12 @@ class Parts:
         """Return the rows of one sequence that begins in slot 0."""
         return make_rows(self.ours.config, jnp.array([0]), jnp.array([0]), TOKENS)
 
-    def their_tables(self) -> tuple:
-        """Return cosine and sine [1, T, R] of transformers."""
+    def their_tables(self, *layer_type: str) -> tuple:
+        """Return cosine and sine [1, T, R] of transformers; some differ between layers."""
         import torch
 
         positions = torch.arange(TOKENS)[None]
-        return self.theirs.model.rotary_emb(torch.tensor(self.hidden), positions)
+        return self.theirs.model.rotary_emb(torch.tensor(self.hidden), positions, *layer_type)
 
     def call(self, module: object, *arguments: object, **options: object) -> np.ndarray:
         """Run a module of transformers over the hidden states; returns its first output."""
@@ -62,12 +62,17 @@ class Parts:
         return (output[0] if isinstance(output, tuple) else output).numpy()
 
     def their_attention(
-        self, layer: int, *, window: int | None = None, cache: object = None
+        self,
+        layer: int,
+        *layer_type: str,
+        window: int | None = None,
+        cache: object = None,
     ) -> np.ndarray:
         """Return what transformers' attention makes of the hidden states, [1, T, D].
 
         Args:
             layer: Number of the layer.
+            layer_type: Where it decides on the rotary table.
             window: Tokens that a query sees, itself included.
             cache: transformers' cache, which is written.
         """
@@ -77,7 +82,7 @@ class Parts:
         visible = (ages >= 0) & (ages < (window or TOKENS))
         mask = torch.tensor(np.where(visible, 0.0, -np.inf), dtype=torch.float32)[None, None]
         module = self.theirs.model.layers[layer].self_attn
-        return self.call(module, self.their_tables(), mask, past_key_values=cache)
+        return self.call(module, self.their_tables(*layer_type), mask, past_key_values=cache)
 
     def our_attention(self, layer: int) -> tuple[np.ndarray, tuple[jax.Array, ...]]:
         """Return what our attention makes of them, and the cache that it wrote."""
@@ -88,12 +93,13 @@ class Parts:
         )
         return np.asarray(found), cache
 
-    def assert_same_routing(self, layer: int) -> None:
+    def assert_same_routing(self, layer: int, *, name: str = "gate") -> None:
         """Raise unless both routers give each token the same experts and weights."""
         import torch
 
+        router = getattr(self.theirs.model.layers[layer].mlp, name)
         with torch.no_grad():
-            _, weights, ids = self.theirs.model.layers[layer].mlp.gate(torch.tensor(self.hidden))
+            _, weights, ids = router(torch.tensor(self.hidden[0]))
         routing = self.ours.layers[layer].mlp.gate(jnp.array(self.hidden[0]))
 
         order = np.argsort(ids.numpy(), axis=-1)

@@ -84,14 +84,19 @@ class Reference:
         return output[0, len(prompt) :].tolist()
 
 
-def reference_of(architecture: str, configs: Mapping[str, Mapping[str, object]]):
-    """Return a fixture over ``configs`` of one class of transformers."""
+def reference_of(
+    architecture: str,
+    configs: Mapping[str, Mapping[str, object]],
+    *,
+    common: Mapping[str, object] = COMMON,
+):
+    """Return a fixture over ``configs``, which add to ``common``, of a class of transformers."""
 
     @pytest.fixture(scope="module", params=list(configs), ids=str, name="reference")
     def reference(request, tmp_path_factory):
         seed = list(configs).index(request.param)
         folder = tmp_path_factory.mktemp(request.param)
-        values = {**COMMON, **configs[request.param]}
+        values = {**common, **configs[request.param]}
         model = save_random_model(folder, architecture, values, seed=seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))

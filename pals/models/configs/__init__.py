@@ -9,7 +9,9 @@ from typing import cast
 from pals.models.config import MAX_PARAMETERS, ModelConfig
 from pals.models.configs import (
     deepseek_v3,
+    gemma3,
     glm4_moe,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -56,6 +58,24 @@ DEEPSEEK_V3 = FamilyEntry(
 )
 
 FAMILIES: dict[str, FamilyEntry] = {
+    "gemma3": FamilyEntry(
+        architectures=("Gemma3ForConditionalGeneration",),
+        read=gemma3.read_multimodal,
+        covers="Gemma 3 4B, 12B, 27B, of which the text model is run",
+        source="https://arxiv.org/abs/2503.19786",
+    ),
+    "gemma3_text": FamilyEntry(
+        architectures=("Gemma3ForCausalLM",),
+        read=gemma3.read,
+        covers="Gemma 3 270M and 1B",
+        source="https://arxiv.org/abs/2503.19786",
+    ),
+    "gpt_oss": FamilyEntry(
+        architectures=("GptOssForCausalLM",),
+        read=gpt_oss.read,
+        covers="gpt-oss 20b and 120b",
+        source="https://arxiv.org/abs/2508.10925",
+    ),
     "llama": FamilyEntry(
         architectures=("LlamaForCausalLM",),
         read=llama.read,

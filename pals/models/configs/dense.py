@@ -47,6 +47,7 @@ class AttentionSwitches:
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
 
 
 def build_dense(
@@ -83,6 +84,7 @@ def build_attention(heads: Heads, switches: AttentionSwitches) -> tuple[Attentio
             output_bias=switches.output_bias,
             qk_norm=switches.qk_norm,
             window=window,
+            sinks=switches.sinks,
         )
         for window in switches.windows
     )

@@ -95,6 +95,7 @@ class MoEConfig:
         shared_intermediate_size: F of an expert that every token runs through.
         bias: The experts' projections are affine.
         swiglu_limit: Bound of gpt_oss's clamped SwiGLU; None for the plain one.
+        swiglu_alpha: Steepness of its sigmoid.
     """
 
     router: RouterConfig
@@ -102,6 +103,7 @@ class MoEConfig:
     shared_intermediate_size: int | None = None
     bias: bool = False
     swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
 
     def parameters(self, hidden_size: int) -> int:
         """Return the parameters in its matrices."""

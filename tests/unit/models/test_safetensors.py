@@ -104,8 +104,8 @@ def test_unknown_dtype_is_unsupported(tmp_path):
         read_header(path)
 
 
-def test_integer_weight_is_unsupported(tmp_path):
-    path = write_raw(tmp_path / "model.safetensors", {"a": entry([1], 0, 4, "I32")}, b"\0" * 4)
+def test_integers_that_no_format_packs_are_unsupported(tmp_path):
+    path = write_raw(tmp_path / "model.safetensors", {"a": entry([1], 0, 4, "U32")}, b"\0" * 4)
 
     with pytest.raises(UnsupportedModel):
         read_header(path)["a"].read()
