@@ -12,7 +12,11 @@ import msgspec
 from benchmarks.markdown import update_tables
 from benchmarks.results import Result
 
-BENCHMARKS = {"demo": "benchmarks.demo", "load": "benchmarks.load"}
+BENCHMARKS = {
+    "demo": "benchmarks.demo",
+    "load": "benchmarks.load",
+    "quantize": "benchmarks.quantize",
+}
 """Name -> the module whose `run` measures it."""
 
 
