@@ -12,7 +12,12 @@ import msgspec
 from benchmarks.markdown import update_tables
 from benchmarks.results import Result
 
-BENCHMARKS = {"demo": "benchmarks.demo", "load": "benchmarks.load", "shapes": "benchmarks.shapes"}
+BENCHMARKS = {
+    "demo": "benchmarks.demo",
+    "load": "benchmarks.load",
+    "quantize": "benchmarks.quantize",
+    "shapes": "benchmarks.shapes",
+}
 """Name -> the module whose `run` measures it."""
 
 

@@ -29,8 +29,7 @@ E2M1_VALUES = np.array(
     ml_dtypes.bfloat16,
 )
 
-E8M0_BIAS = 127
-E8M0_NAN = 255
+_E8M0_SCALES = np.array([2.0 ** (byte - 127) for byte in range(255)] + [np.nan], np.float32)
 
 
 def unpack_rows(words: Int32, bits: int) -> npt.NDArray[np.int16]:
@@ -72,19 +71,20 @@ def scale_blocks(
     wide = values.astype(np.float32)
     last_row = first_row + wide.shape[0]
     of_rows = scales[[row // block_size[0] for row in range(first_row, last_row)]]
-    wide *= np.repeat(of_rows, block_size[1], axis=1)[:, : wide.shape[1]]
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
+        wide *= np.repeat(of_rows, block_size[1], axis=1)[:, : wide.shape[1]]
     return wide
 
 
 def exponents_to_scales(exponents: UInt8) -> Float32:
     """Return the powers of two that E8M0 bytes stand for; NaN for 255."""
-    scales = np.ldexp(np.float32(1), exponents.astype(np.int32) - E8M0_BIAS).astype(np.float32)
-    return np.where(exponents == E8M0_NAN, np.float32(np.nan), scales)
+    return _E8M0_SCALES[exponents]
 
 
 def decode_mxfp4(blocks: UInt8, exponents: UInt8) -> Float32:
     """Return [..., 32 * n] of blocks [..., n, 16], low four bits first, and exponents [..., n]."""
     pairs = np.stack([blocks & 15, blocks >> 4], axis=-1)
     values = E2M1_VALUES[pairs].astype(np.float32)
-    values = values.reshape(*blocks.shape[:-1], -1) * exponents_to_scales(exponents)[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what is not finite
+        values = values.reshape(*blocks.shape[:-1], -1) * exponents_to_scales(exponents)[..., None]
     return values.reshape(*blocks.shape[:-2], -1)

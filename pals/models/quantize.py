@@ -5,9 +5,9 @@
 - int4: a scale and a zero point for each group of 32, 64 or 128 columns of a row,
   asymmetric; the last group may be partial.
 
-Rows are independent of each other, so that a matrix may be quantised in blocks. The
-functions here are NumPy and exact to the bit; `pals.models.quantized` computes with the
-result on the device.
+Rows are independent of each other: blocks of rows, put together along the axis of
+``out``, are the matrix. The functions here are NumPy and exact to the bit;
+`pals.models.quantized` computes with the result on the device.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Int4Matrix(NamedTuple):
     """A matrix [out, in] in codes of 4 bits: ``(code - zero) * scale``, group by group.
 
     With ``P`` pairs of groups, ``P = ceil(in / (2 * group_size))``. Groups come first, so
-    that a device reads the bytes of one pair of groups in one piece. Columns past ``in``
-    have their group's zero point as code (scale 0 where the whole group is past it).
+    that a device reads the bytes of one pair of groups in one piece. What stands past
+    column ``in`` is multiplied by zeros.
 
     Attributes:
         packed: [P, out, group_size]; byte ``j`` of pair ``p`` holds column ``j`` of group
@@ -93,24 +93,29 @@ def rotation(in_size: int) -> tuple[Float32, Float32]:
     mixed = (columns + np.uint64(1)) * np.uint64(2654435761) >> np.uint64(16)
     signs = np.where(mixed & np.uint64(1), np.float32(-1), np.float32(1))
     size = min(in_size & -in_size, MAX_ROTATION)
-    hadamard: Float32 = np.ones((1, 1), np.float32)
+    hadamard = np.ones((1, 1), np.float32)
     while hadamard.shape[0] < size:
-        hadamard = np.kron(np.array([[1, 1], [1, -1]], np.float32), hadamard)
-    return signs, hadamard * np.float32(size**-0.5)
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    return signs, (hadamard * np.float32(size**-0.5)).astype(np.float32)
 
 
 def rotate(block: Float32) -> Float32:
     """Turn rows [R, in] of a matrix into the basis of `rotation`."""
     signs, hadamard = rotation(block.shape[1])
-    turned = (block * signs).reshape(-1, hadamard.shape[0]) @ hadamard
-    return turned.reshape(block.shape)
+    return _mix(block * signs, hadamard)
 
 
 def unrotate(block: Float32) -> Float32:
     """Turn rows [R, in] back; `rotate` undone, but for rounding."""
     signs, hadamard = rotation(block.shape[1])
-    turned = block.reshape(-1, hadamard.shape[0]) @ hadamard
-    return turned.reshape(block.shape) * signs
+    return _mix(block, hadamard) * signs
+
+
+def _mix(block: Float32, hadamard: Float32) -> Float32:
+    mixed = np.empty_like(block)
+    size = hadamard.shape[0]
+    np.matmul(block.reshape(-1, size), hadamard, out=mixed.reshape(-1, size))
+    return mixed
 
 
 def num_pairs(in_size: int, group_size: int) -> int:
@@ -118,92 +123,62 @@ def num_pairs(in_size: int, group_size: int) -> int:
     return -(-in_size // (2 * group_size))
 
 
-def empty_int8(out_size: int, in_size: int) -> Int8Matrix:
-    """Return a matrix to be filled by `write_int8`."""
-    return Int8Matrix(np.empty((out_size, in_size), np.int8), np.empty(out_size, np.float32))
-
-
-def empty_int4(out_size: int, in_size: int, group_size: int) -> Int4Matrix:
-    """Return a matrix to be filled by `write_int4`."""
-    pairs = num_pairs(in_size, group_size)
-    return Int4Matrix(
-        np.empty((pairs, out_size, group_size), np.uint8),
-        np.empty((2 * pairs, out_size), np.float32),
-        np.empty((2 * pairs, out_size), np.int8),
-    )
-
-
-def quantize_int8(matrix: Array) -> Int8Matrix:
-    """Quantise a whole float matrix [out, in]; see `write_int8`."""
-    target = empty_int8(matrix.shape[0], matrix.shape[1])
-    write_int8(target, slice(0, matrix.shape[0]), matrix)
-    return target
-
-
-def quantize_int4(matrix: Array, group_size: int) -> Int4Matrix:
-    """Quantise a whole float matrix [out, in]; see `write_int4`."""
-    target = empty_int4(matrix.shape[0], matrix.shape[1], group_size)
-    write_int4(target, slice(0, matrix.shape[0]), matrix)
-    return target
-
-
-def write_int8(target: Int8Matrix, rows: slice, block: Array) -> None:
-    """Quantise ``block`` [R, in] of float32, float16 or bf16 into ``rows`` of ``target``.
+def quantize_int8(block: Array) -> Int8Matrix:
+    """Quantise rows [R, in] of float32, float16 or bf16.
 
     Raises:
         ValueError: The block holds infinities or NaN.
     """
+    values = np.empty(block.shape, np.int8)
+    scales = np.empty(block.shape[0], np.float32)
     for part in _parts(block):
         wide = rotate(_finite(block[part]))
-        scales = np.abs(wide).max(axis=1, initial=0) / np.float32(MAX_INT8)
-        wide *= _inverse(scales)[:, None]
-        values = np.rint(wide, out=wide).clip(-MAX_INT8, MAX_INT8)
-        target.values[rows][part] = values
-        target.scales[rows][part] = scales
+        scales[part] = np.abs(wide).max(axis=1, initial=0) / np.float32(MAX_INT8)
+        wide *= _inverse(scales[part])[:, None]
+        values[part] = np.rint(wide, out=wide).clip(-MAX_INT8, MAX_INT8)
+    return Int8Matrix(values, scales)
 
 
-def write_int4(target: Int4Matrix, rows: slice, block: Array) -> None:
-    """Quantise ``block`` [R, in] of float32, float16 or bf16 into ``rows`` of ``target``.
+def quantize_int4(block: Array, group_size: int) -> Int4Matrix:
+    """Quantise rows [R, in] of float32, float16 or bf16.
 
     Raises:
         ValueError: The block holds infinities or NaN.
     """
+    target = _empty_int4(block.shape[0], block.shape[1], group_size)
     for part in _parts(block):
-        groups = _grouped(_finite(block[part]), target.group_size)
+        groups = _grouped(_finite(block[part]), group_size)
         scales, zeros = _int4_grid(groups)
         groups *= _inverse(scales)[..., None]
         groups = np.rint(groups, out=groups)
         groups += zeros[..., None]
         codes = groups.clip(0, MAX_CODE).astype(np.uint8)
-        first = rows.start + part.start
-        _write_groups(target, slice(first, first + len(codes)), codes, scales, zeros)
+        _write_groups(target, part, codes, scales, zeros)
+    return target
 
 
-def write_int4_codes(
-    target: Int4Matrix, rows: slice, codes: UInt8, scales: Array, zeros: Array
-) -> None:
-    """Write what is quantised already, unchanged, into ``rows`` of ``target``.
+def pack_int4(
+    codes: UInt8, scales: Array, zeros: npt.NDArray[np.int16], group_size: int
+) -> Int4Matrix:
+    """Take over rows that are quantised already, unchanged.
 
     Args:
-        target: Of the same group size as the source.
-        rows: Rows that are filled.
         codes: [R, in] in [0, 15].
-        scales: [R, G] for the ``G = ceil(in / group_size)`` groups of the source.
-        zeros: [R, G] in [-112, 127].
+        scales: [R, G] for the ``G = ceil(in / group_size)`` groups.
+        zeros: [R, G] integers in [-112, 127].
+        group_size: Columns of a group.
 
     Raises:
         ValueError: A scale is not finite.
     """
-    count, in_size = codes.shape
-    groups = scales.shape[1]
-    padded = target.packed.shape[0] * 2
-    wide = np.zeros((count, padded), np.float32)
-    wide[:, :groups] = _finite(scales)
-    offsets = np.zeros((count, padded), np.int8)
-    offsets[:, :groups] = zeros
-    full = np.repeat(offsets.astype(np.uint8)[..., None], target.group_size, axis=2)
-    full.reshape(count, -1)[:, :in_size] = codes
-    _write_groups(target, rows, full, wide, offsets)
+    rows, in_size = codes.shape
+    target = _empty_int4(rows, in_size, group_size)
+    padding = (0, 0), (0, target.scales.shape[0] - scales.shape[1])
+    groups = np.zeros((rows, target.scales.shape[0], group_size), np.uint8)
+    groups.reshape(rows, -1)[:, :in_size] = codes
+    wide, offsets = np.pad(_finite(scales), padding), np.pad(zeros, padding).astype(np.int8)
+    _write_groups(target, slice(0, rows), groups, wide, offsets)
+    return target
 
 
 def dequantize_int8(matrix: Int8Matrix) -> Float32:
@@ -218,6 +193,15 @@ def dequantize_int4(matrix: Int4Matrix, in_size: int) -> Float32:
     codes = codes.reshape(2 * pairs, out_size, group_size).astype(np.float32)
     values = (codes - matrix.zeros[..., None]) * matrix.scales[..., None]
     return np.ascontiguousarray(values.transpose(1, 0, 2).reshape(out_size, -1)[:, :in_size])
+
+
+def _empty_int4(rows: int, in_size: int, group_size: int) -> Int4Matrix:
+    pairs = num_pairs(in_size, group_size)
+    return Int4Matrix(
+        np.empty((pairs, rows, group_size), np.uint8),
+        np.empty((2 * pairs, rows), np.float32),
+        np.empty((2 * pairs, rows), np.int8),
+    )
 
 
 def _parts(block: Array) -> Iterator[slice]:

@@ -22,10 +22,9 @@ from pals.models.config import ModelConfig
 from pals.models.matrix import QUANTIZED_LEAVES
 from pals.models.quantize import (
     Int4Matrix,
-    empty_int4,
+    pack_int4,
     quantize_int4,
     quantize_int8,
-    write_int4_codes,
 )
 from pals.models.safetensors import Weights
 from pals.models.storage import Storage
@@ -198,11 +197,8 @@ def own_int4(
     """Yield the checkpoint's own codes, scales and zero points."""
     part = weight if piece.entry is None else weight.part(piece.entry)
     for rows, block in part.int4_blocks(BLOCK_BYTES, group_size):
-        out_size, in_size = block.codes.shape
-        matrix = empty_int4(out_size, in_size, group_size)
-        whole = slice(0, len(block.codes))
         try:
-            write_int4_codes(matrix, whole, block.codes, block.scales, block.zeros)
+            matrix = pack_int4(block.codes, block.scales, block.zeros, group_size)
         except ValueError as error:
             raise not_finite(weight) from error
         yield shifted(rows, piece), matrix
