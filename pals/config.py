@@ -378,6 +378,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Dtype = "bf16"
     int4_group_size: GroupSize = 128
     quantize_activations: bool = True
+    split_experts: bool = False
     max_sessions: int = 4
     max_context_tokens: int = 2048
     max_chunk_tokens: int = 256

@@ -133,11 +133,16 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
-    """How one shard holds its layers, and for how much it makes room."""
+    """How one shard holds its layers, and for how much it makes room.
+
+    Attributes:
+        split_experts: Spread the experts of each layer over this machine's devices.
+    """
 
     dtype: Dtype = "bf16"
     limits: EngineLimits
     quantization: Quantization = DEFAULT_QUANTIZATION
+    split_experts: bool = False
 
 
 def short_id(value: str | bytes) -> str:

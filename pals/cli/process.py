@@ -186,7 +186,10 @@ class ShardOptions:
             activations=activations if self.act_quant is None else self.act_quant == "on",
         )
         return ShardSpec(
-            dtype=self.dtype or settings.dtype, limits=limits, quantization=quantization
+            dtype=self.dtype or settings.dtype,
+            limits=limits,
+            quantization=quantization,
+            split_experts=settings.split_experts,
         )
 
     def make_role(

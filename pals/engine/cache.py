@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pals.errors import InvalidStep
 from pals.models.attention import storage_dtype
@@ -44,11 +45,17 @@ def abstract_cache(
 
 
 def build_cache(
-    config: ModelConfig, layers: LayerRange, *, limits: EngineLimits, dtype: jnp.dtype
+    config: ModelConfig,
+    layers: LayerRange,
+    *,
+    limits: EngineLimits,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> Cache:
-    """Allocate zeros in the shapes of `abstract_cache`."""
+    """Allocate zeros in the shapes of `abstract_cache`, whole on each device of ``mesh``."""
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return tuple(
-        tuple(jnp.zeros(array.shape, array.dtype) for array in arrays)
+        tuple(jnp.zeros(array.shape, array.dtype, device=place) for array in arrays)
         for arrays in abstract_cache(config, layers, limits=limits, dtype=dtype)
     )
 

@@ -95,8 +95,12 @@ class Shard:
         dtype: Dtype,
         limits: EngineLimits,
         quantization: Quantization = DEFAULT_QUANTIZATION,
+        split_experts: bool = False,
     ) -> Shard:
         """Read the weights of ``layers`` to the device and reserve the cache.
+
+        With ``split_experts`` the experts of each layer are spread over all local devices;
+        everything else is whole on each.
 
         Raises:
             LayersOutsideModel: The model has fewer layers.
@@ -109,7 +113,7 @@ class Shard:
             raise LayersOutsideModel(layers=layers, num_layers=config.num_layers)
         check_limits(limits, config)
         use_compilation_cache(cache_dir() / "xla")
-        numerics = Numerics.of(dtype, quantization)
+        numerics = Numerics.of(dtype, quantization, split_experts=split_experts)
         programs = Programs(config, layers, numerics=numerics, limits=limits)
         loaded = load_shard_parameters(snapshot, layers, numerics, programs.parameters)
         return cls(
@@ -239,7 +243,11 @@ class Shard:
         self._lengths = SlotLengths(self.limits)
         self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
         self._cache = build_cache(
-            self.config, self.layers, limits=self.limits, dtype=self._numerics.compute
+            self.config,
+            self.layers,
+            limits=self.limits,
+            dtype=self._numerics.compute,
+            mesh=self._numerics.moe.mesh,
         )
 
     def _check_inputs(self, inputs: np.ndarray, most: int) -> int:

@@ -11,10 +11,12 @@ from typing import cast
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
 from pals.models.config import ModelConfig
 from pals.models.decoder import Decoder
+from pals.models.experts import expert_sharding
 from pals.models.family import family_of
 from pals.models.numerics import Numerics
 from pals.types import LayerRange
@@ -30,7 +32,8 @@ class AbstractModel:
     """The modules of a shard and the shapes of their parameters.
 
     Attributes:
-        parameters: In the order in which `merge` takes them.
+        parameters: In the order in which `merge` takes them; with their places where the
+            model is spread over several devices.
     """
 
     graphdef: nnx.GraphDef[Decoder]
@@ -45,8 +48,16 @@ class AbstractModel:
         graphdef, state = nnx.split(model)
         shapes, treedef = jax.tree.flatten(state)
         paths = cast("Sequence[ParameterPath]", nnx.to_flat_state(state).paths)
-        return cls(graphdef, treedef, dict(zip(paths, shapes, strict=True)))
+        parameters = dict(zip(paths, shapes, strict=True))
+        mesh = numerics.moe.mesh
+        if mesh is not None:
+            parameters = {path: _placed(path, leaf, mesh) for path, leaf in parameters.items()}
+        return cls(graphdef, treedef, parameters)
 
     def merge(self, leaves: Sequence[jax.Array]) -> Decoder:
         """Return the model with these parameters; cheap enough for the inside of a step."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+def _placed(path: ParameterPath, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=expert_sharding(path, mesh))

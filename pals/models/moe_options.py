@@ -11,6 +11,9 @@ from jax.sharding import Mesh
 
 from pals.models.configs.moe import RouterOverride
 
+EXPERT_AXIS = "model"
+"""The mesh axis over which the experts of a layer are split."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRecord:

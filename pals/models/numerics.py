@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
-from pals.models.moe_options import MoEOptions
+from pals.models.moe_options import EXPERT_AXIS, MoEOptions
 from pals.types import (
     DEFAULT_QUANTIZATION,
     ActivationDtype,
@@ -56,14 +57,21 @@ class Numerics:
     moe: MoEOptions = field(default_factory=MoEOptions)
 
     @classmethod
-    def of(cls, dtype: Dtype, quantization: Quantization = DEFAULT_QUANTIZATION) -> Numerics:
-        """Return the numerics of a shard on the default device."""
+    def of(
+        cls,
+        dtype: Dtype,
+        quantization: Quantization = DEFAULT_QUANTIZATION,
+        *,
+        split_experts: bool = False,
+    ) -> Numerics:
+        """Return the numerics of a shard on this machine's devices."""
         return cls(
             compute=COMPUTE_DTYPES[activation_dtype(dtype)],
             weights=WEIGHT_FORMATS[dtype],
             group_size=quantization.group_size,
             quantize_activations=quantization.activations,
             platform=jax.default_backend(),
+            moe=MoEOptions(mesh=_local_mesh() if split_experts else None),
         )
 
     @property
@@ -75,3 +83,8 @@ class Numerics:
     def stored_kind(self) -> str:
         """What decides the numbers of quantised weights, fit for a folder's name."""
         return f"int4-{self.group_size}" if self.weights == "int4" else self.weights
+
+
+def _local_mesh() -> Mesh:
+    """Return this machine's devices as one axis, over which experts are split."""
+    return jax.make_mesh((jax.local_device_count(),), (EXPERT_AXIS,), devices=jax.local_devices())

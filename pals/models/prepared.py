@@ -133,7 +133,8 @@ def _restore(path: Path, shapes: Shapes) -> list[jax.Array]:
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device) for name, s in shapes.items()
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device)
+        for name, s in shapes.items()
     }
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -142,7 +142,7 @@ def load_plain(
     pieces: Sequence[Piece], stored: Mapping[str, StoredWeight], leaf: jax.ShapeDtypeStruct
 ) -> jax.Array:
     """Read one parameter to the device in the dtype that it is held in."""
-    target = Assembler(leaf.shape, leaf.dtype)
+    target = Assembler(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     for piece in pieces:
         for rows, block in read_piece(piece, stored[piece.source]):
             target.write(piece.index, rows, block)
@@ -156,7 +156,10 @@ def load_quantized(
     group_size: int,
 ) -> dict[str, jax.Array]:
     """Read one matrix, or stack of them, quantising it row by row on the way."""
-    targets = {str(name): Assembler(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    targets = {
+        str(name): Assembler(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in leaves.items()
+    }
     for piece in pieces:
         weight = stored[piece.source]
         blocks = (

@@ -90,7 +90,12 @@ def load_shard(
         )
     report.on_progress(f"loading layers {layers} of {snapshot.model_id}")
     loaded = Shard.load(
-        snapshot, layers, dtype=spec.dtype, limits=limits, quantization=spec.quantization
+        snapshot,
+        layers,
+        dtype=spec.dtype,
+        limits=limits,
+        quantization=spec.quantization,
+        split_experts=spec.split_experts,
     )
     started_s = time.perf_counter()
     programs = loaded.warmup()
