@@ -29,10 +29,11 @@ from pals.models.grouped import (
     run_experts,
     sort_pairs,
 )
-from pals.models.moe_options import EXPERT_AXIS
 from pals.models.matrix import make_weight, multiply, take_expert
+from pals.models.moe_options import EXPERT_AXIS
 from pals.models.numerics import Numerics
 from pals.models.router import Routing
+
 
 def expert_sharding(path: Sequence[str | int], mesh: Mesh) -> NamedSharding:
     """Return where a parameter of a model goes that is built with ``mesh``.

@@ -1,3 +1,5 @@
+# pyright: reportUnknownMemberType=false
+# (jax annotates its functions with types that pyright sees as partially unknown)
 """In which numbers a shard computes and keeps its weights; chosen once, at load."""
 
 from __future__ import annotations
