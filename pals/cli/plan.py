@@ -103,8 +103,11 @@ def _make_plan(model: str, memory: Sequence[int], spec: ShardSpec) -> Subject:
     from pals.net.serving import limits_within
 
     model_config = load_config(model)
-    spec = replace(spec, limits=limits_within(spec.limits, model_config))
-    check_limits(spec.limits, model_config)
+    limits = limits_within(spec.limits, model_config)
+    if limits != spec.limits:
+        console.note(f"context: {limits.max_context_tokens} tokens, the most this model takes")
+    check_limits(limits, model_config)
+    spec = replace(spec, limits=limits)
     return Subject(
         model=model,
         spec=spec,

@@ -90,7 +90,7 @@ def test_machines_get_ranges_in_order_and_what_is_missing_is_said(
     assert status == 0
     assert out.splitlines()[-3:] == [
         "24 GiB   19               5                0:19   23.3 GiB",
-        "48 GiB   40               2                19:60  47.6 GiB",
+        "48 GiB   40               2                19:60  47.1 GiB",
         "not enough: 20 of 80 layers are left over, 60:80; 1 more of 48 GiB would hold them",
     ]
 
