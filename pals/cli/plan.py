@@ -174,11 +174,10 @@ def _verdict(subject: Subject) -> str:
         return f"enough: {used} of {len(subject.machines)} machines hold all layers"
     largest = max(subject.machines, key=lambda machine: machine.size_bytes)
     more = subject.plan.machines_needed(largest.size_bytes, start=left.start)
-    advice = (
-        "" if more is None else f"; {more} more of {format_bytes(largest.size_bytes)} hold them"
-    )
-    total = subject.plan.num_layers
-    return f"not enough: {len(left)} of {total} layers are left over, {left}{advice}"
+    size = format_bytes(largest.size_bytes)
+    advice = "" if more is None else f"; {more} more of {size} would hold them"
+    missing = f"{len(left)} of {subject.plan.num_layers} layers are left over, {left}"
+    return f"not enough: {missing}{advice}"
 
 
 def show_layers(layers: Sequence[int]) -> str:
