@@ -103,8 +103,11 @@ def _make_plan(model: str, memory: Sequence[int], spec: ShardSpec) -> Subject:
     from pals.net.serving import limits_within
 
     model_config = load_config(model)
-    spec = replace(spec, limits=limits_within(spec.limits, model_config))
-    check_limits(spec.limits, model_config)
+    limits = limits_within(spec.limits, model_config)
+    if limits != spec.limits:
+        console.note(f"context: {limits.max_context_tokens} tokens, the most this model takes")
+    check_limits(limits, model_config)
+    spec = replace(spec, limits=limits)
     return Subject(
         model=model,
         spec=spec,
@@ -171,11 +174,10 @@ def _verdict(subject: Subject) -> str:
         return f"enough: {used} of {len(subject.machines)} machines hold all layers"
     largest = max(subject.machines, key=lambda machine: machine.size_bytes)
     more = subject.plan.machines_needed(largest.size_bytes, start=left.start)
-    advice = (
-        "" if more is None else f"; {more} more of {format_bytes(largest.size_bytes)} hold them"
-    )
-    total = subject.plan.num_layers
-    return f"not enough: {len(left)} of {total} layers are left over, {left}{advice}"
+    size = format_bytes(largest.size_bytes)
+    advice = "" if more is None else f"; {more} more of {size} would hold them"
+    missing = f"{len(left)} of {subject.plan.num_layers} layers are left over, {left}"
+    return f"not enough: {missing}{advice}"
 
 
 def show_layers(layers: Sequence[int]) -> str:
