@@ -15,7 +15,7 @@ PARITY_INSTALLED := $(VENV)/.parity-installed
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install demo check format test slow parity test-all bench lock clean
+.PHONY: help prerequisites venv install demo check format test slow parity test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -81,6 +81,9 @@ test-all: test slow parity ## every test
 
 bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks --quick
+
+docs: $(INSTALLED) ## write the pages that are made from the program's tables
+	$(BIN)/python docs/generate_models.py > docs/models.md
 
 # Asked for one Python, resolved for all of them: markers in the file tell them apart.
 lock: ## resolve the dependencies anew (needs uv)
