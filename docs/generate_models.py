@@ -11,7 +11,7 @@ from pals.models.configs import FAMILIES, FamilyEntry
 from pals.models.configs.quantization import METHODS
 from pals.models.gguf_bpe import PRE_TOKENIZERS
 from pals.models.gguf_families import ARCHITECTURES
-from pals.models.safetensors import NUMPY_DTYPES
+from pals.models.stored import PLAIN_DTYPES
 
 HEAD = """\
 # Models
@@ -32,7 +32,7 @@ NUMBERS = """\
 | `bf16` | bf16 | bf16, sums in float32 |
 | `f32` | float32 | float32 |
 | `int8` | int8, a scale for each output channel | bf16 |
-| `int4` | 4 bits, a scale and zero point for each 128 columns (`--group-size` 32, 64 or 128) | bf16 |
+| `int4` | 4 bits, a scale and zero point for each `--group-size` columns (32, 64, 128) | bf16 |
 
 Embeddings, LM heads, norms and routers stay in the computing dtype. On a CPU, `int8` rounds
 the activations of long prompts to int8 as well, which is faster; `--act-quant off` keeps them.
@@ -72,14 +72,16 @@ def _family(item: tuple[str, FamilyEntry]) -> Sequence[str]:
 
 
 def _storage() -> str:
-    dtypes, methods = ", ".join(NUMPY_DTYPES), ", ".join(f"`{name}`" for name in METHODS)
+    dtypes, methods = ", ".join(sorted(PLAIN_DTYPES)), ", ".join(f"`{name}`" for name in METHODS)
     return f"""\
 ## How weights are stored
 
-Safetensors, one file or several with an index, in {dtypes}. Of what `quantization_config`
-may name, these are read: {methods}. AWQ and GPTQ keep their own 4-bit codes, scales and
-zero points under `--dtype int4` with the same group size; in every other case such weights are
-turned into numbers as they are read.
+Safetensors, one file or several with an index, in {dtypes}.
+
+Of what `quantization_config` may name, these are read: {methods}.
+
+AWQ and GPTQ keep their own 4-bit codes, scales and zero points under `--dtype int4` with the
+same group size; in every other case such weights are turned into numbers as they are read.
 """
 
 
