@@ -75,7 +75,7 @@ $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
 	@touch $@
 
 parity: $(PARITY_INSTALLED) ## compare with transformers
-	$(BIN)/pytest tests/parity
+	$(BIN)/pytest tests/parity -n 2 --dist loadfile
 
 test-all: test slow parity ## every test
 

@@ -29,7 +29,7 @@ LIMITS = EngineLimits(max_sessions=2, max_context_tokens=160, max_chunk_tokens=3
 PROMPT = [256, *b"In the beginning there was a small random model."]
 NEW_TOKENS = 32
 ATOL = 1e-4
-NUMERICS = Numerics(compute=jnp.dtype(jnp.float32))
+NUMERICS = Numerics.of("f32")
 
 COMMON = {
     "hidden_size": 48,
