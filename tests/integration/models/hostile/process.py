@@ -39,8 +39,8 @@ class Loader:
     """One loading process, started again after a folder that hung or killed it."""
 
     def __init__(self, root: Path, cache: Path) -> None:
-        self._root = root
-        self._cache = cache
+        self.root = root
+        self.cache = cache
         self._process: subprocess.Popen[bytes] | None = None
 
     def load(self, folder: Path, *, layers: str = "0:2", dtype: str = "f32") -> Outcome:
@@ -62,19 +62,19 @@ class Loader:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, loader.__file__],
+                [sys.executable, "-m", loader.__name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                cwd=self._root,
+                cwd=self.root,
                 env=os.environ
                 | {
-                    "PALS_CACHE_DIR": str(self._cache),
+                    "PALS_CACHE_DIR": str(self.cache),
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                     "JAX_PLATFORMS": "cpu",
                 },
             )
             # a folder that is not there: from here on everything is imported
-            warm = {"folder": str(self._root / "none"), "layers": "0:1", "dtype": "f32"}
+            warm = {"folder": str(self.root / "none"), "layers": "0:1", "dtype": "f32"}
             assert self._ask(self._process, json.dumps(warm), START_DEADLINE_S) is not None
         return self._process
 
