@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from tests.unit.models.configs.test_deepseek_v3 import DEEPSEEK_R1, KIMI_K2_INSTRUCT
+from tests.unit.models.configs.test_gemma3 import GEMMA_1B
 from tests.unit.models.configs.test_glm4_moe import GLM_4_5
+from tests.unit.models.configs.test_gpt_oss import GPT_OSS_20B
 
 LLAMA_3_1_8B: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -144,74 +146,14 @@ QWEN3_30B_A3B: dict[str, object] = {
     "router_aux_loss_coef": 0.001,
 }
 
-GEMMA_3_1B: dict[str, object] = {
-    "architectures": ["Gemma3ForCausalLM"],
-    "attention_bias": False,
-    "attn_logit_softcapping": None,
-    "eos_token_id": [1, 106],
-    "final_logit_softcapping": None,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": 1152,
-    "intermediate_size": 6912,
-    "max_position_embeddings": 32768,
-    "model_type": "gemma3_text",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 1,
-    "query_pre_attn_scalar": 256,
-    "rms_norm_eps": 1e-06,
-    "rope_local_base_freq": 10000,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": 512,
-    "sliding_window_pattern": 6,
-    "vocab_size": 262144,
-}
-
-GPT_OSS_20B: dict[str, object] = {
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "eos_token_id": 200002,
-    "experts_per_token": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "model_type": "gpt_oss",
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "quantization_config": {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"},
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 201088,
-}
-
 PUBLISHED: dict[str, dict[str, object]] = {
     "deepseek_v3": DEEPSEEK_R1,
     "gemma3": {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
-        "text_config": {k: v for k, v in GEMMA_3_1B.items() if k != "architectures"},
+        "text_config": {k: v for k, v in GEMMA_1B.items() if k != "architectures"},
     },
-    "gemma3_text": GEMMA_3_1B,
+    "gemma3_text": GEMMA_1B,
     "glm4_moe": GLM_4_5,
     "gpt_oss": GPT_OSS_20B,
     "kimi_k2": KIMI_K2_INSTRUCT,

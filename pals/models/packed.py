@@ -72,7 +72,8 @@ def scale_blocks(
     wide = values.astype(np.float32)
     last_row = first_row + wide.shape[0]
     of_rows = scales[[row // block_size[0] for row in range(first_row, last_row)]]
-    wide *= np.repeat(of_rows, block_size[1], axis=1)[:, : wide.shape[1]]
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
+        wide *= np.repeat(of_rows, block_size[1], axis=1)[:, : wide.shape[1]]
     return wide
 
 
@@ -86,5 +87,6 @@ def decode_mxfp4(blocks: UInt8, exponents: UInt8) -> Float32:
     """Return [..., 32 * n] of blocks [..., n, 16], low four bits first, and exponents [..., n]."""
     pairs = np.stack([blocks & 15, blocks >> 4], axis=-1)
     values = E2M1_VALUES[pairs].astype(np.float32)
-    values = values.reshape(*blocks.shape[:-1], -1) * exponents_to_scales(exponents)[..., None]
+    with np.errstate(over="ignore"):  # as above
+        values = values.reshape(*blocks.shape[:-1], -1) * exponents_to_scales(exponents)[..., None]
     return values.reshape(*blocks.shape[:-2], -1)

@@ -63,7 +63,8 @@ class _PackedWeight:
         group_of = self._group_of()
         for rows, (codes, scales, zeros) in self._rows(most_bytes):
             values = (codes - zeros[:, group_of]).astype(np.float32)
-            values *= scales[:, group_of]
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for it
+                values *= scales[:, group_of]
             yield rows, values
 
     def int4_blocks(self, most_bytes: int, group_size: int) -> Iterator[tuple[slice, Int4Rows]]:

@@ -79,7 +79,9 @@ SIZE_CASES: dict[str, Case] = {
         CONFIG,
         "parameters are too many",
     ),
-    "more_layers_than_weights": corrupt(config_with(num_hidden_layers=1024), "is missing"),
+    "more_layers_than_weights": corrupt(
+        config_with(num_hidden_layers=1024), "no tensor of layer 2"
+    ),
     "fewer_layers_than_weights": Case(
         spoil=config_with(num_hidden_layers=1), error="LayersOutsideModel", says=("0:2", "1")
     ),

@@ -121,7 +121,7 @@ HEADER_CASES: dict[str, Case] = {
     "header_no_object": corrupt(raw_header(b"[1, 2]"), SINGLE, "JSON object"),
     "header_begins_with_space": corrupt(raw_header(b" {}"), SINGLE),
     "header_name_twice": corrupt(raw_header(b'{"a": 1, "a": 2}'), SINGLE, "twice"),
-    "header_deep": corrupt(raw_header(b"[" * 10**6), SINGLE, "not valid JSON"),
+    "header_deep": corrupt(raw_header(b'{"a":' + b"[" * 10**6), SINGLE, "not valid JSON"),
     "header_of_objects": corrupt(raw_header(bombs(5 * 10**6, "{}").encode()), SINGLE),
     "header_of_many_digits": corrupt(raw_header(b'{"a": ' + b"9" * 10**6 + b"}"), SINGLE),
     "dtype_unknown": unsupported(entry_changed(dtype="F4"), SINGLE, NORM, "F4"),
@@ -155,7 +155,8 @@ HEADER_CASES: dict[str, Case] = {
         "unexpected",
     ),
     "tensor_name_long": corrupt(
-        header_changed(lambda header: header.update({"x" * 10**6: header.pop(NORM)})), "missing"
+        header_changed(lambda header: header.update({"x" * 10**6: header.pop(NORM)})),
+        "no name of a tensor",
     ),
 }  # fmt: skip
 

@@ -81,7 +81,7 @@ TEMPLATE_CASES: dict[str, Case] = {
         "from_import": "{% from 'os' import system %}{{ system('" + TOUCH + "') }}",
         "loop": "{% for i in range(10**10) %}{% endfor %}",
         "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "power": "{{ 9**9**9**9 }}",
+        "power": "{{ 9**(9**(9**9)) }}",
         "memory": "{{ 'a' * 10**10 }}",
         "list": "{{ ([0] * 10**10)|length }}",
         "doubling": "{% set n = namespace(x='ab') %}{% for i in range(99) %}"
@@ -98,7 +98,7 @@ TEMPLATE_CASES: dict[str, Case] = {
         "unknown_filter": "{{ messages|shell }}",
     }.items()
 } | {
-    "tpl_large": corrupt(file_with(TEMPLATE, b"x" * (2 << 20)), TEMPLATE, "more than"),
+    "tpl_large": corrupt(file_with(TEMPLATE, b"x" * (2 << 20)), TEMPLATE, "larger than"),
     "tpl_no_utf_8": corrupt(file_with(TEMPLATE, b"\xff\xfe{{ 1 }}"), TEMPLATE, "UTF-8"),
     "tpl_no_text": corrupt(settings_with(chat_template={"a": 1}), SETTINGS, "chat_template"),
 }
