@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, cast
@@ -141,10 +141,16 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The weight files of a model folder: which tensor stands in which file."""
+    """The weight files of a model folder: which tensor stands in which file.
+
+    Each header is read once.
+    """
 
     folder: Path
     file_of: MappingProxyType[str, str]
+    _headers: dict[str, dict[str, TensorEntry]] = field(
+        default_factory=dict[str, "dict[str, TensorEntry]"], repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, folder: Path) -> WeightFiles:
@@ -155,8 +161,9 @@ class WeightFiles:
         """
         if (folder / INDEX_NAME).is_file():
             return cls(folder, MappingProxyType(read_index(folder)))
-        names = read_header(contained_path(folder, SINGLE_NAME))
-        return cls(folder, MappingProxyType(dict.fromkeys(names, SINGLE_NAME)))
+        header = read_header(contained_path(folder, SINGLE_NAME))
+        file_of = MappingProxyType(dict.fromkeys(header, SINGLE_NAME))
+        return cls(folder, file_of, {SINGLE_NAME: header})
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
         """Return where the named tensors stand; reads the headers of their files only.
@@ -167,11 +174,17 @@ class WeightFiles:
         wanted = set(names)
         found: dict[str, TensorEntry] = {}
         for file_name in sorted({self.file_of[name] for name in wanted}):
+            header = self._header(file_name)
+            found |= {name: header[name] for name in wanted & header.keys()}
+        return found
+
+    def _header(self, file_name: str) -> dict[str, TensorEntry]:
+        if file_name not in self._headers:
             path = contained_path(self.folder, file_name)
             header = read_header(path)
             check_index(self.file_of, header, file_name, path)
-            found |= {name: header[name] for name in wanted & header.keys()}
-        return found
+            self._headers[file_name] = header
+        return self._headers[file_name]
 
     def known_hashes(self, names: Iterable[str]) -> dict[str, str]:
         """Return no hashes: a plain folder keeps none of single tensors."""

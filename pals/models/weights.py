@@ -244,8 +244,8 @@ def is_bounded(block: Array) -> bool:
         # numpy would widen each value: the exponent's bits say the same 10 x faster
         exponents = block.view(np.uint16) & np.uint16(0x7F80)
         return not bool((exponents >= MAX_EXPONENT_BITS).any())
-    low, high = block.min(initial=0), block.max(initial=0)  # either is NaN where any is
-    return bool(low > -MAX_MAGNITUDE and high < MAX_MAGNITUDE)
+    low, high = float(block.min(initial=0)), float(block.max(initial=0))  # NaN where any is
+    return low > -MAX_MAGNITUDE and high < MAX_MAGNITUDE
 
 
 # --- the check of names and shapes ---------------------------------------------------
