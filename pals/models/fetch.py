@@ -15,7 +15,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import tqdm
 
-from pals.errors import CorruptModel, DiskTooSmall, DownloadStalled, InvalidHubAnswer
+from pals.errors import DiskTooSmall, DownloadStalled, InvalidHubAnswer
 from pals.models.download import (
     HUB_ERRORS,
     Cancelled,
@@ -30,7 +30,7 @@ from pals.models.hub_texts import fetch_file
 from pals.models.listing import ListedFile, Listing
 from pals.models.part_writer import PartWriter, kept_bytes, partial_path
 from pals.models.parts import part_of
-from pals.models.safetensors import SINGLE_NAME, TensorEntry
+from pals.models.safetensors import SINGLE_NAME, TensorEntry, check_index
 from pals.models.store import WeightStore, has_file, parse_source, tensors_by_part
 
 T = TypeVar("T")
@@ -153,11 +153,8 @@ class WeightFetcher:
     def _check_source(
         self, file: ListedFile, source: Mapping[str, TensorEntry], index: Mapping[str, str] | None
     ) -> None:
-        names = {name for name, file_name in (index or {}).items() if file_name == file.name}
-        lacking = sorted(names - source.keys())
-        if lacking:
-            problem = f"the index puts {', '.join(lacking[:4])} here"
-            raise CorruptModel(source=self._folder / file.name, problem=problem)
+        if index is not None:
+            check_index(index, source, file.name, self._folder / file.name)
 
     def _part_jobs(
         self, reader: RangeReader, source: Mapping[str, TensorEntry], parts: frozenset[str]

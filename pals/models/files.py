@@ -13,7 +13,9 @@ from typing import cast
 from pals.errors import CorruptModel
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_INDEX_BYTES = 1 << 26
+MAX_INDEX_BYTES = 1 << 25
+MAX_JSON_TABLES = 1 << 20
+"""Objects and lists in one file. A list takes 30 times the memory of its two characters."""
 
 _SHARED_BLOB = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
@@ -31,7 +33,10 @@ def contained_path(folder: Path, name: str) -> Path:
     if not _FILE_NAME.fullmatch(name):
         raise CorruptModel(source=folder, problem=f"{name[:200]!r} is not a plain file name")
     real_folder = folder.resolve()
-    real = (folder / name).resolve()
+    try:
+        real = (folder / name).resolve()
+    except (OSError, RuntimeError) as error:  # the latter of Python 3.11 and 3.12
+        raise CorruptModel(source=folder / name, problem="it is a link to itself") from error
     allowed = {real_folder}
     if real_folder.parent.name == "snapshots":
         allowed.add(real_folder.parents[1] / "blobs")
@@ -78,6 +83,9 @@ def parse_json_object(data: bytes, source: Path) -> dict[str, object]:
     Raises:
         CorruptModel: ``data`` is something else.
     """
+    tables = data.count(b"{") + data.count(b"[")
+    if tables > MAX_JSON_TABLES:
+        raise CorruptModel(source=source, problem=f"not valid JSON here: {tables} tables")
     try:
         value = json.loads(data, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:

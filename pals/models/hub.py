@@ -112,7 +112,7 @@ def _checked(snapshot: Snapshot, layers: LayerRange | None) -> Snapshot:
     if WeightStore.of(snapshot.path) is None:
         _check_single_file(snapshot)
     weights = snapshot.weights()
-    check_layers(weights.file_of, layers, snapshot.path)
+    check_layers(weights.file_of, num_layers, snapshot.path)
     names = [name for name in weights.file_of if is_needed(name, layers, num_layers, tied=tied)]
     if isinstance(weights, WeightFiles):
         _check_files(snapshot, {weights.file_of[name] for name in names})
@@ -121,9 +121,9 @@ def _checked(snapshot: Snapshot, layers: LayerRange | None) -> Snapshot:
     return snapshot
 
 
-def check_layers(file_of: Mapping[str, str], layers: LayerRange, source: Path) -> None:
-    """Raise `CorruptModel` when a layer of the range has no tensor at all."""
-    missing = sorted(set(range(layers.start, layers.stop)) - set(map(layer_of, file_of)))
+def check_layers(file_of: Mapping[str, str], num_layers: int, source: Path) -> None:
+    """Raise `CorruptModel` when a layer of the model has no tensor at all."""
+    missing = sorted(set(range(num_layers)) - set(map(layer_of, file_of)))
     if missing:
         raise CorruptModel(source=source, problem=f"it has no tensor of layer {missing[0]}")
 
@@ -191,7 +191,7 @@ def _from_hub(
         num_layers, tied = _shape(snapshot, layers)
         index = read_index(folder) if (folder / INDEX_NAME).is_file() else None
         if index is not None:
-            check_layers(index, layers, folder / INDEX_NAME)
+            check_layers(index, num_layers, folder / INDEX_NAME)
         listing = _listing(folder, name)
         fetcher = WeightFetcher(name, folder, listing, patience=patience, on_progress=on_progress)
         fetcher.fetch(parts_of(layers, num_layers, tied=tied), index)

@@ -20,7 +20,7 @@ from pals.models.hashes import SHA256
 from pals.models.hub_errors import explain
 from pals.models.listing import MAX_LICENCE_CHARACTERS, ListedFile, Listing
 from pals.models.safetensors import INDEX_NAME
-from pals.models.snapshot import CONFIG_NAME, weight_names
+from pals.models.snapshot import CONFIG_NAME, refuse_pickles, weight_names
 from pals.models.store import WeightStore
 from pals.types import MAX_TOKENIZER_BYTES
 
@@ -110,6 +110,7 @@ def _keep_listing(folder: Path, name: str, info: ModelInfo) -> None:
 
 def _listed_file(name: str, file: str, stated: Mapping[str, BlobLfsInfo | None]) -> ListedFile:
     if file not in stated:
+        refuse_pickles(name, stated)
         problem = f"it has no `{file}`; only safetensors are read"
         raise ModelNotFound(model=name, problem=problem)
     lfs = stated[file]

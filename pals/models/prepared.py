@@ -54,7 +54,6 @@ class PreparedLayers:
             kind: Dtype and whatever else decides the numbers, fit for a folder's name.
         """
         folder = cache_dir() / "prepared" / manifest.hex() / f"{kind}-layout{LAYOUT}"
-        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
         return cls(folder)
 
     def load(self, part: str, shapes: Shapes) -> list[jax.Array] | None:
@@ -79,6 +78,7 @@ class PreparedLayers:
 
         The part appears whole or not at all.
         """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
         with FileLock(self.folder / "lock", timeout=LOCK_DEADLINE_S):
             target, work = self.folder / part, self.folder / f".{part}.new"
             shutil.rmtree(work, ignore_errors=True)  # of a process that was killed

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, cast
@@ -31,7 +31,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 MAX_HEADER_BYTES = 16 << 20
-MAX_TENSORS = 1 << 17
+MAX_TENSORS = 1 << 18
+"""Kimi K2 has 139,586 in fp8."""
+MAX_NAME_CHARACTERS = 256
 MAX_DIMENSIONS = 8
 
 ITEM_BYTES = MappingProxyType(
@@ -139,10 +141,16 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """The weight files of a model folder: which tensor stands in which file."""
+    """The weight files of a model folder: which tensor stands in which file.
+
+    Each header is read once.
+    """
 
     folder: Path
     file_of: MappingProxyType[str, str]
+    _headers: dict[str, dict[str, TensorEntry]] = field(
+        default_factory=dict[str, "dict[str, TensorEntry]"], repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, folder: Path) -> WeightFiles:
@@ -153,8 +161,9 @@ class WeightFiles:
         """
         if (folder / INDEX_NAME).is_file():
             return cls(folder, MappingProxyType(read_index(folder)))
-        names = read_header(contained_path(folder, SINGLE_NAME))
-        return cls(folder, MappingProxyType(dict.fromkeys(names, SINGLE_NAME)))
+        header = read_header(contained_path(folder, SINGLE_NAME))
+        file_of = MappingProxyType(dict.fromkeys(header, SINGLE_NAME))
+        return cls(folder, file_of, {SINGLE_NAME: header})
 
     def entries(self, names: Iterable[str]) -> dict[str, TensorEntry]:
         """Return where the named tensors stand; reads the headers of their files only.
@@ -165,16 +174,17 @@ class WeightFiles:
         wanted = set(names)
         found: dict[str, TensorEntry] = {}
         for file_name in sorted({self.file_of[name] for name in wanted}):
+            header = self._header(file_name)
+            found |= {name: header[name] for name in wanted & header.keys()}
+        return found
+
+    def _header(self, file_name: str) -> dict[str, TensorEntry]:
+        if file_name not in self._headers:
             path = contained_path(self.folder, file_name)
             header = read_header(path)
-            here = {name for name in wanted if self.file_of[name] == file_name}
-            lacking = sorted(here - header.keys())
-            if lacking:
-                raise CorruptModel(
-                    source=path, problem=f"the index puts {', '.join(lacking[:4])} here"
-                )
-            found |= {name: header[name] for name in here}
-        return found
+            check_index(self.file_of, header, file_name, path)
+            self._headers[file_name] = header
+        return self._headers[file_name]
 
     def known_hashes(self, names: Iterable[str]) -> dict[str, str]:
         """Return no hashes: a plain folder keeps none of single tensors."""
@@ -193,11 +203,40 @@ def read_index(folder: Path) -> dict[str, str]:
     weight_map = json_object(index.get("weight_map"), path)
     if len(weight_map) > MAX_TENSORS:
         raise CorruptModel(source=path, problem=f"it names {len(weight_map)} tensors")
-    for file_name in set(map(str, weight_map.values())):
-        if not file_name.endswith(".safetensors"):
-            raise CorruptModel(source=path, problem=f"{file_name[:200]!r} is no safetensors file")
+    file_of = {name: _weight_file_name(value, path) for name, value in weight_map.items()}
+    _check_names(file_of, path)
+    for file_name in set(file_of.values()):
         contained_path(folder, file_name)
-    return {name: str(file_name) for name, file_name in weight_map.items()}
+    return file_of
+
+
+def _weight_file_name(value: object, source: Path) -> str:
+    if not isinstance(value, str):
+        raise CorruptModel(source=source, problem="a tensor stands in something else than a file")
+    if not value.endswith(".safetensors"):
+        raise CorruptModel(source=source, problem=f"{value[:200]!r} is no safetensors file")
+    return value
+
+
+def _check_names(names: Iterable[str], source: Path) -> None:
+    """Raise `CorruptModel` on a tensor's name that could not be shown in one line."""
+    for name in names:
+        if len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
+            problem = f"{name[:MAX_NAME_CHARACTERS]!r} is no name of a tensor"
+            raise CorruptModel(source=source, problem=problem)
+
+
+def check_index(
+    file_of: Mapping[str, str], header: Collection[str], file_name: str, source: Path
+) -> None:
+    """Raise `CorruptModel` unless a file holds what the index puts there, and nothing else."""
+    listed = {name for name, file in file_of.items() if file == file_name}
+    lacking, unlisted = sorted(listed - set(header)), sorted(set(header) - listed)
+    if lacking:
+        raise CorruptModel(source=source, problem=f"the index puts {', '.join(lacking[:4])} here")
+    if unlisted:
+        problem = f"the index does not put {', '.join(unlisted[:4])} here"
+        raise CorruptModel(source=source, problem=problem)
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -239,10 +278,13 @@ def parse_header(header: bytes, path: Path, file_bytes: int) -> dict[str, Tensor
         CorruptModel: As `read_header`.
         UnsupportedModel: A tensor has a dtype that the format does not have.
     """
+    if not header.startswith(b"{"):
+        raise CorruptModel(source=path, problem="its header does not begin with a JSON object")
     values = parse_json_object(header, path)
     values.pop("__metadata__", None)
     if len(values) > MAX_TENSORS:
         raise CorruptModel(source=path, problem=f"it holds {len(values)} tensors")
+    _check_names(values, path)
     start = 8 + len(header)
     entries = [_parse_entry(name, value, path, start) for name, value in values.items()]
     _check_tiling(entries, path, start, file_bytes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from pals.errors import CorruptModel, ModelNotFound
+from pals.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from pals.models.config import ModelConfig
 from pals.models.configs import read_config
 from pals.models.files import (
@@ -19,12 +21,13 @@ from pals.models.files import (
 )
 from pals.models.hashes import hash_file
 from pals.models.listing import ListedFile, Listing
-from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, Weights, read_index
+from pals.models.safetensors import INDEX_NAME, SINGLE_NAME, Weights, read_header, read_index
 from pals.models.store import WeightStore, open_weights
 from pals.types import MAX_TOKENIZER_BYTES
 
 MANIFEST_NAME = "manifest.json"
 CONFIG_NAME = "config.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TEXT_NAMES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -80,7 +83,7 @@ def read_model_config(folder: Path, model_id: str) -> ModelConfig:
         CorruptModel: It is malformed.
         UnsupportedModel: The model cannot be run.
     """
-    if not (folder / CONFIG_NAME).is_file():
+    if not os.path.lexists(folder / CONFIG_NAME):
         raise ModelNotFound(model=model_id, problem=f"{folder} has no {CONFIG_NAME}")
     data = read_file(folder, CONFIG_NAME, most=MAX_CONFIG_BYTES)
     source = folder / CONFIG_NAME
@@ -97,7 +100,7 @@ def manifest_of(folder: Path, model_id: str) -> bytes:
     texts = {
         name: hashlib.sha256(read_file(folder, name, most=MAX_TOKENIZER_BYTES)).hexdigest()
         for name in TEXT_NAMES
-        if (folder / name).is_file()
+        if os.path.lexists(folder / name)
     }
     weights = {
         file.name: (file.size_bytes, file.sha256) for file in _weight_files(folder, model_id)
@@ -167,19 +170,33 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
         raise CorruptModel(source=path, problem=problem)
 
 
+def refuse_pickles(source: Path | str, names: Collection[str]) -> None:
+    """Raise `UnsupportedModel` when a model has its weights as pickles only, which are programs.
+
+    Beside safetensors they stay unread.
+    """
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        problem = f"`{pickles[0][:200]}` is a pickle and never opened: only safetensors are read"
+        raise UnsupportedModel(source=source, problem=problem)
+
+
 def hash_weights(folder: Path, model_id: str) -> list[ListedFile]:
     """Return the model's weight files, hashing what was not hashed before.
 
     Raises:
         ModelNotFound: A weight file is missing.
-        CorruptModel: The index is malformed, or a file cannot be read.
+        UnsupportedModel: The weights are there as pickles only.
+        CorruptModel: The index is malformed, or a file cannot be read or has no sound header.
     """
     files: list[ListedFile] = []
     for name in weight_names(folder):
         path = contained_path(folder, name)
-        if not path.is_file():
+        if not path.exists():
+            refuse_pickles(folder, [file.name for file in folder.iterdir()])
             problem = f"{name} is not in {folder}, and no list of its weight files is kept"
             raise ModelNotFound(model=model_id, problem=problem)
+        read_header(path)  # a file that lies about its size is not hashed for hours
         size_bytes = path.stat().st_size
         files.append(ListedFile(name=name, size_bytes=size_bytes, sha256=hash_file(path)))
     return files

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from pals.errors import CorruptModel
+from pals.models.files import parse_json_object, read_file
 
 MAX_SETTINGS_BYTES = 16 << 20
 
@@ -18,17 +19,12 @@ def load_text(path: Path, *, maximum: int) -> str | None:
     """Return the text of a file, or None when there is no such file.
 
     Raises:
-        CorruptModel: It is no regular file, has more than ``maximum`` bytes, or is not UTF-8.
+        CorruptModel: It is no regular file, leads out of its folder, has more than
+            ``maximum`` bytes, or is not UTF-8.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    try:
-        with path.open("rb") as file:
-            raw = file.read(maximum + 1)
-    except OSError as error:
-        raise CorruptModel(source=path, problem=f"cannot be read: {error.strerror}") from error
-    if len(raw) > maximum:
-        raise CorruptModel(source=path, problem=f"has more than {maximum} bytes")
+    raw = read_file(path.parent, path.name, most=maximum)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -44,13 +40,7 @@ def load_settings(path: Path) -> Mapping[str, object]:
     text = load_text(path, maximum=MAX_SETTINGS_BYTES)
     if text is None:
         return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptModel(source=path, problem=f"is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptModel(source=path, problem="does not hold a JSON object")
-    return cast("dict[str, object]", value)
+    return parse_json_object(text.encode(), path)
 
 
 def load_special_tokens(folder: Path) -> dict[str, str]:

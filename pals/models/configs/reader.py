@@ -7,7 +7,7 @@ be inert is refused by name rather than ignored: it could change the result.
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -23,6 +23,8 @@ MAX_VOCAB_SIZE = 1 << 22
 MAX_POSITIONS = 1 << 24
 MAX_EXPERTS = 1 << 12
 MAX_EOS_TOKENS = 64
+MIN_NUMBER, MAX_NUMBER = 1e-18, 1e18
+"""Between them two numbers have a product and a quotient in float32."""
 
 INERT_KEYS = frozenset(
     {
@@ -41,6 +43,12 @@ INERT_KEYS = frozenset(
     }
 )
 """Keys that say something about training, other programs, or the files only."""
+
+MAX_SHOWN = 80
+
+_SHORT = reprlib.Repr()
+"""Neither the depth nor the size of a value decides what showing it costs."""
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MAX_SHOWN
 
 JsonObject = Mapping[str, object]
 Choice = TypeVar("Choice", bound=str)
@@ -94,7 +102,7 @@ class ConfigReader:
             value = default
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.corrupt(f"`{key}` is {shown(value)}, not a number")
-        if not (0 < value < 1e18 and math.isfinite(value)):
+        if not MIN_NUMBER <= value <= MAX_NUMBER:
             raise self.corrupt(f"`{key}` is {shown(value)}, not a positive number")
         return float(value)
 
@@ -185,7 +193,5 @@ def _is_below(value: object, most: int) -> bool:
 
 def shown(value: object) -> str:
     """Return a bounded form of a value from the file for an error message."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"a number of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = _SHORT.repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -12,7 +12,7 @@ from pals.models.config import (
     RopeScaling,
     YarnScaling,
 )
-from pals.models.configs.reader import MAX_POSITIONS, ConfigReader
+from pals.models.configs.reader import MAX_POSITIONS, ConfigReader, shown
 
 DEFAULT_THETA = 10000.0
 DEFAULT_BETA_FAST = 32.0
@@ -34,7 +34,7 @@ def read_rope(
     old = reader.table("rope_scaling")
     table = reader.table("rope_parameters") or old
     if table is None:
-        return RopeConfig(theta=old_theta, width=_even(reader, width))
+        return _checked_rope(reader, RopeConfig(theta=old_theta, width=width))
     return read_rope_table(table, width=width, positions=positions, theta=old_theta)
 
 
@@ -45,7 +45,7 @@ def read_rope_table(table: ConfigReader, *, width: int, positions: int, theta: f
     table.take("partial_rotary_factor")
     scaling = _read_scaling(table, positions)
     table.refuse_unknown()
-    return RopeConfig(theta=theta, width=_even(table, width), scaling=scaling)
+    return _checked_rope(table, RopeConfig(theta=theta, width=width, scaling=scaling))
 
 
 def read_partial_width(reader: ConfigReader, head_dim: int, *, default: float) -> int:
@@ -60,10 +60,12 @@ def read_partial_width(reader: ConfigReader, head_dim: int, *, default: float) -
     return int(head_dim * factor)
 
 
-def _even(reader: ConfigReader, width: int) -> int:
-    if width < 2 or width % 2:
-        raise reader.corrupt(f"{width} dimensions of each head turn, which must be even")
-    return width
+def _checked_rope(reader: ConfigReader, rope: RopeConfig) -> RopeConfig:
+    if rope.width < 2 or rope.width % 2:
+        raise reader.corrupt(f"{rope.width} dimensions of each head turn, which must be even")
+    if rope.theta <= 1:
+        raise reader.corrupt(f"the base of the rotary wavelengths is {rope.theta}, not above 1")
+    return rope
 
 
 def _read_scaling(table: ConfigReader, positions: int) -> RopeScaling | None:
@@ -83,7 +85,7 @@ def _read_scaling(table: ConfigReader, positions: int) -> RopeScaling | None:
         case "yarn":
             return _read_yarn(table, positions)
         case _:
-            raise table.unsupported(f"rope type {str(kind)[:40]!r}")
+            raise table.unsupported(f"rope type {shown(kind)}")
 
 
 def _read_llama3(table: ConfigReader) -> Llama3Scaling:

@@ -155,7 +155,7 @@ def test_damaged_settings_are_refused(folder: Path, content: str):
 
 def test_a_file_above_its_cap_is_refused_unparsed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "MAX_SETTINGS_BYTES", 10)
-    with pytest.raises(CorruptModel, match="more than 10 bytes"):
+    with pytest.raises(CorruptModel, match="larger than 10 bytes"):
         Tokenizer.load(folder)
 
 
