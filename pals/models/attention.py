@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from pals.models.config import AttentionConfig, ModelConfig
-from pals.models.layers import Linear, RMSNorm, softcap
+from pals.models.layers import Linear, RMSNorm
 from pals.models.matmul import matmul_precision
 from pals.models.numerics import Numerics
 from pals.models.rope import RopeTable, make_table, rotate
@@ -109,7 +109,6 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
-    logit_softcap: float | None = None,
     sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention (https://arxiv.org/abs/2305.13245).
@@ -121,7 +120,6 @@ def attend(
         starts: [B] int32, the position of each row's first query.
         scale: What scores are multiplied by.
         window: Tokens that a query sees, itself included.
-        logit_softcap: Scores are squashed into this range.
         sinks: [N], logits that take part in the softmax and lead to nothing
             (https://arxiv.org/abs/2309.17453).
 
@@ -137,8 +135,6 @@ def attend(
     values = jnp.where(written[:, None, :, None], values, 0)
 
     scores = batched_matmul(_group(queries, num_kv_heads), keys, contract=3) * scale
-    if logit_softcap is not None:
-        scores = softcap(scores, logit_softcap)
     positions = (starts[:, None] + jnp.repeat(jnp.arange(tokens), groups))[:, :, None]
     visible = columns <= positions
     if window is not None:
@@ -222,7 +218,6 @@ class Attention(nnx.Module):
                 rows.starts,
                 scale=self.config.scale,
                 window=self.config.window,
-                logit_softcap=self.config.logit_softcap,
                 sinks=None if self.sinks is None else self.sinks[...],
             )
             return self.o_proj(mixed.reshape(*x.shape[:2], -1)), cache

@@ -89,7 +89,6 @@ class AttentionConfig:
         qk_norm: Normalise each head of queries and keys before they turn.
         window: Tokens that a query sees, itself included; None for all before it.
         sinks: A learned logit of each head takes part in the softmax.
-        logit_softcap: Scores are squashed into this range by tanh.
         scale: What scores are multiplied by.
         rope: Place of its table in `ModelConfig.rope`.
     """
@@ -103,7 +102,6 @@ class AttentionConfig:
     qk_norm: bool = False
     window: int | None = None
     sinks: bool = False
-    logit_softcap: float | None = None
     rope: int = 0
 
     @property

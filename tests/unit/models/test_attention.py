@@ -48,14 +48,13 @@ def attend_slots(queries, keys, values, rows, context=POSITIONS, **options):
     return attend(queries, keys, values, rows.starts, scale=SCALE, **options)
 
 
-def reference_attention(queries, keys, values, position, window=None, cap=None, sinks=None):
+def reference_attention(queries, keys, values, position, window=None, sinks=None):
     """Attend with one query [N, H] at ``position`` over [K, C, H], in plain loops."""
     first = 0 if window is None else max(0, position + 1 - window)
     mixed = np.zeros((HEADS, values.shape[-1]), np.float32)
     for head in range(HEADS):
         kv = head // (HEADS // KV_HEADS)
         scores = keys[kv, first : position + 1] @ queries[head] * SCALE
-        scores = scores if cap is None else cap * np.tanh(scores / cap)
         weights = np.exp(scores)
         total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
         mixed[head] = weights / total @ values[kv, first : position + 1]
@@ -121,7 +120,6 @@ def test_update_writes_each_row_to_its_place_and_nothing_else(dtype):
     [
         ("window", 3),
         ("window", 100),
-        ("logit_softcap", 0.5),
         ("sinks", np.array([-1.0, 0.0, 2.0, 5.0], np.float32)),
     ],
 )
@@ -129,13 +127,12 @@ def test_switches_of_attention_follow_their_definitions(option, value):
     keys = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM)
     values = draw(SLOTS, KV_HEADS, POSITIONS, HEAD_DIM, seed=1)
     queries = draw(1, 4, HEADS, HEAD_DIM, seed=2)
-    reference = {"logit_softcap": "cap"}.get(option, option)
 
     mixed = attend_slots(queries, keys, values, rows([2], [5], 4), **{option: value})
 
     for token in range(4):
         expected = reference_attention(
-            queries[0, token], keys[2], values[2], 5 + token, **{reference: value}
+            queries[0, token], keys[2], values[2], 5 + token, **{option: value}
         )
         np.testing.assert_allclose(mixed[0, token], expected, atol=1e-5)
 
