@@ -9,6 +9,9 @@ LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
 
+# Tests that open no sockets run on two cores, a file at a time on each.
+WORKERS := -n 2 --dist loadfile
+
 INSTALLED        := $(VENV)/.installed
 PARITY_INSTALLED := $(VENV)/.parity-installed
 
@@ -65,7 +68,8 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 test: $(INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration -m "not slow"
+	$(BIN)/pytest tests/unit -m "not slow" $(WORKERS)
+	$(BIN)/pytest tests/integration -m "not slow"
 
 slow: $(INSTALLED) ## the slow tests
 	$(BIN)/pytest tests/unit tests/integration -m slow
@@ -75,7 +79,7 @@ $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
 	@touch $@
 
 parity: $(PARITY_INSTALLED) ## compare with transformers
-	$(BIN)/pytest tests/parity -n 2 --dist loadfile
+	$(BIN)/pytest tests/parity $(WORKERS)
 
 test-all: test slow parity ## every test
 
