@@ -8,13 +8,13 @@ headers is not used, for it reads without bound what a server sends that ignores
 from __future__ import annotations
 
 import email.utils
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 from huggingface_hub import (
@@ -43,6 +43,19 @@ EXPIRED_STATUSES = frozenset({400, 401, 403, 404, 410})
 
 HUB_ERRORS = (httpx.HTTPError, HfHubHTTPError, OSError)
 """What the hub's client raises when the hub, the network or the disk fails."""
+
+MALFORMED_ANSWERS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    httpx.InvalidURL,
+)
+"""What else it raises of an answer that is not the hub's: it trusts what it parses."""
+
+_FILE_NAME = re.compile(r'(?:W/)?"?[A-Za-z0-9_+=.:-]{1,128}"?')
 
 
 class Cancelled(Exception):
@@ -274,7 +287,10 @@ class RangeReader:
         if metadata.etag != self.file.sha256:
             raise self._changed("it has another hash than the hub listed")
         headers["Accept-Encoding"] = "identity"
-        is_elsewhere = _origin(url) != _origin(metadata.location)
+        try:
+            is_elsewhere = _origin(url) != _origin(metadata.location)
+        except httpx.InvalidURL as error:
+            raise self._invalid(f"it redirects to no address: {reason(error)}") from error
         if is_elsewhere:  # a signed address needs no token, and its host must not see it
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         return _Place(metadata.location, headers, is_elsewhere)
@@ -309,16 +325,26 @@ class _Watch:
             raise httpx.ReadTimeout(f"fewer than {self._patience.progress_bytes} bytes in time")
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = httpx.URL(url)
+    return parts.scheme, parts.host, parts.port
 
 
 def bound_waits(patience: Patience) -> None:
     """Keep the hub's own client from following a ``Retry-After`` of hours."""
+    _add_hook(_LongestWait(patience.max_wait_s))
+
+
+def check_answers() -> None:
+    """Keep the hub's own client from naming files after what an answer makes up."""
+    _add_hook(_PlainNames())
+
+
+def _add_hook(added: _LongestWait | _PlainNames) -> None:
+    """Let a hook see each answer of the client, unless one of its class does."""
     hooks = get_session().event_hooks
-    if not any(isinstance(hook, _LongestWait) for hook in hooks["response"]):
-        hooks["response"].append(_LongestWait(patience.max_wait_s))
+    if not any(isinstance(hook, type(added)) for hook in hooks["response"]):
+        hooks["response"].append(added)
         get_session().event_hooks = hooks
 
 
@@ -332,6 +358,23 @@ class _LongestWait:
         error = HfHubHTTPError("the hub asks for a long wait", response=response)
         if retry_after(error) > self.seconds:
             raise error
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainNames:
+    """Refuses a commit or hash with which a path would leave its folder.
+
+    The client joins both to paths as they come. An answer to another method than HEAD
+    names nothing.
+    """
+
+    def __call__(self, response: httpx.Response) -> None:
+        if response.request.method != "HEAD":
+            return
+        for header in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
+            value = response.headers.get(header)
+            if value is not None and not _FILE_NAME.fullmatch(value):
+                raise ValueError(f"{header} is {value[:80]!r}")
 
 
 # --- failures ------------------------------------------------------------------------
@@ -355,5 +398,5 @@ def retry_after(error: Exception) -> float:
         return float(value[:9])
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (OverflowError, ValueError):
         return 0.0

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
-from huggingface_hub.utils import tqdm
 
 from pals.errors import DiskTooSmall, DownloadStalled, InvalidHubAnswer
 from pals.models.download import (
@@ -231,7 +230,7 @@ class WeightFetcher:
     def _download(self, name: str, counted: _Counted) -> None:
         """Fetch a whole file with the hub's own client."""
         try:
-            fetch_file(self._model, name, self._folder.name, bar=counted.bar_class())
+            fetch_file(self._model, name, self._folder.name, on_bytes=counted.add)
         except OverflowError as error:
             raise InvalidHubAnswer(model=self._model, file=name, problem=str(error)) from error
         except HUB_ERRORS as error:
@@ -369,25 +368,3 @@ class _Counted:
     def finish(self) -> None:
         """Count what came from an earlier attempt, or from elsewhere in the cache."""
         self._count(self._size_bytes - self._done)
-
-    def bar_class(self) -> type[tqdm]:
-        """Return a silent progress bar that the client makes and feeds."""
-        add = self.add
-
-        class Bar(tqdm):
-            def __init__(self, *args: object, **options: object) -> None:
-                silent = options | {"disable": True}
-                super().__init__(*args, **silent)  # pyright: ignore[reportUnknownMemberType]
-
-            def update(self, n: float | None = 1) -> bool | None:
-                add(int(n or 0))
-                return super().update(n)
-
-            # A client that has these two makes one bar for what it receives and writes.
-            def update_transfer(self, n: float) -> None:
-                """Count nothing: `update` counts what is written."""
-
-            def set_transfer_postfix_str(self, text: str, *, refresh: bool = True) -> None:
-                """Show nothing."""
-
-        return Bar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import (
@@ -14,10 +14,16 @@ from huggingface_hub import (
 from huggingface_hub.hf_api import BlobLfsInfo, ModelInfo
 from huggingface_hub.utils import tqdm
 
-from pals.errors import CorruptModel, InvalidHubAnswer, ModelNotFound
-from pals.models.download import HUB_ERRORS, Patience, Tries
+from pals.errors import InvalidHubAnswer, ModelNotFound
+from pals.models.download import (
+    HUB_ERRORS,
+    MALFORMED_ANSWERS,
+    Patience,
+    Tries,
+    check_answers,
+)
 from pals.models.hashes import SHA256
-from pals.models.hub_errors import explain
+from pals.models.hub_errors import explain, reason
 from pals.models.listing import MAX_LICENCE_CHARACTERS, ListedFile, Listing
 from pals.models.safetensors import INDEX_NAME
 from pals.models.snapshot import CONFIG_NAME, refuse_pickles, weight_names
@@ -61,35 +67,100 @@ def fetch_texts(name: str, revision: str | None, patience: Patience, *, has_fall
 
 
 def _fetch_texts_once(name: str, revision: str | None) -> Path:
-    api = HfApi()
-    info = api.model_info(name, revision=revision, files_metadata=True, timeout=HUB_DEADLINE_S)
+    check_answers()
+    info = _describe(name, revision)
     config_file = fetch_file(name, CONFIG_NAME, revision or DEFAULT_REVISION)
     commit = config_file.parent.name
     if info.sha != commit:  # it moved on between the two
-        info = api.model_info(name, revision=commit, files_metadata=True, timeout=HUB_DEADLINE_S)
-    stated = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        info = _describe(name, commit)
+    listed = {file.rfilename for file in info.siblings or ()}
     for file in TEXT_FILES:
-        if file in stated:
-            if stated[file] > MAX_TOKENIZER_BYTES:
-                problem = f"the hub states {stated[file]} bytes, more than {MAX_TOKENIZER_BYTES}"
-                raise CorruptModel(source=Path(file), problem=problem)
+        if file in listed:
             fetch_file(name, file, commit)
     _keep_listing(config_file.parent, name, info)
     return config_file.parent
 
 
+def _describe(name: str, revision: str | None) -> ModelInfo:
+    """Return what the hub states of a revision.
+
+    Raises:
+        InvalidHubAnswer: It is not what the hub's client expects, as the page of a network
+            that wants a login first.
+    """
+    try:
+        info = HfApi().model_info(
+            name, revision=revision, files_metadata=True, timeout=HUB_DEADLINE_S
+        )
+    except HUB_ERRORS:
+        raise
+    except MALFORMED_ANSWERS as error:
+        raise InvalidHubAnswer(model=name, file="model card", problem=reason(error)) from error
+    names: list[object] = [file.rfilename for file in info.siblings or ()]
+    if not all(isinstance(file, str) for file in names):
+        raise InvalidHubAnswer(model=name, file="model card", problem="a file has no name")
+    return info
+
+
 def fetch_file(
-    name: str,
-    file: str,
-    revision: str,
-    *,
-    bar: type[tqdm] | None = None,
+    name: str, file: str, revision: str, *, on_bytes: Callable[[int], None] | None = None
 ) -> Path:
-    """Fetch a whole file with the hub's own client, unless it is in the cache."""
-    path = hf_hub_download(
-        name, file, revision=revision, etag_timeout=HUB_DEADLINE_S, tqdm_class=bar
-    )
+    """Fetch a whole file with the hub's own client, unless it is in the cache.
+
+    Args:
+        name: ``org/name``.
+        file: Name of the file.
+        revision: Branch, tag or commit.
+        on_bytes: Told how many bytes came, and may raise; left out, no more are taken than
+            a text file may have.
+
+    Raises:
+        InvalidHubAnswer: More bytes come, or the answer makes no sense.
+    """
+    bar = counting_bar(on_bytes or _at_most(MAX_TOKENIZER_BYTES))
+    try:
+        path = hf_hub_download(
+            name, file, revision=revision, etag_timeout=HUB_DEADLINE_S, tqdm_class=bar
+        )
+    except HUB_ERRORS:
+        raise
+    except MALFORMED_ANSWERS as error:
+        raise InvalidHubAnswer(model=name, file=file, problem=reason(error)) from error
     return Path(path)
+
+
+def _at_most(size_bytes: int) -> Callable[[int], None]:
+    left = size_bytes
+
+    def count(taken: int) -> None:
+        nonlocal left
+        left -= taken
+        if left < 0:
+            raise OverflowError(f"it has more than {size_bytes} bytes")
+
+    return count
+
+
+def counting_bar(on_bytes: Callable[[int], None]) -> type[tqdm]:
+    """Return a silent progress bar that the hub's client makes and feeds."""
+
+    class Bar(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            silent = options | {"disable": True}
+            super().__init__(*args, **silent)  # pyright: ignore[reportUnknownMemberType]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            on_bytes(int(n or 0))
+            return super().update(n)
+
+        # A client that has these two makes one bar for what it receives and writes.
+        def update_transfer(self, n: float) -> None:
+            """Count nothing: `update` counts what is written."""
+
+        def set_transfer_postfix_str(self, text: str, *, refresh: bool = True) -> None:
+            """Show nothing."""
+
+    return Bar
 
 
 def _keep_listing(folder: Path, name: str, info: ModelInfo) -> None:
@@ -124,5 +195,6 @@ def _listed_file(name: str, file: str, stated: Mapping[str, BlobLfsInfo | None])
 
 
 def _licence(info: ModelInfo) -> str:
-    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    texts = [str(tag) for tag in info.tags or ()]
+    tags = [tag.removeprefix("license:") for tag in texts if tag.startswith("license:")]
     return tags[0][:MAX_LICENCE_CHARACTERS] if tags else ""

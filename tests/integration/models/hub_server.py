@@ -44,6 +44,7 @@ class Fault:
         server: "hub" or "storage".
         path: Part of the path of the requests that it hits.
         status: Answer this instead.
+        body: The body of that answer.
         headers: Headers that replace or join those of the answer.
         cut: Bytes of the body before the connection breaks; with ``chunked`` it ends there.
         extra: Bytes too many.
@@ -59,6 +60,7 @@ class Fault:
     times: int = 1
     skip: int = 0
     status: int = 0
+    body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     extra: int = 0
@@ -205,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         fault = hub.fault_of(self.server.name, self.command, path) or Fault()
         if fault.status:
-            self._send(fault.status, b"", fault.headers, fault)
+            self._send(fault.status, fault.body, fault.headers, fault)
         elif self.server.name == "storage":
             self._storage(path, span, fault)
         else:

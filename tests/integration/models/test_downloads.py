@@ -28,6 +28,7 @@ from pals.errors import (
     ModelChanged,
     ModelNotFound,
     PalsError,
+    UnsupportedModel,
 )
 from pals.models import fetch
 from pals.models.download import Patience
@@ -582,7 +583,7 @@ def test_a_model_of_pickles_is_refused_and_none_is_fetched(hub: HubServer, repo:
     for file in [*weight_files(repo), source_of(repo) / "model.safetensors.index.json"]:
         file.unlink()
     (source_of(repo) / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ModelNotFound, match="only safetensors"):
+    with pytest.raises(UnsupportedModel, match="only safetensors"):
         resolve("0:1")
     assert not [request for request in hub.requests if ".bin" in request.path]
 
