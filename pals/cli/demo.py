@@ -176,9 +176,9 @@ async def open_swarm(
                 partial(_start_shard, children, profile, model, part, threads, on_progress)
                 for profile, part in zip(profiles[1:], layers, strict=True)
             ]
-            url = await _start_all(children, profiles[0], model, starts)
-            on_progress(f"endpoint: {url}/v1")
-            yield Endpoint(url=url, model=model)
+            endpoint = await _start_all(children, profiles[0], model, starts)
+            on_progress(f"endpoint: {endpoint.url}/v1")
+            yield endpoint
 
 
 async def _enrol(
@@ -208,8 +208,8 @@ async def _start_all(
     operator: Profile,
     model: str,
     starts: Sequence[Callable[[], Awaitable[None]]],
-) -> str:
-    """Start all shards and the endpoint at the same time; return the endpoint's URL."""
+) -> Endpoint:
+    """Start all shards and the endpoint at the same time."""
     async with trio.open_nursery() as nursery:
         for start in starts:
             nursery.start_soon(start)
@@ -217,7 +217,7 @@ async def _start_all(
             "the endpoint", "serve", model, "--preset", PRESET, config_dir=operator.path
         )
         ready = await server.wait_for_event("ready", deadline_s=START_DEADLINE_S)
-    return str(ready["url"])
+    return Endpoint(url=str(ready["url"]), model=str(ready["model"]))
 
 
 async def _start_shard(

@@ -54,6 +54,7 @@ NUMPY_DTYPES = MappingProxyType(
         "F8_E8M0": np.dtype(np.uint8),
         "U8": np.dtype(np.uint8),
         "I32": np.dtype("<i4"),
+        "I64": np.dtype("<i8"),
     }
 )
 """What is read: floats, and the codes and exponents of quantised matrices."""
