@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,8 +13,9 @@ from pals.models.family import family_of
 from pals.models.layer_hashes import layer_hashes
 from pals.models.numerics import Numerics
 from pals.models.prepared import PreparedLayers
+from pals.models.safetensors import Weights
 from pals.models.snapshot import Snapshot
-from pals.models.weights import WeightSource
+from pals.models.weights import WeightSource, logical_path
 from pals.types import LayerRange
 
 
@@ -47,7 +48,7 @@ def load_shard_parameters(
     """
     loader = _Loader(snapshot, layers, numerics, parameters)
     if numerics.weights == "plain":
-        leaves = loader.read_source(list(parameters))
+        leaves = loader.read_source()
         hashes = layer_hashes(snapshot.weights(), layers)
     else:
         prepared = PreparedLayers.open(snapshot.manifest, numerics.stored_kind)
@@ -56,6 +57,25 @@ def load_shard_parameters(
     return LoadedParameters(
         leaves=tuple(leaves[path] for path in parameters), layer_hashes=tuple(hashes)
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What is kept together: a layer, or an end of the model.
+
+    Attributes:
+        layer: Its number in the whole model; None for an end.
+    """
+
+    name: str
+    layer: int | None
+    parameters: Parameters
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters by names that are the same wherever the layer stands."""
+        depth = 1 if self.layer is None else 2
+        return {".".join(map(str, path[depth:])): leaf for path, leaf in self.parameters.items()}
 
 
 class _Loader:
@@ -68,58 +88,73 @@ class _Loader:
         self._parameters = parameters
 
     @cached_property
-    def _source(self) -> WeightSource:
-        config = self._snapshot.config
-        logical = AbstractModel.build(config, self._layers, self._numerics.plain).parameters
-        table = family_of(config).weights
-        return WeightSource(self._snapshot.weights(), config, self._layers, table, logical)
+    def _weights(self) -> Weights:
+        return self._snapshot.weights()
 
-    def read_source(self, paths: Sequence[ParameterPath]) -> dict[ParameterPath, jax.Array]:
-        """Read some parameters from the checkpoint."""
-        wanted = {path: self._parameters[path] for path in paths}
-        return dict(self._source.load(wanted, group_size=self._numerics.group_size))
+    def read_source(self) -> dict[ParameterPath, jax.Array]:
+        """Read all parameters from the checkpoint."""
+        source = self._open_source(self._parameters)
+        return dict(source.load(self._parameters, group_size=self._numerics.group_size))
 
     def read_prepared(self, prepared: PreparedLayers) -> dict[ParameterPath, jax.Array]:
         """Read each part as it was kept; read the others from the checkpoint and keep them."""
         leaves: dict[ParameterPath, jax.Array] = {}
-        for part, paths in self.parts().items():
-            shapes = {_name(path): self._parameters[path] for path in paths}
-            arrays = prepared.load(part, shapes)
+        missing: list[_Part] = []
+        for part in self._parts():
+            arrays = prepared.load(part.name, part.shapes)
             if arrays is None:
-                read = self.read_source(paths)
-                arrays = [read[path] for path in paths]
-                prepared.save(part, list(shapes), arrays)
-            leaves |= dict(zip(paths, arrays, strict=True))
+                missing.append(part)
+            else:
+                leaves |= dict(zip(part.parameters, arrays, strict=True))
+        return leaves | (self._prepare(missing, prepared) if missing else {})
+
+    def _prepare(
+        self, parts: Sequence[_Part], prepared: PreparedLayers
+    ) -> dict[ParameterPath, jax.Array]:
+        """Read parts from the checkpoint and keep each before the next is read."""
+        leaves: dict[ParameterPath, jax.Array] = {}
+        source = self._open_source([path for part in parts for path in part.parameters])
+        for part in parts:
+            read = dict(source.load(part.parameters, group_size=self._numerics.group_size))
+            arrays = {
+                name: read[path] for name, path in zip(part.shapes, part.parameters, strict=True)
+            }
+            source_hash = None if part.layer is None else self._hash_layer(part.layer)
+            prepared.save(part.name, arrays, source_hash=source_hash)
+            leaves |= read
         return leaves
 
-    def parts(self) -> dict[str, list[ParameterPath]]:
+    def _open_source(self, paths: Iterable[ParameterPath]) -> WeightSource:
+        config = self._snapshot.config
+        logical = AbstractModel.build(config, self._layers, self._numerics.plain).parameters
+        table = family_of(config).weights
+        wanted = {logical_path(path) for path in paths}
+        return WeightSource(self._weights, config, self._layers, table, logical, wanted=wanted)
+
+    def _parts(self) -> list[_Part]:
         """Return the parameters of each layer and of each end of the model."""
-        parts: dict[str, list[ParameterPath]] = {}
-        for path in self._parameters:
-            part = str(path[0])
-            if part == "layers":
-                part = self._layer_part(self._layers.start + int(path[1]))
-            parts.setdefault(part, []).append(path)
-        return parts
+        parts: dict[str, dict[ParameterPath, jax.ShapeDtypeStruct]] = {}
+        layers: dict[str, int | None] = {}
+        for path, leaf in self._parameters.items():
+            layer = self._layers.start + int(path[1]) if path[0] == "layers" else None
+            name = str(path[0]) if layer is None else _layer_name(layer)
+            layers[name] = layer
+            parts.setdefault(name, {})[path] = leaf
+        return [
+            _Part(name=name, layer=layers[name], parameters=parameters)
+            for name, parameters in parts.items()
+        ]
 
     def read_hashes(self, prepared: PreparedLayers) -> list[bytes]:
         """Return the hash of each layer's source, which is kept with the layer."""
-        parts = [self._layer_part(n) for n in range(self._layers.start, self._layers.stop)]
-        known = [prepared.read_hash(part) for part in parts]
-        found = [layer_hash for layer_hash in known if layer_hash is not None]
-        if len(found) == len(parts):
-            return found
-        hashes = layer_hashes(self._snapshot.weights(), self._layers)
-        for part, layer_hash in zip(parts, hashes, strict=True):
-            prepared.keep_hash(part, layer_hash)
-        return hashes
+        return [
+            prepared.read_source_hash(_layer_name(layer)) or self._hash_layer(layer)
+            for layer in range(self._layers.start, self._layers.stop)
+        ]
 
-    @staticmethod
-    def _layer_part(layer: int) -> str:
-        return f"layer-{layer:05}"
+    def _hash_layer(self, layer: int) -> bytes:
+        return layer_hashes(self._weights, LayerRange(layer, layer + 1))[0]
 
 
-def _name(path: ParameterPath) -> str:
-    """Return the name of a parameter within its part, the same wherever the layer stands."""
-    inner = path[2:] if path[0] == "layers" else path[1:]
-    return ".".join(map(str, inner))
+def _layer_name(layer: int) -> str:
+    return f"layer-{layer:05}"

@@ -10,9 +10,11 @@ that is damaged is deleted and made again from the model's files.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +23,16 @@ import orbax.checkpoint as ocp
 from filelock import FileLock
 
 from pals.config import PRIVATE_FOLDER, cache_dir
-from pals.models.hashes import SHA256
+from pals.models.hashes import SHA256, hash_file
 
 LAYOUT = 1
 """Raised when the same numbers are held in arrays of other shapes."""
 
 LOCK_DEADLINE_S = 600.0
 FREE_MARGIN_BYTES = 1 << 30
-HASH_FILE = "source.sha256"
 ARRAYS = "arrays"
+ARRAYS_HASH = "arrays.sha256"
+SOURCE_HASH = "source.sha256"
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 class PreparedLayers:
     """The prepared parts of one model in one kind of numbers.
 
-    A part is a layer (``layers.7``) or an end of the model (``embed_tokens``).
+    A part is a layer (``layer-00007``) or an end of the model (``embed_tokens``).
     """
 
     folder: Path
@@ -53,8 +56,7 @@ class PreparedLayers:
             manifest: Names the model's files.
             kind: Dtype and whatever else decides the numbers, fit for a folder's name.
         """
-        folder = cache_dir() / "prepared" / manifest.hex() / f"{kind}-layout{LAYOUT}"
-        return cls(folder)
+        return cls(cache_dir() / "prepared" / manifest.hex() / f"{kind}-layout{LAYOUT}")
 
     def load(self, part: str, shapes: Shapes) -> list[jax.Array] | None:
         """Return the arrays of a part on the default device, or None where it is not kept.
@@ -63,49 +65,56 @@ class PreparedLayers:
             part: Name of the part.
             shapes: Shape and dtype of each array, in the order of the result.
         """
-        path = self.folder / part / ARRAYS
-        if not path.is_dir():
+        folder = self.folder / part
+        if not folder.is_dir():
             return None
         try:
-            return _restore(path, shapes)
+            return _restore(folder, shapes)
         except Exception as error:  # whatever a damaged checkpoint raises: it is made again
-            _log.warning("%s is damaged and is prepared again: %s", path, error)
+            _log.warning("%s is damaged and is prepared again: %s", folder, error)
             self.remove(part)
             return None
 
-    def save(self, part: str, names: Sequence[str], arrays: Sequence[jax.Array]) -> None:
-        """Keep a part; one that is kept already stays. A full disk costs only the next start.
+    def save(
+        self,
+        part: str,
+        arrays: Mapping[str, jax.Array],
+        *,
+        source_hash: bytes | None = None,
+    ) -> None:
+        """Keep a part; one that is kept already stays.
 
-        The part appears whole or not at all.
+        The part appears whole or not at all. What keeps it from being written, such as a
+        full disk, costs only the next start.
+
+        Args:
+            part: Name of the part.
+            arrays: Of the part, by name.
+            source_hash: SHA-256 of the source bytes of a layer.
         """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
-        with FileLock(self.folder / "lock", timeout=LOCK_DEADLINE_S):
-            target, work = self.folder / part, self.folder / f".{part}.new"
-            shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
-            if target.is_dir() or not self._has_room(sum(a.nbytes for a in arrays)):
-                return
-            try:
-                _save(work / ARRAYS, dict(zip(names, arrays, strict=True)))
-                work.rename(target)
-            except OSError as error:
-                _log.warning("%s cannot be kept: %s", target, error)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
+        target, work = self.folder / part, self.folder / f".{part}.new"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+            with FileLock(self.folder / "lock", timeout=LOCK_DEADLINE_S):
+                shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+                if target.is_dir() or not self._has_room(sum(a.nbytes for a in arrays.values())):
+                    return
+                try:
+                    _save(work, arrays, source_hash)
+                    work.rename(target)
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
+        except Exception as error:  # Orbax raises other errors than OSError for a full disk
+            _log.warning("%s cannot be kept: %s", target, error)
 
     def remove(self, part: str) -> None:
         """Forget a part."""
         shutil.rmtree(self.folder / part, ignore_errors=True)
 
-    def keep_hash(self, part: str, source_hash: bytes) -> None:
-        """Remember the hash of the source bytes of a layer that is kept."""
-        folder = self.folder / part
-        if folder.is_dir():
-            (folder / HASH_FILE).write_text(source_hash.hex())
-
-    def read_hash(self, part: str) -> bytes | None:
+    def read_source_hash(self, part: str) -> bytes | None:
         """Return the hash of a layer's source bytes, where the layer is kept with it."""
         try:
-            text = (self.folder / part / HASH_FILE).read_text()
+            text = (self.folder / part / SOURCE_HASH).read_text()
         except (OSError, ValueError):
             return None
         return bytes.fromhex(text) if SHA256.fullmatch(text) else None
@@ -120,24 +129,30 @@ class PreparedLayers:
         return False
 
 
-def _save(path: Path, arrays: Mapping[str, jax.Array]) -> None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), ocp.args.PyTreeSave(dict(arrays)))
+def _save(folder: Path, arrays: Mapping[str, jax.Array], source_hash: bytes | None) -> None:
+    with _checkpointer() as checkpointer:
+        checkpointer.save((folder / ARRAYS).absolute(), ocp.args.PyTreeSave(dict(arrays)))
+    (folder / ARRAYS_HASH).write_text(_hash_files(folder / ARRAYS))
+    if source_hash is not None:
+        (folder / SOURCE_HASH).write_text(source_hash.hex())
 
 
-def _restore(path: Path, shapes: Shapes) -> list[jax.Array]:
-    """Return the arrays of a checkpoint, having checked that they are what was asked for.
+def _restore(folder: Path, shapes: Shapes) -> list[jax.Array]:
+    """Return the arrays of a part, having checked that they are what was asked for.
 
     Raises:
-        Exception: The checkpoint is damaged, in any way that Orbax or this finds.
+        Exception: The part is damaged, in any way that Orbax or this finds.
     """
+    path = folder / ARRAYS
+    if _hash_files(path) != (folder / ARRAYS_HASH).read_text():
+        raise ValueError("its files are not those that were written")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device)
         for name, s in shapes.items()
     }
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         restored: dict[str, jax.Array] = checkpointer.restore(
             path.absolute(), ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
         )
@@ -146,3 +161,15 @@ def _restore(path: Path, shapes: Shapes) -> list[jax.Array]:
         if found.shape != shape.shape or found.dtype != shape.dtype:
             raise ValueError(f"`{name}` is {found.dtype} {found.shape}")
     return [restored[name] for name in shapes]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Quantised numbers hardly compress, and the compressor holds all of a part once more.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+
+
+def _hash_files(folder: Path) -> str:
+    """Return a SHA-256 over the files of a folder, none of which is read twice unchanged."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = [[str(path.relative_to(folder)), hash_file(path)] for path in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

@@ -9,7 +9,7 @@ another shape refuses the model, before anything of it is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 import ml_dtypes
@@ -52,8 +52,10 @@ class WeightSource:
         layers: LayerRange,
         table: WeightTable,
         logical: Parameters,
+        *,
+        wanted: Collection[ParameterPath] | None = None,
     ) -> None:
-        """Check the names and shapes of all that the shard needs.
+        """Check the names of all that the shard needs, and the shapes of what will be read.
 
         Args:
             weights: The checkpoint's files.
@@ -61,6 +63,8 @@ class WeightSource:
             layers: The shard's.
             table: The family's.
             logical: All parameters of the shard, none of them quantised.
+            wanted: Those of them that are going to be read; None for all. No file that
+                holds only others is opened.
 
         Raises:
             CorruptModel: Files are malformed, or weights are missing, unexpected or
@@ -73,12 +77,14 @@ class WeightSource:
             path: parameter_pieces(path, p.shape, config, layers, table, storage.names)
             for path, p in logical.items()
         }
-        needed = {p.source: p.shape for pieces in self._pieces.values() for p in pieces}
-        problems = name_problems(storage.names, set(needed), config, layers, table)
-        found = [name for name in needed if name in storage.names]
+        needed = {p.source for pieces in self._pieces.values() for p in pieces}
+        problems = name_problems(storage.names, needed, config, layers, table)
+        paths = logical if wanted is None else wanted
+        shapes = {p.source: p.shape for path in paths for p in self._pieces[path]}
+        found = [name for name in shapes if name in storage.names]
         entries = weights.entries(tensor for name in found for tensor in storage.tensors(name))
         self._stored = {name: storage.weight(name, entries) for name in found}
-        problems += shape_problems(self._stored, needed)
+        problems += shape_problems(self._stored, shapes)
         if problems:
             raise CorruptModel(source=weights.folder, problem=summarize(problems))
 
@@ -112,11 +118,15 @@ def group_leaves(
     """Return the leaves of each logical parameter; a plain one has a single one, None."""
     groups: dict[ParameterPath, dict[str | None, jax.ShapeDtypeStruct]] = {}
     for path, leaf in parameters.items():
-        *owner, name = path
-        is_part = owner[-1:] == ["weight"] and name in QUANTIZED_LEAVES
-        key = tuple(owner) if is_part else path
-        groups.setdefault(key, {})[str(name) if is_part else None] = leaf
+        key = logical_path(path)
+        groups.setdefault(key, {})[None if key == path else str(path[-1])] = leaf
     return groups
+
+
+def logical_path(path: ParameterPath) -> ParameterPath:
+    """Return the path of the matrix that a leaf is a part of, or the leaf's own path."""
+    is_part = path[-2:-1] == ("weight",) and path[-1] in QUANTIZED_LEAVES
+    return path[:-1] if is_part else path
 
 
 def parameter_pieces(
