@@ -1,6 +1,3 @@
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
-# (orbax annotates its functions with types that pyright sees as partially unknown)
 """Layers that were quantised before, kept as Orbax checkpoints in the cache folder.
 
 One checkpoint for each layer and for each end of the model, so that a range that moves
@@ -19,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import orbax.checkpoint as ocp
 from filelock import FileLock
 
 from pals.config import PRIVATE_FOLDER, cache_dir
+from pals.models.array_store import Shapes, load_arrays, save_arrays
 from pals.models.hashes import SHA256, hash_file
 
 LAYOUT = 1
@@ -35,8 +32,6 @@ ARRAYS_HASH = "arrays.sha256"
 SOURCE_HASH = "source.sha256"
 
 _log = logging.getLogger(__name__)
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,42 +125,22 @@ class PreparedLayers:
 
 
 def _save(folder: Path, arrays: Mapping[str, jax.Array], source_hash: bytes | None) -> None:
-    with _checkpointer() as checkpointer:
-        checkpointer.save((folder / ARRAYS).absolute(), ocp.args.PyTreeSave(dict(arrays)))
+    save_arrays(folder / ARRAYS, arrays)
     (folder / ARRAYS_HASH).write_text(_hash_files(folder / ARRAYS))
     if source_hash is not None:
         (folder / SOURCE_HASH).write_text(source_hash.hex())
 
 
 def _restore(folder: Path, shapes: Shapes) -> list[jax.Array]:
-    """Return the arrays of a part, having checked that they are what was asked for.
+    """Return the arrays of a part, having checked its bytes.
 
     Raises:
         Exception: The part is damaged, in any way that Orbax or this finds.
     """
-    path = folder / ARRAYS
-    if _hash_files(path) != (folder / ARRAYS_HASH).read_text():
+    if _hash_files(folder / ARRAYS) != (folder / ARRAYS_HASH).read_text():
         raise ValueError("its files are not those that were written")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=s.sharding or device)
-        for name, s in shapes.items()
-    }
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    with _checkpointer() as checkpointer:
-        restored: dict[str, jax.Array] = checkpointer.restore(
-            path.absolute(), ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
-        )
-    for name, shape in shapes.items():
-        found = restored[name]
-        if found.shape != shape.shape or found.dtype != shape.dtype:
-            raise ValueError(f"`{name}` is {found.dtype} {found.shape}")
-    return [restored[name] for name in shapes]
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    # Quantised numbers hardly compress, and the compressor holds all of a part once more.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    arrays = load_arrays(folder / ARRAYS, shapes)
+    return [arrays[name] for name in shapes]
 
 
 def _hash_files(folder: Path) -> str:
