@@ -26,6 +26,9 @@ DTYPE_NAMES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(ml_dtypes.float8_e4m3fn): "F8_E4M3",
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.int32): "I32",
 }
 
 
@@ -92,6 +95,67 @@ def make_llama_checkpoint(
         mlp_bias=mlp_bias,
     )
     write_weights(folder, random_weights(shapes, seed=seed, dtype=dtype), files=files)
+    write_tokenizer(folder)
+    return folder
+
+
+def make_qwen3_moe_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_layers: int = 2,
+    hidden_size: int = 64,
+    expert_size: int = 32,
+    num_experts: int = 4,
+    dtype: type = np.float32,
+) -> Path:
+    """Write a Qwen3 MoE checkpoint whose experts have tensors of their own; return ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, object] = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "eos_token_id": EOS_ID,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": 96,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": expert_size,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": num_experts,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCAB_SIZE,
+    }
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB_SIZE, hidden_size),
+        "model.norm.weight": (hidden_size,),
+        "lm_head.weight": (VOCAB_SIZE, hidden_size),
+    }
+    in_layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (64, hidden_size),
+        "self_attn.k_proj": (32, hidden_size),
+        "self_attn.v_proj": (32, hidden_size),
+        "self_attn.o_proj": (hidden_size, 64),
+        "self_attn.q_norm": (16,),
+        "self_attn.k_norm": (16,),
+        "input_layernorm": (hidden_size,),
+        "post_attention_layernorm": (hidden_size,),
+        "mlp.gate": (num_experts, hidden_size),
+    }
+    for expert in range(num_experts):
+        in_layer[f"mlp.experts.{expert}.gate_proj"] = (expert_size, hidden_size)
+        in_layer[f"mlp.experts.{expert}.up_proj"] = (expert_size, hidden_size)
+        in_layer[f"mlp.experts.{expert}.down_proj"] = (hidden_size, expert_size)
+    for layer in range(num_layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": s for name, s in in_layer.items()}
+    write_weights(folder, random_weights(shapes, seed=seed, dtype=dtype))
     write_tokenizer(folder)
     return folder
 
