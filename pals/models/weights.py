@@ -213,11 +213,8 @@ def own_int4(
     """Yield the checkpoint's own codes, scales and zero points."""
     part = weight if piece.entry is None else weight.part(piece.entry)
     for rows, block in part.int4_blocks(BLOCK_BYTES, group_size):
-        try:
-            matrix = pack_int4(block.codes, block.scales, block.zeros, group_size)
-        except ValueError as error:
-            raise not_finite(weight) from error
-        yield shifted(rows, piece), matrix
+        scales = checked(block.scales, weight)
+        yield shifted(rows, piece), pack_int4(block.codes, scales, block.zeros, group_size)
 
 
 def read_piece(piece: Piece, weight: StoredWeight) -> Iterator[tuple[slice, Array]]:
