@@ -126,7 +126,7 @@ class PreparedLayers:
 
 def _save(folder: Path, arrays: Mapping[str, jax.Array], source_hash: bytes | None) -> None:
     save_arrays(folder / ARRAYS, arrays)
-    (folder / ARRAYS_HASH).write_text(_hash_files(folder / ARRAYS))
+    (folder / ARRAYS_HASH).write_text(hash_files(folder / ARRAYS))
     if source_hash is not None:
         (folder / SOURCE_HASH).write_text(source_hash.hex())
 
@@ -137,13 +137,13 @@ def _restore(folder: Path, shapes: Shapes) -> list[jax.Array]:
     Raises:
         Exception: The part is damaged, in any way that Orbax or this finds.
     """
-    if _hash_files(folder / ARRAYS) != (folder / ARRAYS_HASH).read_text():
+    if hash_files(folder / ARRAYS) != (folder / ARRAYS_HASH).read_text():
         raise ValueError("its files are not those that were written")
     arrays = load_arrays(folder / ARRAYS, shapes)
     return [arrays[name] for name in shapes]
 
 
-def _hash_files(folder: Path) -> str:
+def hash_files(folder: Path) -> str:
     """Return a SHA-256 over the files of a folder, none of which is read twice unchanged."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = [[str(path.relative_to(folder)), hash_file(path)] for path in files]
