@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import httpx
 from huggingface_hub import (
+    HfFileMetadata,
     constants,
     get_hf_file_metadata,  # pyright: ignore[reportUnknownVariableType] a bare dict in its type
     get_session,
@@ -281,19 +282,26 @@ class RangeReader:
         url = hf_hub_url(
             self._model, self.file.name, revision=self._commit, endpoint=constants.ENDPOINT
         )
-        metadata = get_hf_file_metadata(url, timeout=self._patience.read_s, headers=headers)
+        metadata = self._metadata(url, headers)
         if metadata.size != self.file.size_bytes:
             raise self._changed(f"{metadata.size} bytes instead of {self.file.size_bytes}")
         if metadata.etag != self.file.sha256:
             raise self._changed("it has another hash than the hub listed")
         headers["Accept-Encoding"] = "identity"
-        try:
-            is_elsewhere = _origin(url) != _origin(metadata.location)
-        except httpx.InvalidURL as error:
-            raise self._invalid(f"it redirects to no address: {reason(error)}") from error
+        is_elsewhere = _origin(url) != _origin(metadata.location)
         if is_elsewhere:  # a signed address needs no token, and its host must not see it
             headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
         return _Place(metadata.location, headers, is_elsewhere)
+
+    def _metadata(self, url: str, headers: dict[str, str]) -> HfFileMetadata:
+        try:
+            metadata = get_hf_file_metadata(url, timeout=self._patience.read_s, headers=headers)
+            _origin(metadata.location)
+        except HUB_ERRORS:
+            raise
+        except MALFORMED_ANSWERS as error:
+            raise self._invalid(reason(error)) from error
+        return metadata
 
     def _forget(self, place: _Place) -> None:
         with self._lock:

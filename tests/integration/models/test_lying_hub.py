@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pals.errors import InvalidHubAnswer, PalsError
+from pals.errors import HubUnavailable, InvalidHubAnswer, PalsError
 from pals.models import hub_texts
 from pals.models.download import Patience
 from pals.models.hub import resolve_model
@@ -57,18 +57,22 @@ def test_tags_and_sizes_of_another_kind_are_no_crash(hub: HubServer, repo: Repo)
         resolve()
 
 
-@pytest.mark.parametrize("file", ["config.json", "model-00001-of-00003.safetensors"])
+@pytest.mark.parametrize(
+    ("file", "layers"),
+    [("config.json", "0:1"), (".safetensors", "0:1"), (".safetensors", "0:4")],
+    ids=["text", "ranges", "whole"],
+)
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag", "X-Repo-Commit"])
 @pytest.mark.parametrize("value", ["../../../../escaped", "/tmp/escaped", "..\\escaped", "a b"])
 @pytest.mark.usefixtures("repo")
 def test_a_name_that_leads_out_of_the_cache_is_refused(
-    hub: HubServer, tmp_path: Path, file: str, header: str, value: str
+    hub: HubServer, tmp_path: Path, file: str, layers: str, header: str, value: str
 ):
     quoted = value if header == "X-Repo-Commit" else f'"{value}"'
     hub.add(Fault("hub", file, method="HEAD", times=ALWAYS, headers={header: quoted}))
 
     with pytest.raises(InvalidHubAnswer, match=header):
-        resolve("0:4")
+        resolve(layers)
     assert not [path for path in tmp_path.rglob("*") if "escaped" in path.name]
 
 
@@ -93,7 +97,7 @@ def test_a_redirect_to_no_address_is_refused(hub: HubServer, location: str):
         Fault("hub", ".safetensors", method="HEAD", times=ALWAYS, headers={"Location": location})
     )
 
-    with pytest.raises(PalsError):
+    with pytest.raises((InvalidHubAnswer, HubUnavailable)):
         resolve()
 
 
