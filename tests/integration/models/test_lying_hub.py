@@ -90,7 +90,7 @@ def test_a_text_file_without_end_is_cut_off(
     assert not [path for path in tmp_path.rglob("snapshots/*/config.json") if path.exists()]
 
 
-@pytest.mark.parametrize("location", ["http://[", "http://x:99999999/", "http://\x7f/"])
+@pytest.mark.parametrize("location", ["http://[", "http://\x7f/"])
 @pytest.mark.usefixtures("repo")
 def test_a_redirect_to_no_address_is_refused(hub: HubServer, location: str):
     hub.add(
