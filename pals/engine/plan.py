@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import jax
@@ -214,14 +216,15 @@ class _Planner:
         kinds = defaultdict(list)
         for layer, leaves in enumerate(self._leaves_of_layers()):
             kinds[leaves, self._config.cache_shapes(layer)].append(layer)
+        workspaces = self._workspaces(list(kinds.values()))
         return tuple(
             LayerPlan(
                 layers=tuple(layers),
                 weights=_size(leaf for _, leaf in leaves),
                 kv_per_token=self._kv_per_token(layers[0]),
-                workspace=self._layer_workspace(layers),
+                workspace=workspace,
             )
-            for (leaves, _), layers in kinds.items()
+            for ((leaves, _), layers), workspace in zip(kinds.items(), workspaces, strict=True)
         )
 
     def plan_ends(self) -> EndsPlan:
@@ -250,22 +253,25 @@ class _Planner:
     def _cache(self, layers: LayerRange, limits: EngineLimits) -> AbstractCache:
         return abstract_cache(self._config, layers, limits=limits, dtype=self._numerics.compute)
 
-    def _layer_workspace(self, layers: Sequence[int]) -> int:
-        """Return the temporaries of the largest program of some equal layers.
+    def _workspaces(self, kinds: Sequence[Sequence[int]]) -> list[int]:
+        """Return for some equal layers at a time the temporaries of their largest program.
 
         Prefill is measured at the first of them, whose input is a temporary where it is the
         head, as it is between two layers; decode at the last, where the tail samples for
         more rows than in prefill.
         """
-        first = self._programs(LayerRange(layers[0], layers[0] + 1))
-        last = self._programs(LayerRange(layers[-1], layers[-1] + 1))
-        return max(_workspace(first, "prefill"), _workspace(last, "decode"))
+        prefills = [self._programs(LayerRange(first, first + 1)) for first, *_ in kinds]
+        decodes = [self._programs(LayerRange(last, last + 1)) for *_, last in kinds]
+        with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
+            prefill = pool.map(partial(_workspace, "prefill"), prefills)
+            decode = pool.map(partial(_workspace, "decode"), decodes)
+            return [max(both) for both in zip(prefill, decode, strict=True)]
 
     def _programs(self, layers: LayerRange) -> Programs:
         return Programs(self._config, layers, numerics=self._numerics, limits=self._limits)
 
 
-def _workspace(programs: Programs, kind: Literal["prefill", "decode"]) -> int:
+def _workspace(kind: Literal["prefill", "decode"], programs: Programs) -> int:
     """Return the temporaries of the largest program of a kind."""
     return programs.workspace_bytes(max(key for key in programs.all_keys() if key.kind == kind))
 

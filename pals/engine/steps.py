@@ -33,7 +33,13 @@ CONTEXT_BUCKET_RATIO = 8
 
 Leaves = tuple[jax.Array, ...]
 
-_CODE_UNOPTIMISED: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+CompilerOptions = dict[str, str | bool]
+
+CPU_OPTIONS: CompilerOptions = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""By default XLA on CPU runs what depends on no input first: the widened int4 weights of all
+layers would be held at one time. This order is as fast (decode) or faster (int4 prefill)."""
+
+_CODE_UNOPTIMISED: CompilerOptions = {"xla_backend_optimization_level": "0"}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -119,7 +125,7 @@ class Programs:
         self._config = config
         self._layers = layers
         self._dtype = numerics.compute
-        self._platform = numerics.platform
+        self._options = CPU_OPTIONS if numerics.platform == "cpu" else None
         self._limits = limits
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
@@ -174,7 +180,7 @@ class Programs:
         started = time.perf_counter()
         arguments = self._abstract_arguments(key)
         lowered = self._steps[key.kind].lower(leaves, cache, *arguments, context=key.context)
-        compiled = lowered.compile()
+        compiled = lowered.compile(self._options)
         self._compiled[key] = compiled
         memory = compiled.memory_analysis()
         return CompiledProgram(
@@ -193,7 +199,7 @@ class Programs:
         cache = abstract_cache(self._config, self._layers, limits=self._limits, dtype=self._dtype)
         arguments = self._abstract_arguments(key)
         lowered = self._steps[key.kind].lower(leaves, cache, *arguments, context=key.context)
-        compiled = lowered.compile(_CODE_UNOPTIMISED if self._platform == "cpu" else None)
+        compiled = lowered.compile(self._options and self._options | _CODE_UNOPTIMISED)
         memory = compiled.memory_analysis()
         return memory.temp_size_in_bytes if memory is not None else 0
 

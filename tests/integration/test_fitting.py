@@ -14,8 +14,8 @@ from pals.errors import ModelTooLarge
 from pals.models.snapshot import Snapshot
 from pals.net.fitting import FittingShard, run_fitting_shard
 from pals.net.node import Node
-from pals.net.serving import ServedShard, serve_role
-from pals.types import LayerRange
+from pals.net.serving import Report, ServedShard, serve_role
+from pals.types import LayerRange, ShardSpec
 from tests.integration.swarm import (
     DEADLINE_S,
     TestSwarm,
@@ -32,17 +32,16 @@ pytestmark = [pytest.mark.trio, pytest.mark.timeout(180)]
 def memory_for(swarm: TestSwarm, *ranges: str) -> Memory:
     """Return the memory into which the largest of some shards just fits."""
     config = Snapshot.open(swarm.checkpoint, "m").config
-    plan = plan_model(config, dtype="f32", limits=swarm.limits)
+    plan = plan_model(config, ShardSpec(dtype="f32", limits=swarm.limits))
     return Memory(size_bytes=max(plan.plan_range(LayerRange.parse(r)).needed for r in ranges))
 
 
 def fitting(swarm: TestSwarm, memory: Memory, notes: list[str]) -> FittingShard:
     return FittingShard(
         model=str(swarm.checkpoint),
-        dtype="f32",
-        limits=swarm.limits,
+        spec=ShardSpec(dtype="f32", limits=swarm.limits),
         memory=memory,
-        on_progress=notes.append,
+        report=Report(on_progress=notes.append, on_download=lambda *_: None),
     )
 
 

@@ -11,7 +11,7 @@ from pals.cli.app import run
 from pals.cli.options import parse_bytes, parse_tokens
 from pals.cli.plan import show_layers
 from pals.engine.plan import EndsPlan, LayerPlan, ModelPlan
-from pals.types import EngineLimits
+from pals.types import EngineLimits, ShardSpec
 from tests.unit.models.published import LLAMA3, PUBLISHED, shrink
 
 MIB = 1 << 20
@@ -27,9 +27,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[EngineLimits]:
     ends = EndsPlan(embedding=1024 * MIB, head=1024 * MIB, both=2048 * MIB)
     plan = ModelPlan(kinds=(layers,), ends=ends, kv_tokens=10_240, num_programs=16)
 
-    def plan_model(_: object, *, dtype: str, limits: EngineLimits) -> ModelPlan:
-        assert dtype == "bf16"
-        asked.append(limits)
+    def plan_model(_: object, spec: ShardSpec) -> ModelPlan:
+        assert spec.dtype == "bf16"
+        asked.append(spec.limits)
         return plan
 
     monkeypatch.setattr("pals.engine.plan.plan_model", plan_model)

@@ -25,7 +25,7 @@ from tests.unit.models.published import PUBLISHED, shrink
 LIMITS = EngineLimits(max_sessions=2, max_context_tokens=240, max_chunk_tokens=32)
 FEW_PROGRAMS = EngineLimits(max_sessions=1, max_context_tokens=240, max_chunk_tokens=16)
 TOLERANCE = 0.05
-MOST_CPU_S = 5.0
+MOST_CPU_S = 10.0  # of all cores: other processes do not count
 MOST_RESIDENT_BYTES = 2 << 30
 
 KNOWN = {name: one for name, one in PUBLISHED.items() if one.config["model_type"] in FAMILIES}
@@ -65,7 +65,10 @@ def test_plan_of_a_family_is_right_to_5_percent(family: str, tmp_path: Path):
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("layers", "dtype"), [("0:2", "bf16"), ("1:3", "f32"), ("2:4", "bf16")])
+@pytest.mark.parametrize(
+    ("layers", "dtype"),
+    [("0:2", "bf16"), ("1:3", "f32"), ("2:4", "bf16"), ("1:4", "int8"), ("1:4", "int4")],
+)
 def test_plan_of_a_part_is_right_to_5_percent(layers: str, dtype: Dtype, tmp_path: Path):
     folder = make_llama_checkpoint(tmp_path / "model", num_layers=4)
 
