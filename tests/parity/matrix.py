@@ -1,6 +1,6 @@
 """The parity matrix: our models against transformers', on tiny random checkpoints.
 
-A family's file makes a fixture of its configs with `reference_of` and inherits its tests
+A family's file makes fixtures of its configs with `references_of` and inherits its tests
 from `ParityMatrix`. Everything is float32 on the CPU.
 """
 
@@ -84,16 +84,21 @@ class Reference:
         return output[0, len(prompt) :].tolist()
 
 
-def reference_of(
+def references_of(
     architecture: str,
     configs: Mapping[str, Mapping[str, object]],
     *,
     common: Mapping[str, object] = COMMON,
 ):
-    """Return a fixture over ``configs``, which add to ``common``, of a class of transformers."""
+    """Return the fixtures of a family: one over all configs, one for its first alone.
 
-    @pytest.fixture(scope="module", params=list(configs), ids=str, name="reference")
-    def reference(request, tmp_path_factory):
+    Args:
+        architecture: A class of transformers.
+        configs: What each adds to ``common``.
+        common: Sizes of the tiny models.
+    """
+
+    def make(request, tmp_path_factory):
         seed = list(configs).index(request.param)
         folder = tmp_path_factory.mktemp(request.param)
         values = {**common, **configs[request.param]}
@@ -102,7 +107,10 @@ def reference_of(
             patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
             yield Reference(model, Snapshot.open(folder, "test/model"))
 
-    return reference
+    names = list(configs)
+    every = pytest.fixture(scope="module", params=names, ids=str, name="reference")(make)
+    first = pytest.fixture(scope="module", params=names[:1], ids=str, name="first_reference")(make)
+    return every, first
 
 
 def save_random_model(
@@ -173,7 +181,7 @@ def build_model(snapshot: Snapshot, layers: LayerRange) -> Decoder:
 @pytest.mark.parity
 @pytest.mark.timeout(600)
 class ParityMatrix:
-    """The tests of one family; a subclass stands beside the fixture ``reference``."""
+    """The tests of one family; a subclass stands beside the fixtures of `references_of`."""
 
     def test_logits_equal_those_of_transformers_in_every_split(self, reference: Reference):
         expected = reference.logits(PROMPT)
@@ -198,9 +206,12 @@ class ParityMatrix:
         for cuts in splits(reference.num_layers):
             assert Chain(reference.snapshot, cuts).answer(PROMPT) == expected, f"cuts {cuts}"
 
-    def test_greedy_tokens_of_the_engine_equal_those_of_transformers(self, reference: Reference):
-        chain = load_chain(reference.snapshot, [0, reference.num_layers - 1], "f32", LIMITS)
+    def test_greedy_tokens_of_the_engine_equal_those_of_transformers(
+        self, first_reference: Reference
+    ):
+        snapshot, cut = first_reference.snapshot, first_reference.num_layers - 1
+        chain = load_chain(snapshot, [0, cut], "f32", LIMITS)
 
         found = generate(chain, PROMPT, slot=1, count=NEW_TOKENS, chunk=25)
 
-        assert found == reference.answer(PROMPT)
+        assert found == first_reference.answer(PROMPT)

@@ -1,6 +1,6 @@
 """DeepSeek V3 and Kimi K2: latent attention, grouped routing, shared experts, YaRN."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
 COMMON = {
     "num_key_value_heads": 4,
@@ -25,7 +25,7 @@ YARN_ROPE = {
     "mscale_all_dim": 1.0,
 }
 
-reference = reference_of(
+reference, first_reference = references_of(
     "DeepseekV3ForCausalLM",
     {
         "grouped-yarn": {**COMMON, "rope_parameters": YARN_ROPE},

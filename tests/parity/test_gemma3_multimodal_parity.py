@@ -1,6 +1,6 @@
 """Gemma 3 inside a model that sees images too, whose vision tower stays where it is."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 from tests.parity.test_gemma3_parity import GEMMA
 
 TEXT = {
@@ -22,7 +22,7 @@ VISION = {
     "vision_use_head": False,
 }
 
-reference = reference_of(
+reference, first_reference = references_of(
     "Gemma3ForConditionalGeneration",
     {"text-in-images": {"text_config": TEXT}},
     common={

@@ -1,6 +1,6 @@
 """Gemma 3 text: local and global layers, two rotary bases, soft caps, biases, heads."""
 
-from tests.parity.matrix import COMMON, ParityMatrix, reference_of
+from tests.parity.matrix import COMMON, ParityMatrix, references_of
 
 GEMMA = {**COMMON, "initializer_range": 0.1}
 """Embeddings so small that layers, which end in a norm, outweigh the last token's own."""
@@ -10,7 +10,7 @@ ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
 }
 
-reference = reference_of(
+reference, first_reference = references_of(
     "Gemma3ForCausalLM",
     {
         "two-ropes": {

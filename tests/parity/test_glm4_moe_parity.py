@@ -1,6 +1,6 @@
 """GLM-4.5 and 4.6: partly turned heads, routing with a correction bias, shared experts."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
 COMMON = {
     "head_dim": 20,
@@ -10,7 +10,7 @@ COMMON = {
     "num_experts_per_tok": 3,
 }
 
-reference = reference_of(
+reference, first_reference = references_of(
     "Glm4MoeForCausalLM",
     {
         "bias-qk-norm": {

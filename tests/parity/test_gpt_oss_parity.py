@@ -1,6 +1,6 @@
 """gpt-oss: sinks, alternating windows, biases, YaRN of a whole range, clamped experts."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
 YARN_ROPE = {
     "rope_type": "yarn",
@@ -12,7 +12,7 @@ YARN_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
-reference = reference_of(
+reference, first_reference = references_of(
     "GptOssForCausalLM",
     {
         "alternating-yarn": {

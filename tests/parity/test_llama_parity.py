@@ -1,6 +1,6 @@
 """Llama: every rope scaling, grouped heads, tied and untied heads, biases."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -17,7 +17,7 @@ YARN_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
-reference = reference_of(
+reference, first_reference = references_of(
     "LlamaForCausalLM",
     {
         "tied-gqa": {"tie_word_embeddings": True},

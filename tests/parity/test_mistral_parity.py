@@ -1,8 +1,8 @@
 """Mistral: with a sliding window that the prompt outgrows, and without."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
-reference = reference_of(
+reference, first_reference = references_of(
     "MistralForCausalLM",
     {
         "window": {"sliding_window": 16, "head_dim": 20},

@@ -1,8 +1,8 @@
 """Mixtral: normalised weights, windows, its own names of experts."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
-reference = reference_of(
+reference, first_reference = references_of(
     "MixtralForCausalLM",
     {
         "window": {

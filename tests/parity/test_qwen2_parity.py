@@ -1,8 +1,8 @@
 """Qwen2: biases of queries, keys and values; windows of the last layers."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
-reference = reference_of(
+reference, first_reference = references_of(
     "Qwen2ForCausalLM",
     {
         "full": {"tie_word_embeddings": True},

@@ -1,8 +1,8 @@
 """Qwen3 MoE: both ways to weigh, dense layers among the sparse, uneven expert numbers."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
-reference = reference_of(
+reference, first_reference = references_of(
     "Qwen3MoeForCausalLM",
     {
         "normalised-step": {

@@ -1,8 +1,8 @@
 """Qwen3: norms of queries and keys, heads of a width of their own, biases, windows."""
 
-from tests.parity.matrix import ParityMatrix, reference_of
+from tests.parity.matrix import ParityMatrix, references_of
 
-reference = reference_of(
+reference, first_reference = references_of(
     "Qwen3ForCausalLM",
     {
         "wide-heads": {"head_dim": 32, "tie_word_embeddings": True},
