@@ -8,19 +8,33 @@ import numpy as np
 
 from pals.engine.shard import Shard
 from pals.models.snapshot import Snapshot
-from pals.types import Dtype, EngineLimits, LayerRange, Sampling
+from pals.types import (
+    DEFAULT_QUANTIZATION,
+    Dtype,
+    EngineLimits,
+    LayerRange,
+    Quantization,
+    Sampling,
+)
 
 LIMITS = EngineLimits(max_sessions=3, max_context_tokens=300, max_chunk_tokens=32)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def load_chain(
-    snapshot: Snapshot, cuts: Sequence[int], dtype: Dtype = "f32", limits: EngineLimits = LIMITS
+    snapshot: Snapshot,
+    cuts: Sequence[int],
+    dtype: Dtype = "f32",
+    limits: EngineLimits = LIMITS,
+    quantization: Quantization = DEFAULT_QUANTIZATION,
 ) -> list[Shard]:
     """Load one shard for each range between the cuts, which start at 0."""
     ends = [*cuts[1:], snapshot.config.num_layers]
     ranges = [LayerRange(start, stop) for start, stop in zip(cuts, ends, strict=True)]
-    return [Shard.load(snapshot, layers, dtype=dtype, limits=limits) for layers in ranges]
+    return [
+        Shard.load(snapshot, layers, dtype=dtype, limits=limits, quantization=quantization)
+        for layers in ranges
+    ]
 
 
 def prefill(
