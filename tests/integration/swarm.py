@@ -27,9 +27,9 @@ from pals.driver.sessions import (
 from pals.models.snapshot import Snapshot
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import Node, NodeOptions
-from pals.net.serving import ServedShard, load_shard, run_shard, serve_role
+from pals.net.serving import Report, ServedShard, load_shard, run_shard, serve_role
 from pals.swarm.identity import load_or_create_identity
-from pals.types import Dtype, EngineLimits, LayerRange
+from pals.types import Dtype, EngineLimits, LayerRange, ShardSpec
 from tests.checkpoints import make_llama_checkpoint
 from tests.integration.backends import running_backend
 
@@ -121,9 +121,8 @@ def loader(swarm: TestSwarm, layers: str, dtype: Dtype = "f32") -> Callable[[], 
         load_shard,
         str(swarm.checkpoint),
         LayerRange.parse(layers),
-        dtype,
-        swarm.limits,
-        on_progress=lambda _: None,
+        ShardSpec(dtype=dtype, limits=swarm.limits),
+        report=Report(on_progress=lambda _: None, on_download=lambda *_: None),
     )
 
 

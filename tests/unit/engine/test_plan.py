@@ -139,6 +139,10 @@ def test_a_serving_process_stays_within_its_plan(model: str, tmp_path: Path, sha
 # --- against what is published -------------------------------------------------------
 
 
+def test_the_family_of_every_model_that_the_product_names_is_known():
+    assert KNOWN.keys() == PUBLISHED.keys()
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in KNOWN]
 )
