@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pals.engine.cache import build_cache, cache_positions
+from pals.models.build import AbstractModel, ParameterPath, Parameters
 from pals.models.config import ModelConfig
 from pals.models.configs import read_config
 from pals.models.configs.moe import RouterOverride
-from pals.models.decoder import Decoder
-from pals.models.family import family_of
+from pals.models.hub import resolve_model
+from pals.models.loading import load_shard_parameters
 from pals.models.moe_options import MoEOptions, RoutingRecord
 from pals.models.numerics import COMPUTE_DTYPES, Numerics
-from pals.models.safetensors import WeightFiles
-from pals.models.weights import ParameterPath, load_parameters
 from pals.types import Dtype, EngineLimits, LayerRange
 
 RANDOM_CONFIG = {
@@ -42,8 +40,6 @@ RANDOM_CONFIG = {
     "tie_word_embeddings": False,
 }
 """A small Qwen3 MoE, whose weights are drawn."""
-
-Parameters = dict[ParameterPath, jax.ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,13 @@ class Source:
             return read_config(RANDOM_CONFIG)
         return read_config(json.loads((self.folder / "config.json").read_text()))
 
-    def load(self, config: ModelConfig, parameters: Parameters) -> list[jax.Array]:
+    def load(self, numerics: Numerics, parameters: Parameters) -> Sequence[jax.Array]:
         """Return the parameters, read or drawn."""
         if self.folder is None:
             return draw_parameters(parameters, self.seed)
-        layers = LayerRange(0, config.num_layers)
-        table = family_of(config).weights
-        return load_parameters(WeightFiles.open(self.folder), config, layers, table, parameters)
+        snapshot = resolve_model(str(self.folder.absolute()))
+        layers = LayerRange(0, snapshot.config.num_layers)
+        return load_shard_parameters(snapshot, layers, numerics, parameters).leaves
 
 
 def draw_parameters(parameters: Parameters, seed: int) -> list[jax.Array]:
@@ -101,7 +97,7 @@ class RoutedModel:
         self,
         source: Source,
         override: RouterOverride | None = None,
-        leaves: list[jax.Array] | None = None,
+        leaves: Sequence[jax.Array] | None = None,
     ) -> None:
         self.source = source
         self.config = source.read_config()
@@ -112,13 +108,8 @@ class RoutedModel:
             compute=COMPUTE_DTYPES[source.dtype], platform=jax.default_backend(), moe=options
         )
         layers = LayerRange(0, self.config.num_layers)
-        build = family_of(self.config).build_layer
-        model = nnx.eval_shape(lambda: Decoder(self.config, layers, numerics, build))
-        self._graphdef, state = nnx.split(model)
-        shapes, self._treedef = jax.tree.flatten(state)
-        paths = cast("list[ParameterPath]", nnx.to_flat_state(state).paths)
-        parameters = dict(zip(paths, shapes, strict=True))
-        self._leaves = leaves or source.load(self.config, parameters)
+        self._model = AbstractModel.build(self.config, layers, numerics)
+        self._leaves = leaves or source.load(numerics, self._model.parameters)
         self._step = jax.jit(self._forward)
 
     def with_override(self, override: RouterOverride) -> RoutedModel:
@@ -136,8 +127,8 @@ class RoutedModel:
         with self._lock:
             self._records.append(record)
 
-    def _forward(self, leaves: list[jax.Array], token_ids: jax.Array) -> jax.Array:
-        model = nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+    def _forward(self, leaves: Sequence[jax.Array], token_ids: jax.Array) -> jax.Array:
+        model = self._model.merge(leaves)
         layers = LayerRange(0, self.config.num_layers)
         length = token_ids.shape[1]
         limits = EngineLimits(max_sessions=1, max_context_tokens=length, max_chunk_tokens=length)

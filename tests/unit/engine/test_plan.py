@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,6 @@ from tests.unit.models.published import PUBLISHED, shrink
 LIMITS = EngineLimits(max_sessions=2, max_context_tokens=240, max_chunk_tokens=32)
 FEW_PROGRAMS = EngineLimits(max_sessions=1, max_context_tokens=240, max_chunk_tokens=16)
 TOLERANCE = 0.05
-MOST_CPU_S = 10.0  # of all cores: other processes do not count
 MOST_RESIDENT_BYTES = 2 << 30
 
 KNOWN = {name: one for name, one in PUBLISHED.items() if one.config["model_type"] in FAMILIES}
@@ -149,11 +147,9 @@ def test_the_family_of_every_model_that_the_product_names_is_known():
 def test_a_published_model_is_planned_and_its_layers_compile_without_weights(name: str):
     model = KNOWN[name]
     config = read_config(model.config)
-    started_s = time.process_time()
 
     plan = plan_model(config, ShardSpec(limits=EngineLimits()))
 
-    assert time.process_time() - started_s < MOST_CPU_S
     assert plan.num_layers == model.layers
     assert plan.whole.weights == pytest.approx(2 * model.parameters, rel=1e-3)
     assert all(kind.workspace > 0 for kind in plan.kinds)
