@@ -9,7 +9,7 @@ LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
 
-# Tests that open no sockets run on two cores, a file at a time on each.
+# Tests that start no servers of Pals run on two cores, a file at a time on each.
 WORKERS := -n 2 --dist loadfile
 
 INSTALLED        := $(VENV)/.installed
@@ -68,8 +68,8 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 test: $(INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit -m "not slow" $(WORKERS)
-	$(BIN)/pytest tests/integration -m "not slow"
+	$(BIN)/pytest tests/unit tests/integration/models -m "not slow" $(WORKERS)
+	$(BIN)/pytest tests/integration --ignore tests/integration/models -m "not slow"
 
 slow: $(INSTALLED) ## the slow tests
 	$(BIN)/pytest tests/unit tests/integration -m slow
