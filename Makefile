@@ -18,7 +18,7 @@ PARITY_INSTALLED := $(VENV)/.parity-installed
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install demo check format test slow parity test-all bench docs lock clean
+.PHONY: help prerequisites venv install demo check format test slow large parity test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,11 +68,14 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 test: $(INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration/models -m "not slow" $(WORKERS)
-	$(BIN)/pytest tests/integration --ignore tests/integration/models -m "not slow"
+	$(BIN)/pytest tests/unit tests/integration/models -m "not slow and not large" $(WORKERS)
+	$(BIN)/pytest tests/integration --ignore tests/integration/models -m "not slow and not large"
 
 slow: $(INSTALLED) ## the slow tests
 	$(BIN)/pytest tests/unit tests/integration -m slow
+
+large: $(INSTALLED) ## the tests on a model of four gigabytes
+	$(BIN)/pytest tests/integration -m large
 
 $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
 	$(BIN)/pip install --quiet -r $(PARITY)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB_SIZE = 258
+HEAD_DIM = 64
 EOS_ID = 256
 PRINTABLE = slice(33, 127)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -29,18 +30,26 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large the model is; its heads are 64 wide, each with keys of its own."""
+    """How large the model is; its heads are 64 wide, and eight of them share keys."""
 
     num_layers: int
     hidden_size: int
     intermediate_size: int
 
     @property
+    def num_heads(self) -> int:
+        return self.hidden_size // HEAD_DIM
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads // 8
+
+    @property
     def largest_tensor_bytes(self) -> int:
         return 2 * self.hidden_size * max(self.intermediate_size, self.hidden_size)
 
 
-FULL = Size(num_layers=30, hidden_size=2048, intermediate_size=8192)
+FULL = Size(num_layers=12, hidden_size=4096, intermediate_size=11008)
 QUICK = Size(num_layers=6, hidden_size=1024, intermediate_size=4096)
 
 
@@ -54,7 +63,6 @@ def write_model(folder: Path, size: Size) -> int:
 
 
 def _config(size: Size) -> dict[str, object]:
-    heads = size.hidden_size // 64
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -62,9 +70,9 @@ def _config(size: Size) -> dict[str, object]:
         "hidden_size": size.hidden_size,
         "intermediate_size": size.intermediate_size,
         "max_position_embeddings": 4096,
-        "num_attention_heads": heads,
+        "num_attention_heads": size.num_heads,
         "num_hidden_layers": size.num_layers,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": size.num_kv_heads,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
@@ -74,11 +82,12 @@ def _config(size: Size) -> dict[str, object]:
 
 def _shapes(size: Size) -> Iterator[tuple[str, Shape]]:
     d, f = size.hidden_size, size.intermediate_size
+    kv = size.num_kv_heads * HEAD_DIM
     yield "model.embed_tokens.weight", (VOCAB_SIZE, d)
     for layer in range(size.num_layers):
         prefix = f"model.layers.{layer}."
-        for name in ("q", "k", "v", "o"):
-            yield f"{prefix}self_attn.{name}_proj.weight", (d, d)
+        for name, rows in (("q", d), ("k", kv), ("v", kv), ("o", d)):
+            yield f"{prefix}self_attn.{name}_proj.weight", (rows, d)
         yield f"{prefix}mlp.gate_proj.weight", (f, d)
         yield f"{prefix}mlp.up_proj.weight", (f, d)
         yield f"{prefix}mlp.down_proj.weight", (d, f)

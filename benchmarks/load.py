@@ -29,6 +29,7 @@ from pals.types import LayerRange, split_layers
 
 NAME = "load"
 DTYPES = ("bf16", "f32", "int8", "int4")
+QUANTIZED = ("int8", "int4")
 ROUNDS = 3
 SHARDS = 3
 REQUEST = Request(prompt="Load me.", max_tokens=32)
@@ -71,18 +72,25 @@ def measure_loads(folder: Path, size: Size, subject: Subject, *, rounds: int) ->
     layers = LayerRange(0, size.num_layers // 2)
     results: list[Result] = []
     for dtype in DTYPES:
-        loads = [load_in_child(folder, layers, dtype) for _ in range(rounds)]
-        of = replace(subject, setting={**subject.setting, "dtype": dtype, "layers": str(layers)})
-        results += [
-            of.summarise("load_s", "s", [load.load_s for load in loads]),
-            of.summarise("peak_memory_bytes", "bytes", [load.peak_bytes for load in loads]),
-            of.summarise(
-                "peak_memory_ratio",
-                "ratio",
-                [peak_ratio(load, size) for load in loads],
-            ),
-        ]
+        starts = [load_twice(folder, layers, dtype) for _ in range(rounds)]
+        sources = ("checkpoint", "prepared layers") if dtype in QUANTIZED else ("checkpoint",)
+        for source, loads in zip(sources, zip(*starts, strict=True), strict=False):
+            setting = {"dtype": dtype, "layers": str(layers), "from": source}
+            of = replace(subject, setting={**subject.setting, **setting})
+            ratios = [peak_ratio(load, size) for load in loads]
+            results += [
+                of.summarise("load_s", "s", [load.load_s for load in loads]),
+                of.summarise("peak_memory_bytes", "bytes", [load.peak_bytes for load in loads]),
+                of.summarise("peak_memory_ratio", "ratio", ratios),
+            ]
     return results
+
+
+def load_twice(folder: Path, layers: LayerRange, dtype: str) -> tuple[Loaded, Loaded]:
+    """Load with an empty cache of prepared layers, and again with what that left there."""
+    with tempfile.TemporaryDirectory(prefix="pals-cache-") as cache:
+        first = load_in_child(folder, layers, dtype, Path(cache))
+        return first, load_in_child(folder, layers, dtype, Path(cache))
 
 
 def peak_ratio(load: Loaded, size: Size) -> float:
@@ -90,21 +98,20 @@ def peak_ratio(load: Loaded, size: Size) -> float:
     return (load.peak_bytes - load.base_bytes) / (load.device_bytes + size.largest_tensor_bytes)
 
 
-def load_in_child(folder: Path, layers: LayerRange, dtype: str) -> Loaded:
-    """Load layers in a new process with an empty cache of prepared layers.
+def load_in_child(folder: Path, layers: LayerRange, dtype: str, cache: Path) -> Loaded:
+    """Load layers in a new process.
 
     Raises:
         CalledProcessError: It failed.
     """
-    with tempfile.TemporaryDirectory(prefix="pals-cache-") as cache:
-        variables = {MALLOC_VARIABLE: HUGE_PAGES, config.CACHE_DIR_VARIABLE: cache}
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.load_child", str(folder), str(layers), dtype],
-            env=config.child_environment(variables),
-            check=True,
-            stdout=subprocess.PIPE,
-            timeout=DEADLINE_S,
-        )
+    variables = {MALLOC_VARIABLE: HUGE_PAGES, config.CACHE_DIR_VARIABLE: str(cache)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.load_child", str(folder), str(layers), dtype],
+        env=config.child_environment(variables),
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=DEADLINE_S,
+    )
     return msgspec.json.decode(done.stdout, type=Loaded)
 
 
@@ -136,7 +143,7 @@ def answer_with(folder: Path, size: Size, count: int) -> tuple[Answer, list[int]
         layers = split_layers(size.num_layers, count)
         async with open_swarm(str(folder), layers, 1, on_progress=_ignore) as swarm:
             answer = await trio.to_thread.run_sync(partial(_ask, swarm), abandon_on_cancel=True)
-            outcome.append((answer, shard_peaks(layers)))
+            outcome.append((answer, shard_peaks(folder, layers)))
 
     if trio.run(run_until_signal, run):
         raise KeyboardInterrupt
@@ -147,16 +154,12 @@ def _ask(swarm: Endpoint) -> Answer:
     return ask(swarm, REQUEST, on_text=_ignore)
 
 
-def shard_peaks(layers: Sequence[LayerRange]) -> list[int]:
-    """Return the most memory of each of this program's shard processes, in bytes."""
+def shard_peaks(folder: Path, layers: Sequence[LayerRange]) -> list[int]:
+    """Return the most memory of each process that holds a shard of a model, in bytes."""
     peaks: list[int] = []
     for part in layers:
-        wanted = b"\0--layers\0" + str(part).encode() + b"\0"
-        found = [
-            entry
-            for entry in Path("/proc").glob("[0-9]*")
-            if wanted in _command_line(entry) and b"\0shard\0" in _command_line(entry)
-        ]
+        wanted = f"\0shard\0{folder}\0--layers\0{part}\0".encode()
+        found = [entry for entry in Path("/proc").glob("[0-9]*") if wanted in _command_line(entry)]
         peaks.append(max(read_memory("VmHWM", entry.name) for entry in found))
     return peaks
 
