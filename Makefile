@@ -72,7 +72,7 @@ test: $(INSTALLED) ## unit and integration tests, but for the slow ones
 	$(BIN)/pytest tests/integration --ignore tests/integration/models -m "not slow and not large"
 
 slow: $(INSTALLED) ## the slow tests
-	$(BIN)/pytest tests/unit -m slow $(WORKERS)
+	$(BIN)/pytest tests/unit -m slow -n 2
 	$(BIN)/pytest tests/integration -m slow
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes

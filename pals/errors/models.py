@@ -48,7 +48,10 @@ class HubUnavailable(ModelError):
 
     code = "PALS-HUB-UNAVAILABLE"
     message = "the hub does not give `{model}` now: {problem}"
-    hint_template = "run it again: what was fetched is kept, and the download goes on from there"
+    hint_template = (
+        "run it again, and the download goes on where it ended, or import a file with "
+        "`pals models import FILE.gguf`"
+    )
     http_status = 503
     retryable = True
 

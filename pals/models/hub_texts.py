@@ -32,6 +32,8 @@ from pals.types import MAX_TOKENIZER_BYTES
 
 HUB_DEADLINE_S = 10.0
 DEFAULT_REVISION = "main"
+TEXT_ATTEMPTS = 3
+"""Nothing is lost yet when a hub does not answer at the start."""
 TEXT_FILES = (
     CONFIG_NAME,
     "generation_config.json",
@@ -58,7 +60,7 @@ def fetch_texts(name: str, revision: str | None, patience: Patience, *, has_fall
     Raises:
         HubUnavailable: And other errors of `resolve_model`.
     """
-    attempts = 1 if has_fallback else patience.attempts
+    attempts = 1 if has_fallback else min(TEXT_ATTEMPTS, patience.attempts)
     tries = Tries(name, patience, threading.Event(), attempts=attempts)
     try:
         return tries.call(lambda: _fetch_texts_once(name, revision))
