@@ -49,7 +49,7 @@ class Size:
         return 2 * self.hidden_size * max(self.intermediate_size, self.hidden_size)
 
 
-FULL = Size(num_layers=12, hidden_size=4096, intermediate_size=11008)
+FULL = Size(num_layers=9, hidden_size=4096, intermediate_size=16384)
 QUICK = Size(num_layers=6, hidden_size=1024, intermediate_size=4096)
 
 

@@ -32,7 +32,7 @@ DTYPES = ("bf16", "f32", "int8", "int4")
 QUANTIZED = ("int8", "int4")
 ROUNDS = 3
 SHARDS = 3
-REQUEST = Request(prompt="Load me.", max_tokens=32)
+REQUEST = Request(prompt="Load me.", max_tokens=12)
 DEADLINE_S = 600.0
 
 

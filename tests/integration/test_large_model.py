@@ -21,8 +21,8 @@ pytestmark = [
 
 MOST_RATIO = 1.10
 MOST_SHARE = 0.5
-LAYERS = {"bf16": LayerRange(0, 6)}
-FEW_LAYERS = LayerRange(0, 2)  # of half a gigabyte: quantising takes its time
+LAYERS = {"bf16": LayerRange(0, 5)}
+FEW_LAYERS = LayerRange(0, 2)  # of a gigabyte: quantising takes its time
 
 
 @pytest.fixture(scope="module")
