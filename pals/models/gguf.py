@@ -252,7 +252,7 @@ def _dequantize(rows: NDArray[np.uint8], tensor: PlannedTensor, path: Path) -> N
     try:
         with np.errstate(all="ignore"):
             values = dequantize(rows, kind)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # the gguf package's word for a type it cannot unpack
         raise UnsupportedModel(
             source=path, problem=f"tensor `{name}` is stored as {kind.name}"
         ) from error

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -50,20 +50,6 @@ class StoredTensor(Protocol):
         ...
 
 
-class Int4Rows(NamedTuple):
-    """Rows of a matrix that the checkpoint itself keeps in 4 bits.
-
-    Attributes:
-        codes: [R, in].
-        scales: [R, G], of groups of the checkpoint's size.
-        zeros: [R, G] in [0, 16]; a row's value is ``(code - zero) * scale``.
-    """
-
-    codes: UInt8
-    scales: Float32
-    zeros: npt.NDArray[np.int16]
-
-
 class StoredWeight(Protocol):
     """One logical weight."""
 
@@ -73,10 +59,6 @@ class StoredWeight(Protocol):
     def path(self) -> Path: ...
     @property
     def shape(self) -> Shape: ...
-    def part(self, index: int) -> StoredWeight:
-        """Return one entry of the first axis of a weight of three axes."""
-        ...
-
     def blocks(self, most_bytes: int) -> Iterator[tuple[slice, Array]]:
         """Yield all rows of the first axis in order, in float32, float16 or bf16.
 
@@ -85,28 +67,9 @@ class StoredWeight(Protocol):
         """
         ...
 
-    def int4_blocks(self, most_bytes: int, group_size: int) -> Iterator[tuple[slice, Int4Rows]]:
-        """Yield all rows as the checkpoint's own 4-bit codes."""
-        ...
-
-    def is_int4(self, group_size: int) -> bool:
-        """Return whether `int4_blocks` works for groups of this size."""
-        ...
-
-
-class _FloatsOnly:
-    """A weight that is not kept in 4 bits."""
-
-    def is_int4(self, group_size: int) -> bool:
-        del group_size
-        return False
-
-    def int4_blocks(self, most_bytes: int, group_size: int) -> Iterator[tuple[slice, Int4Rows]]:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, slots=True)
-class PlainWeight(_FloatsOnly):
+class PlainWeight:
     """A tensor of floats."""
 
     tensor: StoredTensor
@@ -133,6 +96,7 @@ class PlainWeight(_FloatsOnly):
         return self.tensor.shape
 
     def part(self, index: int) -> PlainWeight:
+        """Return one entry of the first axis."""
         return PlainWeight(self.tensor.part(index))
 
     def blocks(self, most_bytes: int) -> Iterator[tuple[slice, Array]]:
@@ -141,7 +105,7 @@ class PlainWeight(_FloatsOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Weight(_FloatsOnly):
+class Fp8Weight:
     """A matrix in E4M3 with a scale for each block of rows and columns."""
 
     name: str
@@ -173,9 +137,6 @@ class Fp8Weight(_FloatsOnly):
     def shape(self) -> Shape:
         return self.weight.shape
 
-    def part(self, index: int) -> StoredWeight:
-        raise NotImplementedError
-
     def blocks(self, most_bytes: int) -> Iterator[tuple[slice, Array]]:
         stored = self.scales.read()
         if self.scales.dtype in EXPONENT_DTYPES:
@@ -188,7 +149,7 @@ class Fp8Weight(_FloatsOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mxfp4Weight(_FloatsOnly):
+class Mxfp4Weight:
     """Matrices of experts [E, out, in] in E2M1, 32 of which share an exponent.
 
     transformers holds them transposed, as [E, in, out]; the layout of the file is
@@ -219,6 +180,7 @@ class Mxfp4Weight(_FloatsOnly):
         return self.elements.path
 
     def part(self, index: int) -> Mxfp4Weight:
+        """Return the matrix of one expert."""
         return replace(
             self,
             elements=self.elements.part(index),
@@ -232,6 +194,10 @@ class Mxfp4Weight(_FloatsOnly):
             exponents = self.exponents.read_rows(rows.start, rows.stop)
             values = packed.decode_mxfp4(cast("UInt8", elements), cast("UInt8", exponents))
             yield rows, values
+
+
+StackedWeight = PlainWeight | Mxfp4Weight
+"""A weight that may have three axes; the other formats keep each matrix by itself."""
 
 
 def row_blocks(shape: Shape, most_bytes: int, *, multiple: int = 1) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,10 @@ from pals.models.config import QuantizationConfig
 from pals.models.stored import (
     PLAIN_DTYPES,
     Array,
-    Int4Rows,
+    Float32,
     Shape,
     StoredTensor,
-    StoredWeight,
+    UInt8,
     check_axes,
     check_dtype,
     check_shape,
@@ -27,8 +27,22 @@ from pals.models.stored import (
 )
 
 
+class Int4Rows(NamedTuple):
+    """Rows of a matrix that the checkpoint itself keeps in 4 bits.
+
+    Attributes:
+        codes: [R, in].
+        scales: [R, G], of groups of the checkpoint's size.
+        zeros: [R, G] in [0, 16]; a row's value is ``(code - zero) * scale``.
+    """
+
+    codes: UInt8
+    scales: Float32
+    zeros: npt.NDArray[np.int16]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _PackedWeight:
+class PackedWeight:
     """A matrix of codes in 32-bit words, stored ``(in, out)``, with a grid for each group.
 
     Attributes:
@@ -53,10 +67,8 @@ class _PackedWeight:
     def path(self) -> Path:
         return self.qweight.path
 
-    def part(self, index: int) -> StoredWeight:
-        raise NotImplementedError
-
     def is_int4(self, group_size: int) -> bool:
+        """Return whether `int4_blocks` works for groups of this size."""
         return self.bits == 4 and self.group_size == group_size and self._is_ordered()
 
     def blocks(self, most_bytes: int) -> Iterator[tuple[slice, Array]]:
@@ -68,6 +80,11 @@ class _PackedWeight:
             yield rows, values
 
     def int4_blocks(self, most_bytes: int, group_size: int) -> Iterator[tuple[slice, Int4Rows]]:
+        """Yield all rows as the checkpoint's own 4-bit codes.
+
+        Raises:
+            ValueError: `is_int4` is false.
+        """
         if not self.is_int4(group_size):
             raise ValueError(f"{self.name} is not kept in 4 bits by groups of {group_size}")
         yield from self._rows(most_bytes)
@@ -106,7 +123,7 @@ class _PackedWeight:
         return self.groups is None or np.array_equal(self._group_of(), in_order)
 
 
-class GptqWeight(_PackedWeight):
+class GptqWeight(PackedWeight):
     """GPTQ: words run along ``in``; with act-order, columns name their group."""
 
     __slots__ = ()
@@ -139,7 +156,7 @@ class GptqWeight(_PackedWeight):
         )
 
 
-class AwqWeight(_PackedWeight):
+class AwqWeight(PackedWeight):
     """AWQ: words run along ``out``, in an order of their own."""
 
     __slots__ = ()

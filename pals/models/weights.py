@@ -28,7 +28,8 @@ from pals.models.quantize import (
 )
 from pals.models.safetensors import Weights
 from pals.models.storage import Storage
-from pals.models.stored import StoredWeight
+from pals.models.stored import StackedWeight, StoredWeight
+from pals.models.stored_words import PackedWeight
 from pals.models.table import Array, Piece, Root, Shape, WeightTable, unchanged
 from pals.types import LayerRange
 
@@ -198,7 +199,7 @@ def quantized_int4(
     piece: Piece, weight: StoredWeight, group_size: int
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
     """Yield the rows of a piece in int4: the checkpoint's own codes where it has such."""
-    if piece.change is unchanged and weight.is_int4(group_size):
+    if isinstance(weight, PackedWeight) and weight.is_int4(group_size):
         matrices = own_int4(piece, weight, group_size)
     else:
         blocks = read_piece(piece, weight)
@@ -208,18 +209,20 @@ def quantized_int4(
 
 
 def own_int4(
-    piece: Piece, weight: StoredWeight, group_size: int
+    piece: Piece, weight: PackedWeight, group_size: int
 ) -> Iterator[tuple[slice, Int4Matrix]]:
     """Yield the checkpoint's own codes, scales and zero points."""
-    part = weight if piece.entry is None else weight.part(piece.entry)
-    for rows, block in part.int4_blocks(BLOCK_BYTES, group_size):
+    for rows, block in weight.int4_blocks(BLOCK_BYTES, group_size):
         scales = checked(block.scales, weight)
         yield shifted(rows, piece), pack_int4(block.codes, scales, block.zeros, group_size)
 
 
 def read_piece(piece: Piece, weight: StoredWeight) -> Iterator[tuple[slice, Array]]:
     """Yield the blocks of a piece, each with the rows of the parameter that it fills."""
-    part = weight if piece.entry is None else weight.part(piece.entry)
+    part = weight
+    if piece.entry is not None:
+        assert isinstance(weight, StackedWeight)  # only these have the axes that were checked
+        part = weight.part(piece.entry)
     blocks = ((rows, checked(block, weight)) for rows, block in part.blocks(BLOCK_BYTES))
     if piece.change is unchanged:
         yield from ((shifted(rows, piece), block) for rows, block in blocks)
