@@ -52,6 +52,7 @@ API_KEY_VARIABLE = "PALS_API_KEY"
 CONFIG_DIR_VARIABLE = "PALS_CONFIG_DIR"
 CACHE_DIR_VARIABLE = "PALS_CACHE_DIR"
 DEBUG_VARIABLE = "PALS_DEBUG"
+HUB_TELEMETRY_VARIABLE = "HF_HUB_DISABLE_TELEMETRY"
 
 
 # --- environment ---------------------------------------------------------------------
@@ -77,6 +78,11 @@ def debug_enabled() -> bool:
 def take_environment(variable: str) -> str | None:
     """Return a ``PALS_*`` variable and remove it, so that no child inherits it."""
     return os.environ.pop(variable, None) or None
+
+
+def forbid_telemetry() -> None:
+    """Keep the hub's client from telling the hub what runs here; before it is imported."""
+    os.environ[HUB_TELEMETRY_VARIABLE] = "1"
 
 
 def limit_compute_threads(threads: int | None) -> None:

@@ -96,6 +96,7 @@ def run(tokens: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Run the command line of this process and exit with its status."""
+    config.forbid_telemetry()
     status = run(sys.argv[1:])
     if threading.active_count() > 1:
         # A thread that is still compiling would abort the process when the interpreter is

@@ -106,6 +106,15 @@ def test_a_pulled_slice_is_shown_listed_verified_and_removed(
     assert pals_process.json("list")["models"] == []
 
 
+def test_the_hub_is_asked_for_the_model_and_for_nothing_else(
+    hub: HubServer, repo: Repo, pals_process: Pals
+):
+    pals_process.json("pull", NAME, "--layers", "1:2")
+
+    strange = {r.path for r in hub.requests if r.server == "hub" and NAME not in r.path}
+    assert strange == set()
+
+
 def test_a_whole_model_and_a_revision_are_pulled(repo: Repo, pals: Pals, tmp_path: Path):
     repo.folders["v2"] = checkpoints.make_llama_checkpoint(tmp_path / "v2", seed=5, files=3)
     assert pals.json("pull", NAME)["layers"] == ["0:4"]
