@@ -216,7 +216,7 @@ def test_a_model_that_is_nowhere_is_refused_at_once_without_a_network(
     )
 
     assert_refused(done, 4, "nobody/no-model", "pals models import")
-    assert done.took_s < 30
+    assert done.took_s < 15
 
 
 @pytest.mark.parametrize("model", ["../outside", "no/such/model"])

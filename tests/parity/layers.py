@@ -4,7 +4,7 @@ A test of whole logits says that something is wrong; these say where. Inputs are
 hidden states, so that no part depends on the ones before it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -16,6 +16,7 @@ from pals.config import CACHE_DIR_VARIABLE
 from pals.engine.cache import build_cache, cache_positions
 from pals.models.attention import Rows, make_rows
 from pals.models.decoder import Decoder
+from pals.models.rope import rotate
 from pals.models.snapshot import Snapshot
 from pals.types import LayerRange
 from tests.parity.matrix import COMMON, LIMITS, NUMERICS, build_model, save_random_model
@@ -92,6 +93,28 @@ class Parts:
             jnp.array(self.hidden), cache, self.rows(), context=cache_positions(LIMITS)
         )
         return np.asarray(found), cache
+
+    def assert_same_norms(self) -> None:
+        """Compare the norms before attention and MLP, and the final one."""
+        theirs, ours = self.theirs.model, self.ours
+        for number, layer in enumerate(ours.layers):
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                found = getattr(layer, name)(jnp.array(self.hidden))
+                expected = self.call(getattr(theirs.layers[number], name))
+                assert_same(found, expected, f"{number}.{name}")
+        assert_same(ours.norm(jnp.array(self.hidden)), self.call(theirs.norm), "norm")
+
+    def assert_same_turns(self, apply_rotary_pos_emb: Callable[..., tuple]) -> None:
+        """Compare rotary embedding with transformers' function of the family."""
+        import torch
+
+        (table,) = self.rows().rope
+        heads = self.hidden[..., None, : table.cos.shape[-1]]
+        theirs = torch.tensor(heads).transpose(1, 2)
+
+        expected, _ = apply_rotary_pos_emb(theirs, theirs, *self.their_tables())
+
+        assert_same(rotate(jnp.array(heads), table), expected.transpose(1, 2).numpy(), "rope")
 
     def assert_same_routing(self, layer: int, *, name: str = "gate") -> None:
         """Raise unless both routers give each token the same experts and weights."""

@@ -26,11 +26,7 @@ parts = parts_of(
 
 
 def test_norms_are_those_of_transformers(parts: Parts):
-    for number, layer in enumerate(parts.ours.layers):
-        theirs = parts.theirs.model.layers[number]
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            found = getattr(layer, name)(jnp.array(parts.hidden))
-            assert_same(found, parts.call(getattr(theirs, name)), f"{number}.{name}")
+    parts.assert_same_norms()
 
 
 def test_norms_of_latents_keep_their_own_epsilon(parts: Parts):

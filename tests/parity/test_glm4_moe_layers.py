@@ -20,11 +20,7 @@ parts = parts_of(
 
 
 def test_norms_are_those_of_transformers(parts: Parts):
-    ours, theirs = parts.ours.layers[1], parts.theirs.model.layers[1]
-
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        found = getattr(ours, name)(jnp.array(parts.hidden))
-        assert_same(found, parts.call(getattr(theirs, name)), name)
+    parts.assert_same_norms()
 
 
 def test_rotary_embedding_turns_the_first_half_of_each_head(parts: Parts):

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pals.models.rope import rotate
 from tests.parity.layers import Parts, assert_same, parts_of
 from tests.parity.test_gpt_oss_parity import YARN_ROPE
 
@@ -31,26 +30,13 @@ parts = parts_of(
 
 
 def test_norms_are_those_of_transformers(parts: Parts):
-    theirs, ours = parts.theirs.model, parts.ours
-
-    for number, layer in enumerate(ours.layers):
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            found = getattr(layer, name)(jnp.array(parts.hidden))
-            assert_same(found, parts.call(getattr(theirs.layers[number], name)), f"{number}.{name}")
-    assert_same(ours.norm(jnp.array(parts.hidden)), parts.call(theirs.norm), "norm")
+    parts.assert_same_norms()
 
 
 def test_rotary_embedding_is_that_of_transformers(parts: Parts):
-    import torch
     from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 
-    (table,) = parts.rows().rope
-    heads = parts.hidden[..., None, : table.cos.shape[-1]]
-    theirs = torch.tensor(heads).transpose(1, 2)
-
-    expected, _ = apply_rotary_pos_emb(theirs, theirs, *parts.their_tables())
-
-    assert_same(rotate(jnp.array(heads), table), expected.transpose(1, 2).numpy(), "rope")
+    parts.assert_same_turns(apply_rotary_pos_emb)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
