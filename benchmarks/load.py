@@ -1,4 +1,4 @@
-"""Loading: seconds, memory on the way, and three machines that hold a third each.
+"""Loading: bytes fetched, seconds, memory on the way, and three machines with a third each.
 
 On a random checkpoint of some gigabytes. Memory is read from Linux's /proc.
 """
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,15 @@ from pals import config
 from pals.cli.demo import Answer, Endpoint, Request, ask, open_swarm
 from pals.cli.interrupt import run_until_signal
 from pals.cli.process import HUGE_PAGES, MALLOC_VARIABLE
+from pals.models.parts import is_needed
+from pals.models.safetensors import SINGLE_NAME, read_header
 from pals.types import LayerRange, split_layers
+from tests.integration.models.hub_server import HubServer, Repo
 
 NAME = "load"
 DTYPES = ("bf16", "f32", "int8", "int4")
 QUANTIZED = ("int8", "int4")
+HUB_NAME = "random/llama"
 ROUNDS = 3
 SHARDS = 3
 REQUEST = Request(prompt="Load me.", max_tokens=12)
@@ -58,10 +63,58 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
             setting={"model": f"random llama of {model_bytes / 1e9:.2f} GB", "device": "cpu"},
             load=os.getloadavg()[0],
         )
+        for result in measure_download(folder, size, subject):
+            report(result)
         for result in measure_loads(folder, size, subject, rounds=1 if quick else ROUNDS):
             report(result)
         for result in measure_shards(folder, size, model_bytes, subject):
             report(result)
+
+
+# --- one download --------------------------------------------------------------------
+
+
+def measure_download(folder: Path, size: Size, subject: Subject) -> list[Result]:
+    """Return what a shard of the middle third fetches of a hub, beside what it needs."""
+    parts = split_layers(size.num_layers, SHARDS)
+    layers = parts[len(parts) // 2]
+    tensors = read_header(folder / SINGLE_NAME).values()
+    needed = sum(
+        tensor.size_bytes
+        for tensor in tensors
+        if is_needed(tensor.name, layers, size.num_layers, tied=False)
+    )
+    fetched, seconds = pull(folder, layers)
+    of = replace(subject, setting={**subject.setting, "layers": str(layers)})
+    compared = replace(of, setting={**of.setting, "to": "the bytes of its layers"})
+    return [
+        of.summarise("download_s", "s", [seconds]),
+        of.summarise("downloaded_bytes", "bytes", [fetched]),
+        compared.summarise("downloaded_ratio", "ratio", [fetched / needed]),
+    ]
+
+
+def pull(folder: Path, layers: LayerRange) -> tuple[int, float]:
+    """Let `pals models pull` fetch layers from a hub on loopback; return bytes and seconds.
+
+    Raises:
+        CalledProcessError: It failed.
+    """
+    with HubServer() as hub, tempfile.TemporaryDirectory(prefix="pals-hub-") as cache:
+        hub.repos[HUB_NAME] = Repo({"main": folder})
+        variables = {"HF_ENDPOINT": hub.url, "HF_HOME": cache, "HF_HUB_OFFLINE": "0"}
+        command = ("models", "pull", HUB_NAME, "--layers", str(layers))
+        started_s = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "pals", *command],
+            env=config.child_environment(variables),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=DEADLINE_S,
+        )
+        seconds = time.perf_counter() - started_s
+        return sum(stop - start for start, stop in hub.ranges(folder / SINGLE_NAME)), seconds
 
 
 # --- one load ------------------------------------------------------------------------
@@ -72,9 +125,9 @@ def measure_loads(folder: Path, size: Size, subject: Subject, *, rounds: int) ->
     layers = LayerRange(0, size.num_layers // 2)
     results: list[Result] = []
     for dtype in DTYPES:
-        starts = [load_twice(folder, layers, dtype) for _ in range(rounds)]
         sources = ("checkpoint", "prepared layers") if dtype in QUANTIZED else ("checkpoint",)
-        for source, loads in zip(sources, zip(*starts, strict=True), strict=False):
+        starts = [load_in_turn(folder, layers, dtype, len(sources)) for _ in range(rounds)]
+        for source, loads in zip(sources, zip(*starts, strict=True), strict=True):
             setting = {"dtype": dtype, "layers": str(layers), "from": source}
             of = replace(subject, setting={**subject.setting, **setting})
             ratios = [peak_ratio(load, size) for load in loads]
@@ -86,11 +139,10 @@ def measure_loads(folder: Path, size: Size, subject: Subject, *, rounds: int) ->
     return results
 
 
-def load_twice(folder: Path, layers: LayerRange, dtype: str) -> tuple[Loaded, Loaded]:
-    """Load with an empty cache of prepared layers, and again with what that left there."""
+def load_in_turn(folder: Path, layers: LayerRange, dtype: str, times: int) -> list[Loaded]:
+    """Load first with an empty cache of prepared layers, then with what that left there."""
     with tempfile.TemporaryDirectory(prefix="pals-cache-") as cache:
-        first = load_in_child(folder, layers, dtype, Path(cache))
-        return first, load_in_child(folder, layers, dtype, Path(cache))
+        return [load_in_child(folder, layers, dtype, Path(cache)) for _ in range(times)]
 
 
 def peak_ratio(load: Loaded, size: Size) -> float:

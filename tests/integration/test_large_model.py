@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.large_model import FULL, write_model
-from benchmarks.load import DTYPES, QUANTIZED, SHARDS, answer_with, load_twice, peak_ratio
+from benchmarks.load import DTYPES, QUANTIZED, SHARDS, answer_with, load_in_turn, peak_ratio
 from pals.types import LayerRange
 
 pytestmark = [
@@ -36,7 +36,7 @@ def model():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loading_takes_the_result_and_one_tensor(model, dtype):
     folder, _ = model
-    first, again = load_twice(folder, LAYERS.get(dtype, FEW_LAYERS), dtype)
+    first, again = load_in_turn(folder, LAYERS.get(dtype, FEW_LAYERS), dtype, 2)
 
     assert peak_ratio(first, FULL) <= MOST_RATIO
     assert peak_ratio(again, FULL) <= MOST_RATIO
