@@ -24,6 +24,7 @@ from pals.engine.steps import (
 )
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.config import ModelConfig
+from pals.models.configs.moe import SparseConfig
 from pals.models.decoder import Cache
 from pals.models.loading import LoadedParameters, load_shard_parameters
 from pals.models.numerics import Numerics
@@ -99,8 +100,8 @@ class Shard:
     ) -> Shard:
         """Read the weights of ``layers`` to the device and reserve the cache.
 
-        With ``split_experts`` the experts of each layer are spread over all local devices;
-        everything else is whole on each.
+        With ``split_experts`` the experts of each layer are spread over all local devices,
+        and everything else is whole on each; a model without experts stays on one.
 
         Raises:
             LayersOutsideModel: The model has fewer layers.
@@ -113,7 +114,8 @@ class Shard:
             raise LayersOutsideModel(layers=layers, num_layers=config.num_layers)
         check_limits(limits, config)
         use_compilation_cache(cache_dir() / "xla")
-        numerics = Numerics.of(dtype, quantization, split_experts=split_experts)
+        has_experts = isinstance(config, SparseConfig)
+        numerics = Numerics.of(dtype, quantization, split_experts=split_experts and has_experts)
         programs = Programs(config, layers, numerics=numerics, limits=limits)
         loaded = load_shard_parameters(snapshot, layers, numerics, programs.parameters)
         return cls(

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pals.errors import InvalidConfig
 from pals.models.grouped import (
     ExpertMatrices,
     GatedActivation,
@@ -120,8 +121,11 @@ class Experts(nnx.Module):
     ) -> None:
         mesh = numerics.moe.mesh
         if mesh is not None and num_experts % mesh.shape[EXPERT_AXIS]:
-            raise ValueError(
-                f"{num_experts} experts cannot be split over {mesh.shape[EXPERT_AXIS]} devices"
+            devices = mesh.shape[EXPERT_AXIS]
+            raise InvalidConfig(
+                source="split_experts",
+                problem=f"{num_experts} experts cannot be split over {devices} devices",
+                advice="set `split_experts = false`, or let fewer devices be seen",
             )
         matrices = partial(ExpertLinear, num_experts, bias=bias, numerics=numerics)
         self.gate_up_proj = matrices(hidden_size, 2 * intermediate_size)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pals.errors import InvalidConfig
 from pals.models.experts import ClampedSwiGLU, Experts
 from pals.models.grouped import block_size, cut_blocks, sort_pairs
 from pals.models.moe_options import MoEOptions
@@ -170,5 +171,5 @@ def test_experts_that_do_not_divide_among_devices_are_refused():
     mesh = jax.sharding.AbstractMesh((2,), ("model",))
     numerics = Numerics(compute=F32, moe=MoEOptions(mesh=mesh))
 
-    with pytest.raises(ValueError, match="5 experts cannot be split over 2 devices"):
+    with pytest.raises(InvalidConfig, match="5 experts cannot be split over 2 devices"):
         Experts(5, D, F, numerics=numerics)
