@@ -91,13 +91,16 @@ class Score:
 
 
 def run(*, quick: bool, report: Callable[[Result], None]) -> None:
-    """Score every route and report its lines."""
+    """Score every route and report its lines, when all windows were read.
+
+    Args:
+        quick: One window only.
+        report: Given each line.
+    """
     load = os.getloadavg()[0]
     snapshot = resolve_model(DEMO_MODEL_ID)
     windows = read_windows(snapshot.path)[: QUICK_WINDOWS if quick else None]
-    reference = open_route(snapshot, REFERENCE)
-    for route in ROUTES:
-        scores = score_route(snapshot, route, windows, reference)
+    for route, scores in zip(ROUTES, score_routes(snapshot, windows), strict=True):
         setting: Setting = {
             "model": DEMO_MODEL_ID,
             "source": SOURCE,
@@ -122,12 +125,16 @@ def read_windows(folder: Path) -> list[np.ndarray]:
     return np.array_split(np.array(tokens[: count * WINDOW_TOKENS], np.int32), count)
 
 
-def score_route(
-    snapshot: Snapshot, route: Route, windows: Sequence[np.ndarray], reference: Scorer
-) -> list[Score]:
-    """Compare a route with the reference, window by window."""
-    scorer = open_route(snapshot, route)
-    return [compare(reference(window), scorer(window)) for window in windows]
+def score_routes(snapshot: Snapshot, windows: Sequence[np.ndarray]) -> list[list[Score]]:
+    """Compare every route with the reference, which reads each window once for all of them."""
+    reference = open_route(snapshot, REFERENCE)
+    scorers = [open_route(snapshot, route) for route in ROUTES]
+    scores: list[list[Score]] = [[] for _ in ROUTES]
+    for window in windows:
+        wanted = reference(window)
+        for own, scorer in zip(scores, scorers, strict=True):
+            own.append(compare(wanted, scorer(window)))
+    return scores
 
 
 def open_route(snapshot: Snapshot, route: Route) -> Scorer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -12,11 +13,13 @@ from pals.models.build import AbstractModel, ParameterPath, Parameters
 from pals.models.family import family_of
 from pals.models.layer_hashes import layer_hashes
 from pals.models.numerics import Numerics
-from pals.models.prepared import PreparedLayers
 from pals.models.safetensors import Weights
 from pals.models.snapshot import Snapshot
 from pals.models.weights import WeightSource, logical_path
 from pals.types import LayerRange
+
+if TYPE_CHECKING:
+    from pals.models.prepared import PreparedLayers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,9 @@ def load_shard_parameters(
         leaves = loader.read_source()
         hashes = layer_hashes(snapshot.weights(), layers)
     else:
+        # Orbax takes half a second to import, and plain shards are started often
+        from pals.models.prepared import PreparedLayers
+
         prepared = PreparedLayers.open(snapshot.manifest, numerics.stored_kind)
         leaves = loader.read_prepared(prepared)
         hashes = loader.read_hashes(prepared)
