@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +12,13 @@ import pytest
 
 from tests.demo_model import import_demo_model
 from tests.integration.processes import (
-    DEADLINE_S,
     END_S,
     Finished,
     Pals,
     Running,
     assert_refused,
 )
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,7 +27,6 @@ pytestmark = [
 ]
 
 LAYERS = ["0:10", "10:20", "20:30"]
-POLL_S = 0.01
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +47,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def pals(folder: Path, cache: Path) -> Pals:
     return Pals({"HF_HUB_OFFLINE": "1", "TMPDIR": str(folder), "PALS_CACHE_DIR": str(cache)})
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    """Wait for something that no process announces."""
-    pause = threading.Event()
-    for _ in range(int(DEADLINE_S / POLL_S)):
-        if condition():
-            return
-        pause.wait(POLL_S)
-    raise AssertionError("it did not happen in time")
 
 
 def assert_interrupted(done: Finished) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pals.cli.app import run
 from tests import checkpoints
 from tests.integration.models.conftest import NAME
 from tests.integration.models.hub_server import TOKEN, Fault, HubServer, Repo
+from tests.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,10 @@ def test_offline_a_pulled_model_is_shown_without_asking(
     assert not hub.requests
 
 
+def _largest(files: Iterable[Path]) -> int:
+    return max((path.stat().st_size for path in files), default=0)
+
+
 def test_a_killed_download_goes_on_where_it_ended(
     hub: HubServer,
     repo: Repo,
@@ -226,6 +231,8 @@ def test_a_killed_download_goes_on_where_it_ended(
     command = [sys.executable, "-m", "pals", "models", "pull", NAME, "--layers", "1:2"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as child:
         assert fault.reached.wait(40)
+        # What was sent may still be on its way: kill when some of it is kept.
+        wait_until(lambda: _largest(tmp_path.rglob("*.partial")) > 1 << 20)
         child.kill()
     fault.release.set()
     assert pals_process.json("list")["models"][0]["layers"] == []

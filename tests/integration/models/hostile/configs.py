@@ -140,7 +140,7 @@ VALUE_CASES: dict[str, Case] = {
     "experts_in_all": unsupported(family("qwen3_moe", num_experts=4096), CONFIG, "experts"),
     "experts_of_two_names": corrupt(family("mixtral", num_experts=4), CONFIG, "experts"),
     "mlp_only_layers_outside": corrupt(
-        family("qwen3_moe", mlp_only_layers=[48]), CONFIG, "mlp_only_layers"
+        family("qwen3_moe", num_hidden_layers=48, mlp_only_layers=[48]), CONFIG, "mlp_only_layers"
     ),
     "groups_not_dividing": corrupt(family("deepseek_v3", n_group=7), CONFIG, "7 groups"),
     "groups_chosen": corrupt(family("deepseek_v3", topk_group=9), CONFIG, "9 of 8 groups"),
