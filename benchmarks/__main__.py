@@ -17,6 +17,7 @@ BENCHMARKS = {
     "load": "benchmarks.load",
     "quantize": "benchmarks.quantize",
     "shapes": "benchmarks.shapes",
+    "transport": "benchmarks.transport",
 }
 """Name -> the module whose `run` measures it."""
 
