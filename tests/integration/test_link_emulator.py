@@ -128,6 +128,8 @@ def test_a_target_that_does_not_listen_is_a_reset(
     link: EmulatedLink, listener: socket.socket
 ) -> None:
     listener.close()
-    dialler = socket.create_connection(("127.0.0.1", link.port), DEADLINE_S)
-    with dialler, pytest.raises(ConnectionResetError):
+    with (
+        pytest.raises(ConnectionResetError),
+        socket.create_connection(("127.0.0.1", link.port), DEADLINE_S) as dialler,
+    ):
         dialler.recv(1)
