@@ -34,6 +34,7 @@ from pals.errors import (
 )
 from pals.net.announce import Announcement
 from pals.net.control import (
+    Ack,
     Close,
     Control,
     Failed,
@@ -46,6 +47,7 @@ from pals.net.control import (
     encode_control,
     session_of,
 )
+from pals.net.flow import AckPolicy, window_tokens
 from pals.net.host import ungrouped_errors
 from pals.net.links import Arrival, Links, Outgoing
 from pals.net.node import Node, NodeOptions, open_node
@@ -114,6 +116,7 @@ class ClientSession:
     sink: Sink
     next_position: int
     remaining_tokens: int
+    acks: AckPolicy
     unanswered: set[PeerId]
     answered: trio.Event = field(default_factory=trio.Event)
     error: PalsError | None = None
@@ -262,6 +265,7 @@ class SessionClient:
             sink=sink,
             next_position=prompt_tokens,
             remaining_tokens=wanted,
+            acks=AckPolicy(window_tokens(self._sampled), prompt_tokens, prompt_tokens),
             unanswered={hop.peer for hop in chain.hops},
         )
         self._sessions[session.session] = session
@@ -350,6 +354,15 @@ class SessionClient:
             self._routes.mark_good(session.peers)
             self.close(session)
         session.sink(SampledToken(token, last))
+        if not last:
+            self._acknowledge(session)
+
+    def _acknowledge(self, session: ClientSession) -> None:
+        """Let the tail go on when it is told so rarely that it costs nothing."""
+        told = session.acks.take(session.next_position)
+        if told is not None:
+            tail = session.chain.tail.peer
+            self._send_control(tail, Ack(session=session.session, position=told))
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         for session in [s for s in self._sessions.values() if peer in s.peers]:
@@ -423,7 +436,7 @@ def _build_reports(chain: Chain, stats: dict[PeerId, Stats]) -> list[HopReport]:
     of the ring, in equal parts for its hops.
     """
     known = [stats[hop.peer] for hop in chain.hops if hop.peer in stats]
-    spent_ms = sum(s.step_ms + s.queue_ms + s.codec_ms for s in known)
+    spent_ms = sum(s.step_ms + s.queue_ms + s.handover_ms + s.codec_ms for s in known)
     turn_ms = max((s.turn_ms for s in known), default=0.0)
     wire_ms = max(0.0, turn_ms - spent_ms) / len(chain.hops) if known else 0.0
     return [
@@ -433,6 +446,7 @@ def _build_reports(chain: Chain, stats: dict[PeerId, Stats]) -> list[HopReport]:
             steps=stats[hop.peer].steps,
             step_ms=stats[hop.peer].step_ms,
             queue_ms=stats[hop.peer].queue_ms,
+            handover_ms=stats[hop.peer].handover_ms,
             codec_ms=stats[hop.peer].codec_ms,
             wire_ms=wire_ms,
         )

@@ -94,7 +94,8 @@ class FakeLinks:
                 answer = Opened(session=message.session)
             self.client.on_control(peer, answer)
         elif isinstance(message, StatsRequest):
-            stats = Stats(steps=1, step_ms=1.0, queue_ms=0.0, codec_ms=0.0, turn_ms=3.0)
+            parts = {"queue_ms": 0.0, "handover_ms": 0.0, "codec_ms": 0.0, "turn_ms": 3.0}
+            stats = Stats(steps=1, step_ms=1.0, **parts)
             self.client.on_control(peer, stats)
         elif isinstance(message, Close):
             self.closed.append(peer)
