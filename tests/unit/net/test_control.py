@@ -15,6 +15,7 @@ from pals.net.control import (
     MAX_CONTEXT,
     MAX_HOPS,
     MAX_STOP_TOKENS,
+    Ack,
     Close,
     Control,
     Failed,
@@ -50,6 +51,7 @@ MESSAGES: list[Control] = [
     Refused(session=SESSION, code="PALS-X", problem="no"),
     Close(session=SESSION),
     Failed(session=SESSION, code="PALS-X", problem="lost"),
+    Ack(session=SESSION, position=3),
     StatsRequest(),
     STATS,
 ]

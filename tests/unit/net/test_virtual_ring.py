@@ -10,9 +10,11 @@ import trio.testing
 
 from benchmarks.makespan import ideal_makespan_s
 from pals.engine.scheduler import WorkItem
+from pals.errors import InvalidFrame
+from pals.net.control import Failed
 from pals.net.flow import SAMPLED_WINDOW_TOKENS, window_bytes
-from pals.net.wire import hidden_shape
-from pals.types import EngineLimits
+from pals.net.wire import Row, hidden_shape
+from pals.types import EngineLimits, PeerId
 from tests.unit.net.virtual_ring import VirtualDriver, VirtualRing, Wires
 
 pytestmark = pytest.mark.trio
@@ -114,6 +116,41 @@ async def test_a_session_that_is_closed_while_its_driver_lags_frees_its_slots(
     nursery.cancel_scope.cancel()
 
     assert all(s.free_sessions == LIMITS.max_sessions for s in ring.services)
+
+
+async def test_nobody_but_the_driver_says_what_it_has_taken(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    ring = make_ring(nursery)
+    stopped = VirtualDriver("stopped", ring, acknowledges=False)
+    await stopped.open(16, 500)
+    stopped.send_prompt(16)
+    await trio.sleep(60.0)
+    came = len(stopped.arrivals_s)
+    for other in (PeerId("stranger"), ring.peers[0], ring.peers[1]):
+        stopped.acknowledge(other)
+    await trio.sleep(1.0)
+    nursery.cancel_scope.cancel()
+
+    assert len(stopped.arrivals_s) == came
+
+
+async def test_a_shard_that_ignores_the_window_ends_the_session_and_no_other(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    ring = make_ring(nursery, hidden_size=4096)
+    flooded, healthy = VirtualDriver("flooded", ring), VirtualDriver("healthy", ring)
+    for driver in (flooded, healthy):
+        await driver.open(4096, 2)
+    for start in range(0, 4096, 512):
+        flooded.send_chunk(1, ring.peers[0], Row(flooded.session, start, 512))
+    healthy.send_prompt(512)
+    await healthy.finish()
+    nursery.cancel_scope.cancel()
+
+    (failed,) = (answer for answer in flooded.answers if isinstance(answer, Failed))
+    assert failed.code == InvalidFrame.code
+    assert "ahead" in failed.problem
 
 
 async def test_a_prompt_keeps_no_more_than_a_window_before_a_slow_shard(

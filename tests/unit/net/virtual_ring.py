@@ -159,6 +159,7 @@ class VirtualRing:
         self.model = ModelShape(
             manifest=b"m" * 32, num_layers=shards, hidden_size=hidden_size, dtype="f32"
         )
+        self.inputs = [self.model.input_of(place) for place in range(shards)]
         self.peers = [PeerId(f"shard-{i}") for i in range(shards)]
         self.services: list[ShardService] = []
         self.computes: list[_SteppedCompute] = []
@@ -248,10 +249,13 @@ class VirtualDriver:
         for peer in self._ring.peers:
             self._send_control(peer, Close(session=self.session))
 
-    def acknowledge(self) -> None:
-        """Say that every token so far is taken."""
+    def acknowledge(self, sender: PeerId | None = None) -> None:
+        """Say that every token so far is taken, by default in the driver's own name."""
         position = self._position + len(self.arrivals_s)
-        self._send_control(self._ring.peers[-1], Ack(session=self.session, position=position))
+        message = encode_control(Ack(session=self.session, position=position))
+        outgoing = Outgoing(CONTROL_SHAPE, (), message)
+        tail = self._ring.peers[-1]
+        self._ring.wires.send(sender or self.peer, tail, Lane.CONTROL, outgoing)
 
     def _receive(self, sender: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         if outgoing.shape.kind is Kind.CONTROL:
@@ -264,6 +268,12 @@ class VirtualDriver:
             self.acknowledge()
         if len(self.arrivals_s) == self._max_new_tokens:
             self._finished.set()
+
+    def send_chunk(self, place: int, sender: PeerId, row: Row) -> None:
+        """Send a part of the prompt past its chain, in another peer's name."""
+        payload = bytes(row.num_tokens * self._ring.inputs[place].token_bytes)
+        outgoing = Outgoing(self._ring.inputs[place], (row,), payload)
+        self._ring.wires.send(sender, self._ring.peers[place], Lane.PREFILL, outgoing)
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
         outgoing = Outgoing(CONTROL_SHAPE, (), encode_control(message))
