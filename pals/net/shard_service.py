@@ -33,16 +33,20 @@ from pals.net.control import (
     encode_control,
     session_of,
 )
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
+    NO_ROWS,
     FrameShape,
     Kind,
     Lane,
+    Outgoing,
     Row,
+    Rows,
     WireDtype,
+    buffer_of,
     hidden_shape,
     sampled_shape,
     tokens_shape,
@@ -241,9 +245,8 @@ class ShardService:
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
         try:
-            self._links.send(
-                peer, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), encode_control(message))
-            )
+            outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
+            self._links.send(peer, Lane.CONTROL, outgoing)
         except PalsError as error:  # whoever asked is gone, and its sessions with it
             _log.debug("no answer to %s: %s", short_id(peer), error)
 
@@ -380,18 +383,18 @@ class ShardService:
 
     def _send_hidden(self, result: StepResult) -> None:
         lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, bytes]]] = defaultdict(list)
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
         for item, output in zip(result.items, result.outputs, strict=True):
             session = self._find(item)
             if session is not None and session.downstream is not None:
                 row = Row(session.session, item.position, len(output))
-                batches[PeerId(session.downstream.peer)].append((session, row, output.tobytes()))
+                batches[PeerId(session.downstream.peer)].append((session, row, buffer_of(output)))
         for peer, parts in batches.items():
             self._send_rows(peer, lane, self._output, parts)
 
     def _send_samples(self, result: StepResult) -> None:
         """Send each sampled token to its driver and, unless it is the last, to the head."""
-        batches: defaultdict[tuple[PeerId, Kind], list[tuple[ShardSession, Row, bytes]]]
+        batches: defaultdict[tuple[PeerId, Kind], list[tuple[ShardSession, Row, memoryview]]]
         batches = defaultdict(list)
         for item, output in zip(result.items, result.outputs, strict=True):
             session = self._find(item)
@@ -399,7 +402,7 @@ class ShardService:
                 continue
             is_last = self._table.take_sample(session, int(output[0]))
             position = item.position + len(item.inputs)
-            token = output.astype("<i4").tobytes()
+            token = buffer_of(output.astype("<i4"))
             row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
             if not is_last:  # the ring first: the driver only listens
                 to_head = (session, Row(session.session, position, 1), token)
@@ -415,10 +418,10 @@ class ShardService:
         peer: PeerId,
         lane: Lane,
         shape: FrameShape,
-        parts: list[tuple[ShardSession, Row, bytes]],
+        parts: list[tuple[ShardSession, Row, memoryview]],
     ) -> None:
-        rows = tuple(row for _, row, _ in parts)
-        payload = b"".join(data for _, _, data in parts)
+        rows = Rows.of(*(row for _, row, _ in parts))
+        payload = tuple(data for _, _, data in parts)
         try:
             self._links.send(peer, lane, Outgoing(shape, rows, payload))
         except PalsError as error:
