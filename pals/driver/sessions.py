@@ -49,17 +49,21 @@ from pals.net.control import (
 )
 from pals.net.flow import AckPolicy, window_tokens
 from pals.net.host import ungrouped_errors
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.route import Chain
 from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
     MAX_ROW_TOKENS,
+    NO_ROWS,
     FrameShape,
     Kind,
     Lane,
+    Outgoing,
     Row,
+    Rows,
+    buffer_of,
     sampled_shape,
     tokens_shape,
 )
@@ -311,7 +315,7 @@ class SessionClient:
         for start in range(0, len(prompt), MAX_ROW_TOKENS):
             part = np.asarray(prompt[start : start + MAX_ROW_TOKENS], dtype="<i4")
             row = Row(session.session, start, len(part))
-            outgoing = Outgoing(self._tokens, (row,), part.tobytes())
+            outgoing = Outgoing(self._tokens, Rows.of(row), (buffer_of(part),))
             self._links.send(session.chain.head.peer, Lane.PREFILL, outgoing)
 
     # --- role ------------------------------------------------------------------------
@@ -409,7 +413,7 @@ def _layers_of(session: ClientSession, peer: PeerId) -> LayerRange:
 
 
 def _control_frame(message: Control) -> Outgoing:
-    return Outgoing(CONTROL_SHAPE, (), encode_control(message))
+    return Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
 
 
 def _build_open(session: ClientSession, request: SessionRequest) -> Open:

@@ -34,17 +34,21 @@ from pals.net.control import (
     session_of,
 )
 from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.timings import StepTimings
 from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
+    NO_ROWS,
     FrameShape,
     Kind,
     Lane,
+    Outgoing,
     Row,
+    Rows,
     WireDtype,
+    buffer_of,
     hidden_shape,
     sampled_shape,
     tokens_shape,
@@ -233,9 +237,8 @@ class ShardService:
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
         try:
-            self._links.send(
-                peer, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), encode_control(message))
-            )
+            outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
+            self._links.send(peer, Lane.CONTROL, outgoing)
         except PalsError as error:  # whoever asked is gone, and its sessions with it
             _log.debug("no answer to %s: %s", short_id(peer), error)
 
@@ -404,12 +407,12 @@ class ShardService:
 
     def _send_hidden(self, result: StepResult) -> None:
         lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, bytes]]] = defaultdict(list)
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
         for item, output in zip(result.items, result.outputs, strict=True):
             session = self._find(item)
             if session is not None and session.downstream is not None:
                 row = Row(session.session, item.position, len(output))
-                batches[PeerId(session.downstream.peer)].append((session, row, output.tobytes()))
+                batches[PeerId(session.downstream.peer)].append((session, row, buffer_of(output)))
         for peer, parts in batches.items():
             self._send_rows(peer, lane, self._output, parts)
 
@@ -419,7 +422,7 @@ class ShardService:
         A driver that lags a window behind gets its token; the head gets it once that driver
         has caught up.
         """
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, bytes]]] = defaultdict(list)
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
         to_heads: list[tuple[ShardSession, int, int]] = []
         for item, output in zip(result.items, result.outputs, strict=True):
             session = self._find(item)
@@ -444,7 +447,7 @@ class ShardService:
 
     def _send_to_heads(self, tokens: Iterable[tuple[ShardSession, int, int]]) -> None:
         """Send sampled tokens, each with its position, on to the next turn of the ring."""
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, bytes]]] = defaultdict(list)
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
         for session, position, token in tokens:
             row = Row(session.session, position, 1)
             batches[PeerId(session.head.peer)].append((session, row, _token_bytes(token)))
@@ -456,10 +459,10 @@ class ShardService:
         peer: PeerId,
         lane: Lane,
         shape: FrameShape,
-        parts: list[tuple[ShardSession, Row, bytes]],
+        parts: list[tuple[ShardSession, Row, memoryview]],
     ) -> None:
-        rows = tuple(row for _, row, _ in parts)
-        payload = b"".join(data for _, _, data in parts)
+        rows = Rows.of(*(row for _, row, _ in parts))
+        payload = tuple(data for _, _, data in parts)
         try:
             self._links.send(peer, lane, Outgoing(shape, rows, payload))
         except PalsError as error:
@@ -467,5 +470,5 @@ class ShardService:
                 self._fail(session, error)
 
 
-def _token_bytes(token: int) -> bytes:
-    return token.to_bytes(4, "little", signed=True)
+def _token_bytes(token: int) -> memoryview:
+    return memoryview(token.to_bytes(4, "little", signed=True))

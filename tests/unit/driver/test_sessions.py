@@ -23,8 +23,8 @@ from pals.errors import (
 )
 from pals.net.announce import Announcement
 from pals.net.control import Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
-from pals.net.links import Arrival, Outgoing
-from pals.net.wire import FLAG_LAST, Frame, Lane, Row, sampled_shape
+from pals.net.links import Arrival
+from pals.net.wire import FLAG_LAST, Frame, Lane, Outgoing, Row, Rows, sampled_shape
 from pals.types import LayerRange, PeerId, SessionId
 
 pytestmark = pytest.mark.trio
@@ -82,7 +82,7 @@ class FakeLinks:
         assert self.client is not None
         if lane is not Lane.CONTROL or peer in self.silent:
             return
-        message = decode_control(peer, memoryview(outgoing.payload))
+        message = decode_control(peer, memoryview(b"".join(outgoing.payload)))
         if isinstance(message, Open):
             if peer == message.chain[0].peer:
                 self.opened.append(tuple(PeerId(hop.peer) for hop in message.chain))
@@ -134,7 +134,7 @@ class Bench:
 
     def sample(self, peer: PeerId, session: SessionId, position: int, *, flags: int = 0) -> None:
         payload = memoryview(np.array([7], "<i4").tobytes())
-        rows = (Row(session, position, 1, flags),)
+        rows = Rows.of(Row(session, position, 1, flags))
         frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), rows, payload)
         self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
 
@@ -175,7 +175,9 @@ async def test_a_row_of_several_sampled_tokens_is_refused() -> None:
     bench = Bench(announcement(A, "0:4"))
     session = await bench.open()
     payload = memoryview(np.array([7, 8], "<i4").tobytes())
-    frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), (Row(session.session, 2, 2),), payload)
+    frame = Frame(
+        Lane.DECODE, sampled_shape(MANIFEST, 4), Rows.of(Row(session.session, 2, 2)), payload
+    )
 
     with pytest.raises(InvalidFrame):
         bench.client.on_rows(A, Arrival(frame, 0.0, 0.0))

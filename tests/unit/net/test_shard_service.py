@@ -18,10 +18,10 @@ from pals.errors import (
     SessionRefused,
 )
 from pals.net.control import Close, Control, Failed, Hop, Open, Opened, Refused, decode_control
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.net.wire import Frame, Kind, Lane, Row, tokens_shape
+from pals.net.wire import Frame, Kind, Lane, Outgoing, Row, Rows, tokens_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
 DRIVER, LOCAL, NEXT = PeerId("driver"), PeerId("local"), PeerId("next")
@@ -54,7 +54,7 @@ class FakeLinks:
 
     def control(self) -> list[Control]:
         return [
-            decode_control(peer, memoryview(outgoing.payload))
+            decode_control(peer, memoryview(b"".join(outgoing.payload)))
             for peer, outgoing in self.sent
             if outgoing.shape.kind is Kind.CONTROL
         ]
@@ -107,7 +107,7 @@ class Bench:
     def send_rows(self, sender: PeerId, lane: Lane, *rows: Row) -> None:
         count = sum(row.num_tokens for row in rows)
         payload = memoryview(np.arange(count, dtype="<i4").tobytes())
-        frame = Frame(lane, tokens_shape(MODEL.manifest), rows, payload)
+        frame = Frame(lane, tokens_shape(MODEL.manifest), Rows.of(*rows), payload)
         self.service.on_rows(sender, Arrival(frame, 0.0, 0.0))
 
     def finish(self, item: WorkItem) -> None:

@@ -16,10 +16,20 @@ import trio
 from pals.engine.scheduler import Scheduler, WorkItem
 from pals.engine.worker import ComputeThread, StepResult
 from pals.net.control import Ack, Close, Control, Hop, Open, decode_control, encode_control
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.net.wire import CONTROL_SHAPE, Frame, Kind, Lane, Row, tokens_shape
+from pals.net.wire import (
+    CONTROL_SHAPE,
+    NO_ROWS,
+    Frame,
+    Kind,
+    Lane,
+    Outgoing,
+    Row,
+    Rows,
+    tokens_shape,
+)
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
 TOKEN = 7
@@ -59,7 +69,7 @@ class Wires:
                 10_000
             )
             self._nursery.start_soon(self._carry, line, channel)
-        size = len(outgoing.payload)
+        size = sum(map(len, outgoing.payload))
         self._bytes[line] += size
         self.most_bytes[line] = max(self.most_bytes[line], self._bytes[line])
         start_s = max(trio.current_time(), self._free_s[line])
@@ -74,7 +84,7 @@ class Wires:
         sender, receiver = line
         async for due_s, lane, outgoing in channel:
             await trio.sleep_until(due_s)
-            self._bytes[line] -= len(outgoing.payload)
+            self._bytes[line] -= sum(map(len, outgoing.payload))
             self._ends[receiver](sender, lane, outgoing)
 
 
@@ -189,12 +199,16 @@ class VirtualRing:
         return tuple(Hop(peer=p, start=i, stop=i + 1) for i, p in enumerate(self.peers))
 
 
+def _payload_of(outgoing: Outgoing) -> memoryview:
+    return memoryview(b"".join(outgoing.payload))
+
+
 def _receiver(service: ShardService) -> Receive:
     def receive(sender: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         if lane is Lane.CONTROL:
-            service.on_control(sender, decode_control(sender, memoryview(outgoing.payload)))
+            service.on_control(sender, decode_control(sender, _payload_of(outgoing)))
             return
-        frame = Frame(lane, outgoing.shape, outgoing.rows, memoryview(outgoing.payload))
+        frame = Frame(lane, outgoing.shape, outgoing.rows, _payload_of(outgoing))
         service.on_rows(sender, Arrival(frame, trio.current_time(), 0.0))
 
     return receive
@@ -239,7 +253,7 @@ class VirtualDriver:
         for start in range(0, self._position, row_tokens):
             count = min(row_tokens, self._position - start)
             row = Row(self.session, start, count)
-            outgoing = Outgoing(shape, (row,), bytes(4 * count))
+            outgoing = Outgoing(shape, Rows.of(row), (bytes(4 * count),))
             self._ring.wires.send(self.peer, self._ring.peers[0], Lane.PREFILL, outgoing)
 
     async def finish(self) -> None:
@@ -253,13 +267,13 @@ class VirtualDriver:
         """Say that every token so far is taken, by default in the driver's own name."""
         position = self._position + len(self.arrivals_s)
         message = encode_control(Ack(session=self.session, position=position))
-        outgoing = Outgoing(CONTROL_SHAPE, (), message)
+        outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (message,))
         tail = self._ring.peers[-1]
         self._ring.wires.send(sender or self.peer, tail, Lane.CONTROL, outgoing)
 
     def _receive(self, sender: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         if outgoing.shape.kind is Kind.CONTROL:
-            self.answers.append(decode_control(sender, memoryview(outgoing.payload)))
+            self.answers.append(decode_control(sender, _payload_of(outgoing)))
             if len(self.answers) == len(self._ring.peers):
                 self._opened.set()
             return
@@ -272,9 +286,9 @@ class VirtualDriver:
     def send_chunk(self, place: int, sender: PeerId, row: Row) -> None:
         """Send a part of the prompt past its chain, in another peer's name."""
         payload = bytes(row.num_tokens * self._ring.inputs[place].token_bytes)
-        outgoing = Outgoing(self._ring.inputs[place], (row,), payload)
+        outgoing = Outgoing(self._ring.inputs[place], Rows.of(row), (payload,))
         self._ring.wires.send(sender, self._ring.peers[place], Lane.PREFILL, outgoing)
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
-        outgoing = Outgoing(CONTROL_SHAPE, (), encode_control(message))
+        outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
         self._ring.wires.send(self.peer, peer, Lane.CONTROL, outgoing)
