@@ -15,6 +15,7 @@ from benchmarks.results import Result
 BENCHMARKS = {
     "demo": "benchmarks.demo",
     "load": "benchmarks.load",
+    "ring": "benchmarks.ring",
     "quantize": "benchmarks.quantize",
     "shapes": "benchmarks.shapes",
     "transport": "benchmarks.transport",

@@ -129,6 +129,7 @@ def summarise_hops(subject: Subject, hops: Sequence[HopLine]) -> list[Result]:
     parts = {
         "hop_compute_ms": [hop.step_ms for hop in hops],
         "hop_queue_ms": [hop.queue_ms for hop in hops],
+        "hop_handover_ms": [hop.handover_ms for hop in hops],
         "hop_codec_ms": [hop.codec_ms for hop in hops],
         "hop_wire_ms": [hop.wire_ms for hop in hops],
         "hop_software_ms": [hop.hop_ms for hop in hops],

@@ -74,6 +74,7 @@ class FakeDriver:
                 steps=3,
                 step_ms=2.0,
                 queue_ms=0.1,
+                handover_ms=0.4,
                 codec_ms=0.2,
                 wire_ms=0.3,
             )

@@ -52,13 +52,14 @@ class HopLine(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     step_ms: float
     queue_ms: float
+    handover_ms: float
     codec_ms: float
     wire_ms: float
 
     @property
     def hop_ms(self) -> float:
         """What the hop costs beside the step itself."""
-        return self.queue_ms + self.codec_ms + self.wire_ms
+        return self.queue_ms + self.handover_ms + self.codec_ms + self.wire_ms
 
 
 class _Chain(msgspec.Struct, frozen=True):

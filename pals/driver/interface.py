@@ -57,7 +57,8 @@ class HopReport:
         layers: Its layers, ``a:b``.
         steps: Decode steps since it started.
         step_ms: One decode step.
-        queue_ms: From a frame's arrival to its step.
+        queue_ms: What a row waits for a step before its own.
+        handover_ms: From the network's thread to the step's, and back.
         codec_ms: Opening, sealing and shaping frames.
         wire_ms: The rest of a turn of the ring, shared equally by its hops.
     """
@@ -67,6 +68,7 @@ class HopReport:
     steps: int
     step_ms: float
     queue_ms: float
+    handover_ms: float
     codec_ms: float
     wire_ms: float
 

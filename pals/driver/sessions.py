@@ -34,6 +34,7 @@ from pals.errors import (
 )
 from pals.net.announce import Announcement
 from pals.net.control import (
+    Ack,
     Close,
     Control,
     Failed,
@@ -46,18 +47,23 @@ from pals.net.control import (
     encode_control,
     session_of,
 )
+from pals.net.flow import AckPolicy, window_tokens
 from pals.net.host import ungrouped_errors
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.route import Chain
 from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
     MAX_ROW_TOKENS,
+    NO_ROWS,
     FrameShape,
     Kind,
     Lane,
+    Outgoing,
     Row,
+    Rows,
+    buffer_of,
     sampled_shape,
     tokens_shape,
 )
@@ -114,6 +120,7 @@ class ClientSession:
     sink: Sink
     next_position: int
     remaining_tokens: int
+    acks: AckPolicy
     unanswered: set[PeerId]
     answered: trio.Event = field(default_factory=trio.Event)
     error: PalsError | None = None
@@ -262,6 +269,7 @@ class SessionClient:
             sink=sink,
             next_position=prompt_tokens,
             remaining_tokens=wanted,
+            acks=AckPolicy(window_tokens(self._sampled), prompt_tokens, prompt_tokens),
             unanswered={hop.peer for hop in chain.hops},
         )
         self._sessions[session.session] = session
@@ -307,7 +315,7 @@ class SessionClient:
         for start in range(0, len(prompt), MAX_ROW_TOKENS):
             part = np.asarray(prompt[start : start + MAX_ROW_TOKENS], dtype="<i4")
             row = Row(session.session, start, len(part))
-            outgoing = Outgoing(self._tokens, (row,), part.tobytes())
+            outgoing = Outgoing(self._tokens, Rows.of(row), (buffer_of(part),))
             self._links.send(session.chain.head.peer, Lane.PREFILL, outgoing)
 
     # --- role ------------------------------------------------------------------------
@@ -350,6 +358,15 @@ class SessionClient:
             self._routes.mark_good(session.peers)
             self.close(session)
         session.sink(SampledToken(token, last))
+        if not last:
+            self._acknowledge(session)
+
+    def _acknowledge(self, session: ClientSession) -> None:
+        """Let the tail go on when it is told so rarely that it costs nothing."""
+        told = session.acks.take(session.next_position)
+        if told is not None:
+            tail = session.chain.tail.peer
+            self._send_control(tail, Ack(session=session.session, position=told))
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         for session in [s for s in self._sessions.values() if peer in s.peers]:
@@ -396,7 +413,7 @@ def _layers_of(session: ClientSession, peer: PeerId) -> LayerRange:
 
 
 def _control_frame(message: Control) -> Outgoing:
-    return Outgoing(CONTROL_SHAPE, (), encode_control(message))
+    return Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
 
 
 def _build_open(session: ClientSession, request: SessionRequest) -> Open:
@@ -423,7 +440,7 @@ def _build_reports(chain: Chain, stats: dict[PeerId, Stats]) -> list[HopReport]:
     of the ring, in equal parts for its hops.
     """
     known = [stats[hop.peer] for hop in chain.hops if hop.peer in stats]
-    spent_ms = sum(s.step_ms + s.queue_ms + s.codec_ms for s in known)
+    spent_ms = sum(s.step_ms + s.queue_ms + s.handover_ms + s.codec_ms for s in known)
     turn_ms = max((s.turn_ms for s in known), default=0.0)
     wire_ms = max(0.0, turn_ms - spent_ms) / len(chain.hops) if known else 0.0
     return [
@@ -433,6 +450,7 @@ def _build_reports(chain: Chain, stats: dict[PeerId, Stats]) -> list[HopReport]:
             steps=stats[hop.peer].steps,
             step_ms=stats[hop.peer].step_ms,
             queue_ms=stats[hop.peer].queue_ms,
+            handover_ms=stats[hop.peer].handover_ms,
             codec_ms=stats[hop.peer].codec_ms,
             wire_ms=wire_ms,
         )

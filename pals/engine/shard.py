@@ -20,6 +20,8 @@ from pals.engine.steps import (
     Leaves,
     ProgramKey,
     Programs,
+    batch_buckets,
+    chunk_buckets,
     use_compilation_cache,
 )
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
@@ -129,11 +131,33 @@ class Shard:
         )
 
     def warmup(self) -> list[CompiledProgram]:
-        """Compile every program that the limits allow; nothing is compiled afterwards."""
-        return [
+        """Compile every program that the limits allow; nothing is compiled afterwards.
+
+        Those that a session begins with are run once: on CPU, XLA plans matrix products
+        only when a program first runs, which takes as long as twenty steps of decode.
+        """
+        compiled = [
             self._programs.compile(key, self._leaves, self._cache)
             for key in self._programs.all_keys()
         ]
+        self._run_first_steps()
+        return compiled
+
+    def _run_first_steps(self) -> None:
+        """Run a first chunk and a first batch of each size, and forget them."""
+        limits, sampling = self.limits, Sampling()
+        for size in chunk_buckets(limits):
+            inputs = self._zeros(min(size, limits.max_context_tokens))
+            self.prefill(slot=0, position=0, inputs=inputs, sampling=sampling)
+        for size in batch_buckets(limits):
+            rows = min(size, limits.max_sessions)
+            self.decode(
+                slots=range(rows),
+                positions=[0] * rows,
+                inputs=self._zeros(rows),
+                samplings=[sampling] * rows,
+            )
+        self._lengths = SlotLengths(limits)
 
     def memory_bytes(self) -> MemoryUse:
         """Return the device bytes of weights and cache."""
@@ -239,6 +263,11 @@ class Shard:
         except Exception:  # XLA's errors have no common type; each is raised again
             self._reset()
             raise
+
+    def _zeros(self, tokens: int) -> np.ndarray:
+        if self.is_head:
+            return np.zeros(tokens, np.int32)
+        return np.zeros((tokens, self.config.hidden_size), self._numerics.compute)
 
     def _reset(self) -> None:
         """Reserve an empty cache."""

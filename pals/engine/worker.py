@@ -22,7 +22,6 @@ from pals.types import EngineLimits, Sampling
 
 _log = logging.getLogger(__name__)
 
-MAX_QUEUED_BYTES = 256 << 20
 _NOT_SAMPLED = Sampling()
 
 
@@ -57,28 +56,43 @@ class StepResult:
     Attributes:
         items: The rows that ran together.
         outputs: One array for each item: ``[T, D]``, or at the tail ``int32[0 or 1]``.
-        started_s: When the step began, seconds of `time.perf_counter`.
+        free_s: When the thread had nothing to do before it, seconds of `time.perf_counter`.
+        started_s: When the step began.
         finished_s: When its outputs were on the host.
         error: Set when the step failed; `outputs` is then empty.
     """
 
     items: list[WorkItem]
     outputs: list[npt.NDArray[np.generic]]
+    free_s: float
     started_s: float
     finished_s: float
     error: Exception | None = None
 
 
 class ComputeThread:
-    """Runs steps of one shard until closed; `deliver` is called on the thread."""
+    """Runs steps of one shard until closed.
 
-    def __init__(self, shard: StepRunner, deliver: Callable[[StepResult], None]) -> None:
+    Args:
+        shard: Runs a step.
+        deliver: Called on the thread with each finished step.
+        max_queued_bytes: Most bytes of inputs that wait at one time.
+    """
+
+    def __init__(
+        self,
+        shard: StepRunner,
+        deliver: Callable[[StepResult], None],
+        *,
+        max_queued_bytes: int,
+    ) -> None:
         self._shard = shard
         self._deliver = deliver
-        self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=MAX_QUEUED_BYTES)
+        self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=max_queued_bytes)
         self._changed = threading.Condition()
         self._closing = False
         self._running: list[WorkItem] = []
+        self._free_s = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name="pals-compute", daemon=True)
 
     def start(self) -> None:
@@ -117,6 +131,7 @@ class ComputeThread:
         while (step := self._wait_for_step()) is not None:
             for result in self._run_step(step):
                 self._deliver(result)
+            self._free_s = time.perf_counter()
 
     def _wait_for_step(self) -> list[WorkItem] | None:
         with self._changed:
@@ -152,6 +167,7 @@ class ComputeThread:
         return StepResult(
             items=items,
             outputs=outputs,
+            free_s=self._free_s,
             started_s=started_s,
             finished_s=time.perf_counter(),
             error=error,

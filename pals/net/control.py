@@ -81,6 +81,17 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown
     problem: _Text
 
 
+class Ack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Receiver of a session's rows to their sender: all before ``position`` is taken.
+
+    A shard tells the one before it about the prompt, the driver the tail about its tokens;
+    see `pals.net.flow`.
+    """
+
+    session: _Session
+    position: _Tokens
+
+
 class StatsRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Driver to shard: say how long your steps take."""
 
@@ -88,18 +99,20 @@ class StatsRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_u
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Shard to driver: medians over the last decode steps, in milliseconds.
 
-    ``queue_ms`` is from the frame's arrival to the step's start, ``codec_ms`` opening
-    and sealing, ``turn_ms`` from one decode row of a session to its next.
+    ``queue_ms`` is how long a row waits for a step before its own, ``handover_ms`` the way
+    between the network's thread and the step's and back, ``codec_ms`` opening and sealing,
+    ``turn_ms`` from one decode row of a session to its next.
     """
 
     steps: Annotated[int, msgspec.Meta(ge=0)]
     step_ms: _Milliseconds
     queue_ms: _Milliseconds
+    handover_ms: _Milliseconds
     codec_ms: _Milliseconds
     turn_ms: _Milliseconds
 
 
-Control = Open | Opened | Refused | Close | Failed | StatsRequest | Stats
+Control = Open | Opened | Refused | Close | Failed | Ack | StatsRequest | Stats
 
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
 
@@ -123,6 +136,6 @@ def decode_control(peer: PeerId, payload: memoryview) -> Control:
         raise InvalidFrame(peer=peer, problem=f"control message: {shown}") from None
 
 
-def session_of(message: Open | Opened | Refused | Close | Failed) -> SessionId:
+def session_of(message: Open | Opened | Refused | Close | Failed | Ack) -> SessionId:
     """Return the message's session id under its own type."""
     return SessionId(message.session)

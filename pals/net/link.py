@@ -41,8 +41,10 @@ from pals.net.wire import (
     FrameShape,
     Lane,
     LinkAddress,
+    Outgoing,
     check_header,
     pack_header,
+    pack_rows,
     parse_body,
 )
 from pals.swarm.keys import Role, frame_key, key_confirmation, link_id, link_prk
@@ -232,8 +234,10 @@ class LaneSender:
         self._lane = lane
         self._key = frame_key(keys.prk, keys.local, keys.remote, lane)
 
-    def seal(self, shape: FrameShape, row_count: int, body: bytes) -> bytes:
+    def seal(self, outgoing: Outgoing) -> bytes:
         """Return header and sealed body of the lane's next frame."""
+        shape, row_count = outgoing.shape, len(outgoing.rows)
+        body = b"".join((pack_rows(outgoing.rows), *outgoing.payload))
         header = pack_header(
             self._address, self._lane, self._key.counter, shape, row_count, len(body)
         )

@@ -30,7 +30,7 @@ from pals.net.link import (
     LinkKeys,
     LinkSecrets,
 )
-from pals.net.wire import Frame, FrameShape, Lane, Row, pack_rows
+from pals.net.wire import Frame, FrameShape, Lane, Outgoing
 from pals.swarm.keys import LINK_ID_BYTES, Role
 from pals.types import PeerId, short_id
 
@@ -43,15 +43,6 @@ OUTBOX_FRAMES = 256
 MAX_LINKS_PER_PEER = 4
 READ_BYTES = 1 << 18
 SEAL_SAMPLES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A frame that waits for its lane."""
-
-    shape: FrameShape
-    rows: tuple[Row, ...]
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +190,7 @@ class Links:
 
     def _send_local(self, lane: Lane, outgoing: Outgoing) -> None:
         """Hand a frame to this same process, which has no link to itself."""
-        frame = Frame(lane, outgoing.shape, outgoing.rows, memoryview(outgoing.payload))
+        frame = Frame(lane, outgoing.shape, outgoing.rows, memoryview(b"".join(outgoing.payload)))
         try:
             self._local_send.send_nowait(Arrival(frame, time.perf_counter(), 0.0))
         except trio.WouldBlock:
@@ -350,8 +341,7 @@ class Links:
         sender: LaneSender = link.keys.sender(lane)
         async for outgoing in link.outboxes[lane].receive:
             started_s = time.perf_counter()
-            body = pack_rows(outgoing.rows) + outgoing.payload
-            sealed = sender.seal(outgoing.shape, len(outgoing.rows), body)
+            sealed = sender.seal(outgoing)
             if lane is Lane.DECODE:
                 self.decode_seal_s.append(time.perf_counter() - started_s)
             await stream.write(sealed)

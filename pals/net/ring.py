@@ -53,6 +53,11 @@ class ShardSession:
     sampled_tokens: int = 0
 
     @property
+    def receiver(self) -> PeerId:
+        """Who takes what this shard makes of the session: the next hop, or the driver."""
+        return self.driver if self.downstream is None else PeerId(self.downstream.peer)
+
+    @property
     def peers(self) -> frozenset[PeerId]:
         """The peers without whom the session cannot go on here."""
         neighbours = {self.driver, self.upstream, self.ring_upstream}

@@ -178,7 +178,7 @@ def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
         except trio.RunFinishedError:
             return  # the process is leaving, and its sessions with it
 
-    compute = ComputeThread(runner, deliver)
+    compute = ComputeThread(runner, deliver, max_queued_bytes=service.max_queued_bytes)
     compute.start()
     return compute
 

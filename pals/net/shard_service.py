@@ -7,10 +7,10 @@ is `ComputeThread`'s; this shell carries rows between them and keeps the timings
 from __future__ import annotations
 
 import logging
-from collections import defaultdict, deque
+import time
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,7 @@ from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
 from pals.errors import InternalStepError, InvalidFrame, PalsError, SessionRefused, ShardLost
 from pals.net.control import (
+    Ack,
     Close,
     Control,
     Failed,
@@ -28,21 +29,26 @@ from pals.net.control import (
     Open,
     Opened,
     Refused,
-    Stats,
     StatsRequest,
     encode_control,
     session_of,
 )
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
+from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable, ShardSession
+from pals.net.timings import StepTimings
 from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
+    NO_ROWS,
     FrameShape,
     Kind,
     Lane,
+    Outgoing,
     Row,
+    Rows,
     WireDtype,
+    buffer_of,
     hidden_shape,
     sampled_shape,
     tokens_shape,
@@ -51,7 +57,6 @@ from pals.types import Dtype, LayerRange, PeerId, SessionId, short_id
 
 _log = logging.getLogger(__name__)
 
-SAMPLES = 256
 EXPIRY_INTERVAL_S = 5.0
 
 _NUMPY_DTYPES = {
@@ -90,25 +95,6 @@ class ModelShape:
         return self.input_of(stop)
 
 
-def _samples() -> deque[float]:
-    return deque(maxlen=SAMPLES)
-
-
-@dataclass(slots=True)
-class _Timings:
-    """Seconds of the last decode steps, by part."""
-
-    step_s: deque[float] = field(default_factory=_samples)
-    queue_s: deque[float] = field(default_factory=_samples)
-    codec_s: deque[float] = field(default_factory=_samples)
-    turn_s: deque[float] = field(default_factory=_samples)
-    steps: int = 0
-
-    def median_ms(self, name: str) -> float:
-        samples: deque[float] = getattr(self, name)
-        return 1000 * median(samples) if samples else 0.0
-
-
 class ShardService:
     """One shard as the network sees it."""
 
@@ -124,8 +110,8 @@ class ShardService:
         self._output = model.output_of(table.layers.stop)
         self._to_head = tokens_shape(model.manifest)
         self._compute: ComputeThread | None = None
-        self._timings = _Timings()
-        self._last_arrival: dict[SessionId, float] = {}
+        self._timings = StepTimings()
+        self._flows: dict[ShardSession, SessionFlow[WorkItem]] = {}
         self._openings: dict[ShardSession, trio.CancelScope] = {}
 
     @property
@@ -142,7 +128,12 @@ class ShardService:
 
     @property
     def step_ms(self) -> float:
-        return self._timings.median_ms("step_s")
+        return self._timings.step_ms
+
+    @property
+    def max_queued_bytes(self) -> int:
+        """Bytes that wait for steps when every session's window is full."""
+        return self._table.limits.max_sessions * window_bytes(self._input)
 
     def attach(self, compute: ComputeThread) -> None:
         self._compute = compute
@@ -167,8 +158,11 @@ class ShardService:
                 self._open(peer, message)
             case Close():
                 self._close(peer, session_of(message))
+            case Ack():
+                self._take_ack(peer, message)
             case StatsRequest():
-                self._send_control(peer, self._stats())
+                stats = self._timings.to_stats(self._links.decode_seal_s)
+                self._send_control(peer, stats)
             case _:
                 pass
 
@@ -185,6 +179,7 @@ class ShardService:
         except PalsError as error:
             self._refuse(driver, SessionId(message.session), error)
             return
+        self._flows[session] = self._build_flow(session)
         self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
 
@@ -228,7 +223,8 @@ class ShardService:
         self._compute.drop(session)
         if (scope := self._openings.pop(session, None)) is not None:
             scope.cancel()
-        self._last_arrival.pop(session.session, None)
+        self._flows.pop(session, None)
+        self._timings.note_pause(session.session)
 
     def _fail(self, session: ShardSession, error: PalsError) -> None:
         self._table.remove(session)
@@ -241,22 +237,40 @@ class ShardService:
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
         try:
-            self._links.send(
-                peer, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), encode_control(message))
-            )
+            outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
+            self._links.send(peer, Lane.CONTROL, outgoing)
         except PalsError as error:  # whoever asked is gone, and its sessions with it
             _log.debug("no answer to %s: %s", short_id(peer), error)
 
-    def _stats(self) -> Stats:
-        seal_s = self._links.decode_seal_s
-        seal_ms = 1000 * median(seal_s) if seal_s else 0.0
-        return Stats(
-            steps=self._timings.steps,
-            step_ms=self._timings.median_ms("step_s"),
-            queue_ms=self._timings.median_ms("queue_s"),
-            codec_ms=self._timings.median_ms("codec_s") + seal_ms,
-            turn_ms=self._timings.median_ms("turn_s"),
+    # --- flow control ----------------------------------------------------------------
+
+    def _build_flow(self, session: ShardSession) -> SessionFlow[WorkItem]:
+        return SessionFlow(
+            inbound=AckPolicy(window_tokens(self._input)),
+            window=window_tokens(self._output),
+            acknowledged=session.prompt_tokens if self._is_tail else 0,
         )
+
+    def _take_ack(self, peer: PeerId, message: Ack) -> None:
+        """Go on with what waited for room at the session's receiver."""
+        session = self._table.get(session_of(message))
+        if session is None or peer != session.receiver:
+            return
+        session.last_seen = trio.current_time()
+        flow = self._flows[session]
+        sent = session.prompt_tokens + session.sampled_tokens
+        flow.acknowledge(min(message.position, sent))
+        self._submit(session, flow.release())
+        if (held := flow.release_token()) is not None:
+            self._send_to_heads([(session, *held)])
+
+    def _note_chunk(self, session: ShardSession, item: WorkItem) -> None:
+        """Tell the shard before this one what of a prompt is computed, where it may wait."""
+        session.last_seen = trio.current_time()
+        position = item.position + len(item.inputs)
+        told = self._flows[session].inbound.take(position, session.prompt_tokens)
+        if told is not None:
+            self._send_control(session.upstream, Ack(session=session.session, position=told))
 
     # --- rows in ---------------------------------------------------------------------
 
@@ -271,7 +285,8 @@ class ShardService:
             session = self._take_row(peer, frame.lane, row)
             if session is not None:
                 part = inputs[offset : offset + row.num_tokens]
-                self._submit(session, self._build_items(session, frame.lane, row, part, arrival))
+                items = self._build_items(session, frame.lane, row, part, arrival)
+                self._submit(session, self._admit(session, frame.lane, items))
             offset += row.num_tokens
 
     def _take_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
@@ -281,7 +296,9 @@ class ShardService:
         driver may tell two shards different things, or open an id again under way.
         """
         try:
-            return self._table.take_row(peer, lane, row, trio.current_time())
+            session = self._table.take_row(peer, lane, row, trio.current_time())
+            if session is not None and lane is Lane.PREFILL:
+                self._check_window(peer, session)
         except InvalidFrame as error:
             session = self._table.get(row.session)
             if session is not None and peer in (session.upstream, session.ring_upstream):
@@ -289,9 +306,26 @@ class ShardService:
             else:
                 _log.debug("row of a session of others: %s", error)
             return None
+        return session
+
+    def _check_window(self, peer: PeerId, session: ShardSession) -> None:
+        flow = self._flows[session]
+        if not flow.fits_inbound(session.position):
+            problem = f"a prompt more than {flow.inbound.window} tokens ahead"
+            raise InvalidFrame(peer=peer, problem=problem)
+
+    def _admit(self, session: ShardSession, lane: Lane, items: list[WorkItem]) -> list[WorkItem]:
+        """Return those of ``items`` that may run; chunks whose output has no room wait."""
+        if lane is Lane.DECODE or self._is_tail:
+            return items
+        flow = self._flows[session]
+        flow.waiting += ((item.position + len(item.inputs), item) for item in items)
+        return flow.release()
 
     def _submit(self, session: ShardSession, items: list[WorkItem]) -> None:
         assert self._compute is not None
+        if not items:
+            return
         try:
             self._compute.submit(items)
         except PalsError as error:
@@ -307,7 +341,7 @@ class ShardService:
     ) -> list[WorkItem]:
         """Cut a row into steps of at most the chunk that this shard compiled for."""
         if lane is Lane.DECODE:
-            self._note_turn(session.session, arrival.arrived_s)
+            self._timings.note_arrival(session.session, arrival.arrived_s)
         chunk = self._table.limits.max_chunk_tokens
         items: list[WorkItem] = []
         for start in range(0, row.num_tokens, chunk):
@@ -328,12 +362,6 @@ class ShardService:
             )
         return items
 
-    def _note_turn(self, session: SessionId, arrived_s: float) -> None:
-        previous = self._last_arrival.get(session)
-        if previous is not None:
-            self._timings.turn_s.append(arrived_s - previous)
-        self._last_arrival[session] = arrived_s
-
     # --- rows out --------------------------------------------------------------------
 
     def on_step(self, result: StepResult) -> None:
@@ -342,11 +370,18 @@ class ShardService:
             self._fail_step(result.items, result.error)
             return
         if result.items[0].is_decode:
-            self._note_step(result)
+            self._timings.note_step(result, time.perf_counter())
         if self._is_tail:
             self._send_samples(result)
         else:
             self._send_hidden(result)
+        self._note_chunks(result)
+
+    def _note_chunks(self, result: StepResult) -> None:
+        for item in result.items:
+            session = None if item.is_decode else self._find(item)
+            if session is not None:
+                self._note_chunk(session, item)
 
     def _fail_step(self, items: Iterable[WorkItem], error: Exception) -> None:
         """End the sessions of a refused step, and all when it failed: the cache is gone."""
@@ -361,14 +396,6 @@ class ShardService:
             self._forget(session)
             self._report(session, shown.code, str(shown))
 
-    def _note_step(self, result: StepResult) -> None:
-        timings = self._timings
-        timings.steps += 1
-        timings.step_s.append(result.finished_s - result.started_s)
-        for item in result.items:
-            timings.queue_s.append(result.started_s - item.arrived_s - item.codec_s)
-            timings.codec_s.append(item.codec_s)
-
     def _find(self, item: WorkItem) -> ShardSession | None:
         """Return the item's session unless it ended while the step ran.
 
@@ -380,47 +407,68 @@ class ShardService:
 
     def _send_hidden(self, result: StepResult) -> None:
         lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, bytes]]] = defaultdict(list)
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
         for item, output in zip(result.items, result.outputs, strict=True):
             session = self._find(item)
             if session is not None and session.downstream is not None:
                 row = Row(session.session, item.position, len(output))
-                batches[PeerId(session.downstream.peer)].append((session, row, output.tobytes()))
+                batches[PeerId(session.downstream.peer)].append((session, row, buffer_of(output)))
         for peer, parts in batches.items():
             self._send_rows(peer, lane, self._output, parts)
 
     def _send_samples(self, result: StepResult) -> None:
-        """Send each sampled token to its driver and, unless it is the last, to the head."""
-        batches: defaultdict[tuple[PeerId, Kind], list[tuple[ShardSession, Row, bytes]]]
-        batches = defaultdict(list)
+        """Send each sampled token to its driver and, unless it is the last, to the head.
+
+        A driver that lags a window behind gets its token; the head gets it once that driver
+        has caught up.
+        """
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
+        to_heads: list[tuple[ShardSession, int, int]] = []
         for item, output in zip(result.items, result.outputs, strict=True):
             session = self._find(item)
             if session is None or not len(output):
                 continue
-            is_last = self._table.take_sample(session, int(output[0]))
+            token = int(output[0])
+            is_last = self._table.take_sample(session, token)
             position = item.position + len(item.inputs)
-            token = output.astype("<i4").tobytes()
+            flow = self._flows[session]
+            if is_last:
+                pass
+            elif flow.has_room(position):
+                to_heads.append((session, position, token))
+            else:
+                flow.held_token = position, token
+                self._timings.note_pause(session.session)
             row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
-            if not is_last:  # the ring first: the driver only listens
-                to_head = (session, Row(session.session, position, 1), token)
-                batches[PeerId(session.head.peer), Kind.TOKENS].append(to_head)
-            row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
-            batches[session.driver, Kind.SAMPLED].append((session, row, token))
-        for (peer, kind), parts in batches.items():
-            shape = self._to_head if kind is Kind.TOKENS else self._output
-            self._send_rows(peer, Lane.DECODE, shape, parts)
+            batches[session.driver].append((session, row, _token_bytes(token)))
+        self._send_to_heads(to_heads)  # the ring first: the driver only listens
+        for peer, parts in batches.items():
+            self._send_rows(peer, Lane.DECODE, self._output, parts)
+
+    def _send_to_heads(self, tokens: Iterable[tuple[ShardSession, int, int]]) -> None:
+        """Send sampled tokens, each with its position, on to the next turn of the ring."""
+        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
+        for session, position, token in tokens:
+            row = Row(session.session, position, 1)
+            batches[PeerId(session.head.peer)].append((session, row, _token_bytes(token)))
+        for peer, parts in batches.items():
+            self._send_rows(peer, Lane.DECODE, self._to_head, parts)
 
     def _send_rows(
         self,
         peer: PeerId,
         lane: Lane,
         shape: FrameShape,
-        parts: list[tuple[ShardSession, Row, bytes]],
+        parts: list[tuple[ShardSession, Row, memoryview]],
     ) -> None:
-        rows = tuple(row for _, row, _ in parts)
-        payload = b"".join(data for _, _, data in parts)
+        rows = Rows.of(*(row for _, row, _ in parts))
+        payload = tuple(data for _, _, data in parts)
         try:
             self._links.send(peer, lane, Outgoing(shape, rows, payload))
         except PalsError as error:
             for session, _, _ in parts:
                 self._fail(session, error)
+
+
+def _token_bytes(token: int) -> memoryview:
+    return memoryview(token.to_bytes(4, "little", signed=True))

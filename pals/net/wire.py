@@ -20,9 +20,13 @@ Pure functions over bytes; `InvalidFrame` is the only error they raise on bad in
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from pals.errors import InvalidFrame
 from pals.types import ActivationDtype, Dtype, PeerId, SessionId, activation_dtype
@@ -37,9 +41,9 @@ MAX_CONTROL_BYTES = 1 << 20
 NO_MANIFEST = bytes(32)
 
 _HEADER = struct.Struct(">4sBBBBB16sQ16sQ32sHHI")
-_ROW = struct.Struct(">16sIHH")
+_ROW_FORMAT = "16sIHH"
 HEADER_BYTES = _HEADER.size
-ROW_BYTES = _ROW.size
+ROW_BYTES = struct.calcsize(">" + _ROW_FORMAT)
 
 
 class Lane(IntEnum):
@@ -151,12 +155,67 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """The row table of a frame by columns, each with one entry a row.
+
+    A hot path takes whole columns; iterating makes a `Row` for each.
+    """
+
+    sessions: tuple[SessionId, ...] = ()
+    positions: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    flags: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, *rows: Row) -> Rows:
+        """Return the table of a few rows."""
+        return cls(
+            tuple(row.session for row in rows),
+            tuple(row.position for row in rows),
+            tuple(row.num_tokens for row in rows),
+            tuple(row.flags for row in rows),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(Row, self.sessions, self.positions, self.num_tokens, self.flags)
+
+
+NO_ROWS = Rows()
+"""What a control frame has."""
+
+Payload = tuple[bytes | memoryview, ...]
+"""Buffers of bytes that follow one another on the wire; see `buffer_of`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A frame to send; its buffers are read once, when it is sealed, and must not change."""
+
+    shape: FrameShape
+    rows: Rows
+    payload: Payload
+
+
+def buffer_of(array: npt.NDArray[np.generic]) -> memoryview:
+    """Return the bytes of an array, without a copy if it is contiguous.
+
+    Args:
+        array: Elements in the dtype and byte order of the wire, ``[T, D]`` or ``[T]``.
+    """
+    # A bfloat16 array is no buffer itself, but its bytes are.
+    return array.reshape(-1).view(np.uint8).data
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """An opened frame. ``payload`` is a view into the decrypted body."""
 
     lane: Lane
     shape: FrameShape
-    rows: tuple[Row, ...]
+    rows: Rows
     payload: memoryview
 
 
@@ -264,9 +323,22 @@ def _describe_mismatch(data: bytes, address: LinkAddress, lane: Lane, counter: i
     )
 
 
-def pack_rows(rows: Sequence[Row]) -> bytes:
+@lru_cache(maxsize=MAX_ROWS)
+def _table_struct(row_count: int) -> struct.Struct:
+    return struct.Struct(">" + row_count * _ROW_FORMAT)
+
+
+def pack_rows(rows: Rows) -> bytes:
     """Return the row table that leads a sealed body."""
-    return b"".join(_ROW.pack(r.session, r.position, r.num_tokens, r.flags) for r in rows)
+    fields: list[bytes | int] = [0] * (4 * len(rows))
+    fields[0::4], fields[1::4] = rows.sessions, rows.positions
+    fields[2::4], fields[3::4] = rows.num_tokens, rows.flags
+    return _table_struct(len(rows)).pack(*fields)
+
+
+def _unpack_rows(table: memoryview, row_count: int) -> Rows:
+    fields = _table_struct(row_count).unpack(table)
+    return Rows(fields[0::4], fields[1::4], fields[2::4], fields[3::4])
 
 
 def parse_body(peer: PeerId, lane: Lane, head: FrameHead, body: bytes) -> Frame:
@@ -276,21 +348,24 @@ def parse_body(peer: PeerId, lane: Lane, head: FrameHead, body: bytes) -> Frame:
         InvalidFrame: The row table and the payload do not add up.
     """
     table_bytes = head.row_count * ROW_BYTES
-    rows = tuple(Row(SessionId(s), p, n, f) for s, p, n, f in _ROW.iter_unpack(body[:table_bytes]))
-    payload = memoryview(body)[table_bytes:]
+    view = memoryview(body)
+    rows, payload = _unpack_rows(view[:table_bytes], head.row_count), view[table_bytes:]
     if head.shape.kind is not Kind.CONTROL:
         check_rows(peer, head.shape, rows, len(payload))
     return Frame(lane, head.shape, rows, payload)
 
 
-def check_rows(peer: PeerId, shape: FrameShape, rows: Sequence[Row], payload_bytes: int) -> None:
+def check_rows(peer: PeerId, shape: FrameShape, rows: Rows, payload_bytes: int) -> None:
     """Raise `InvalidFrame` unless every row is possible and the payload is theirs exactly."""
-    for row in rows:
-        if not 1 <= row.num_tokens <= MAX_ROW_TOKENS or row.flags & ~FLAG_LAST:
-            raise InvalidFrame(peer=peer, problem=f"a row of {row.num_tokens} tokens")
-    if len({row.session for row in rows}) != len(rows):
+    shortest, longest = min(rows.num_tokens), max(rows.num_tokens)
+    if shortest < 1 or longest > MAX_ROW_TOKENS:
+        wrong = shortest if shortest < 1 else longest
+        raise InvalidFrame(peer=peer, problem=f"a row of {wrong} tokens")
+    if max(rows.flags) > FLAG_LAST:
+        raise InvalidFrame(peer=peer, problem=f"a row with the flags {max(rows.flags)}")
+    if len(set(rows.sessions)) != len(rows):
         raise InvalidFrame(peer=peer, problem="two rows of one session")
-    wanted = sum(row.num_tokens for row in rows) * shape.token_bytes
+    wanted = sum(rows.num_tokens) * shape.token_bytes
     if payload_bytes != wanted:
         raise InvalidFrame(
             peer=peer, problem=f"{payload_bytes} payload bytes, the rows need {wanted}"

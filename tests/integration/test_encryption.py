@@ -227,7 +227,7 @@ def test_the_frames_are_exactly_those_that_the_members_sent(capture: Capture) ->
     sent: dict[tuple[str, str, int], list[object]] = {}
     for s in capture.tap.sent:
         rows = [(r.session, r.position, r.num_tokens, r.flags) for r in s.outgoing.rows]
-        content = (int(s.outgoing.shape.kind), rows, s.outgoing.payload)
+        content = (int(s.outgoing.shape.kind), rows, b"".join(s.outgoing.payload))
         sent.setdefault((s.sender, s.receiver, int(s.lane)), []).append(content)
     opened: dict[tuple[str, str, int], list[object]] = {}
     for f in capture.frames:

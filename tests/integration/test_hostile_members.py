@@ -10,9 +10,20 @@ import pytest
 import trio
 
 from pals.net.control import Close, Control, Failed, Hop, Open, Opened, Refused, encode_control
-from pals.net.links import Arrival, Outgoing
+from pals.net.links import Arrival
 from pals.net.node import Node, open_node
-from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane, Row, tokens_shape
+from pals.net.wire import (
+    CONTROL_SHAPE,
+    NO_ROWS,
+    FrameShape,
+    Kind,
+    Lane,
+    Outgoing,
+    Row,
+    Rows,
+    buffer_of,
+    tokens_shape,
+)
 from pals.types import PeerId, SessionId
 from tests.integration.net.harness import until
 from tests.integration.swarm import (
@@ -54,7 +65,7 @@ class Hostile:
     def on_peer_lost(self, peer: PeerId, problem: str) -> None: ...
 
     def tell(self, shard: Node, message: Control) -> None:
-        outgoing = Outgoing(CONTROL_SHAPE, (), encode_control(message))
+        outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
         self.node.links.send(shard.peer_id, Lane.CONTROL, outgoing)
 
     def open(self, shard: Node, chain: tuple[Hop, ...], prompt_tokens: int) -> None:
@@ -92,7 +103,9 @@ async def test_driver_that_tells_two_shards_different_prompts_harms_only_its_own
                 hostile.open(shard, chain_of(head, tail), prompt_tokens)
                 await hostile.has_answer(shard, Opened)
             shape = tokens_shape(served_model(swarm).manifest)
-            prompt = Outgoing(shape, (Row(SESSION, 0, 5),), np.arange(5, dtype="<i4").tobytes())
+            prompt = Outgoing(
+                shape, Rows.of(Row(SESSION, 0, 5)), (buffer_of(np.arange(5, dtype="<i4")),)
+            )
             node.links.send(head.peer_id, Lane.PREFILL, prompt)
             await hostile.has_answer(tail, Failed)
             tokens = await answer.all_tokens()

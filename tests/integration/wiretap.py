@@ -11,8 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.net.host import Host, Stream, StreamHandler
-from pals.net.links import LINK_PROTOCOL, Links, Outgoing
-from pals.net.wire import Lane
+from pals.net.links import LINK_PROTOCOL, Links
+from pals.net.wire import Lane, Outgoing
 from pals.types import PeerId
 
 WRITES_OF_A_NEW_LINK = 5

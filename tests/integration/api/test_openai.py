@@ -280,6 +280,7 @@ def test_the_chain_is_reported_with_its_timings(url: str) -> None:
         "steps": 3,
         "step_ms": 2.0,
         "queue_ms": 0.1,
+        "handover_ms": 0.4,
         "codec_ms": 0.2,
         "wire_ms": 0.3,
     }

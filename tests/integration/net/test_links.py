@@ -12,8 +12,8 @@ import trio
 from pals.errors import PalsError
 from pals.net.host import Host, Stream
 from pals.net.link import LinkSecrets
-from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, Arrival, Links, Outgoing
-from pals.net.wire import CONTROL_SHAPE, FrameShape, Lane
+from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, Arrival, Links
+from pals.net.wire import CONTROL_SHAPE, NO_ROWS, FrameShape, Lane, Outgoing
 from pals.types import PeerId, SwarmId
 from tests.integration.net.harness import Members, open_hosts, until
 
@@ -50,7 +50,9 @@ class Side:
         await self.links._dial(other.host.peer_id, other.host.addresses())
 
     def say(self, other: Side, payload: bytes) -> None:
-        self.links.send(other.host.peer_id, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), payload))
+        self.links.send(
+            other.host.peer_id, Lane.CONTROL, Outgoing(CONTROL_SHAPE, NO_ROWS, (payload,))
+        )
 
     def count(self, other: Side) -> int:
         return len(self.links._links_with(other.host.peer_id))

@@ -23,8 +23,8 @@ from pals.errors import (
 )
 from pals.net.announce import Announcement
 from pals.net.control import Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
-from pals.net.links import Arrival, Outgoing
-from pals.net.wire import FLAG_LAST, Frame, Lane, Row, sampled_shape
+from pals.net.links import Arrival
+from pals.net.wire import FLAG_LAST, Frame, Lane, Outgoing, Row, Rows, sampled_shape
 from pals.types import LayerRange, PeerId, SessionId
 
 pytestmark = pytest.mark.trio
@@ -82,7 +82,7 @@ class FakeLinks:
         assert self.client is not None
         if lane is not Lane.CONTROL or peer in self.silent:
             return
-        message = decode_control(peer, memoryview(outgoing.payload))
+        message = decode_control(peer, memoryview(b"".join(outgoing.payload)))
         if isinstance(message, Open):
             if peer == message.chain[0].peer:
                 self.opened.append(tuple(PeerId(hop.peer) for hop in message.chain))
@@ -94,7 +94,8 @@ class FakeLinks:
                 answer = Opened(session=message.session)
             self.client.on_control(peer, answer)
         elif isinstance(message, StatsRequest):
-            stats = Stats(steps=1, step_ms=1.0, queue_ms=0.0, codec_ms=0.0, turn_ms=3.0)
+            parts = {"queue_ms": 0.0, "handover_ms": 0.0, "codec_ms": 0.0, "turn_ms": 3.0}
+            stats = Stats(steps=1, step_ms=1.0, **parts)
             self.client.on_control(peer, stats)
         elif isinstance(message, Close):
             self.closed.append(peer)
@@ -133,7 +134,7 @@ class Bench:
 
     def sample(self, peer: PeerId, session: SessionId, position: int, *, flags: int = 0) -> None:
         payload = memoryview(np.array([7], "<i4").tobytes())
-        rows = (Row(session, position, 1, flags),)
+        rows = Rows.of(Row(session, position, 1, flags))
         frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), rows, payload)
         self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
 
@@ -174,7 +175,9 @@ async def test_a_row_of_several_sampled_tokens_is_refused() -> None:
     bench = Bench(announcement(A, "0:4"))
     session = await bench.open()
     payload = memoryview(np.array([7, 8], "<i4").tobytes())
-    frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), (Row(session.session, 2, 2),), payload)
+    frame = Frame(
+        Lane.DECODE, sampled_shape(MANIFEST, 4), Rows.of(Row(session.session, 2, 2)), payload
+    )
 
     with pytest.raises(InvalidFrame):
         bench.client.on_rows(A, Arrival(frame, 0.0, 0.0))

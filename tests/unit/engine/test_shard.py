@@ -174,6 +174,25 @@ def test_warmup_tells_each_program_once(snapshot):
     ]  # fmt: skip
 
 
+def test_warmup_runs_what_sessions_begin_with_and_leaves_no_session(snapshot, monkeypatch):
+    shard = load_chain(snapshot, [0, 2])[1]
+    run, names = shard._run, []
+
+    def note(key, *arguments):
+        names.append(str(key))
+        return run(key, *arguments)
+
+    monkeypatch.setattr(shard, "_run", note)
+    shard.warmup()
+
+    assert names == [
+        "prefill_16x256", "prefill_32x256", "decode_1x256", "decode_2x256", "decode_4x256"
+    ]  # fmt: skip
+    hidden = np.zeros((1, 64), np.float32)
+    with pytest.raises(InvalidStep, match="which holds 0"):
+        shard.decode(slots=[0], positions=[1], inputs=hidden, samplings=[Sampling()])
+
+
 def test_compiled_programs_are_kept_on_disk(snapshot, tmp_path, monkeypatch):
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
 

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pals.engine import worker
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
 from pals.errors import InvalidStep, QueueFull
@@ -60,10 +59,12 @@ class FakeShard:
 class Bench:
     """A compute thread on a fake shard; results come out of a queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_queued_bytes: int = 1 << 20) -> None:
         self.shard = FakeShard()
         self.results: queue.Queue[StepResult] = queue.Queue()
-        self.compute = ComputeThread(self.shard, self.results.put)
+        self.compute = ComputeThread(
+            self.shard, self.results.put, max_queued_bytes=max_queued_bytes
+        )
 
     def next(self) -> StepResult:
         return self.results.get(timeout=WAIT_S)
@@ -107,7 +108,7 @@ def test_decode_rows_that_wait_run_as_one_batch(bench: Bench) -> None:
     assert result.items == items
     assert outputs(result) == [[6], [7], [8]]
     assert result.error is None
-    assert result.started_s <= result.finished_s
+    assert result.free_s <= result.started_s <= result.finished_s
 
 
 def test_chunk_runs_with_its_own_sampling(bench: Bench) -> None:
@@ -180,9 +181,8 @@ def test_batch_that_failed_unexpectedly_is_not_run_again(bench: Bench) -> None:
     assert len(bench.shard.calls) == 1
 
 
-def test_rows_before_the_one_that_does_not_fit_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "MAX_QUEUED_BYTES", 4)
-    small = Bench()
+def test_rows_before_the_one_that_does_not_fit_run() -> None:
+    small = Bench(max_queued_bytes=4)
     small.compute.start()
     with pytest.raises(QueueFull):
         small.compute.submit([make_item(0, 5), make_item(1, 6)])

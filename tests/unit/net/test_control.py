@@ -15,6 +15,7 @@ from pals.net.control import (
     MAX_CONTEXT,
     MAX_HOPS,
     MAX_STOP_TOKENS,
+    Ack,
     Close,
     Control,
     Failed,
@@ -43,13 +44,14 @@ OPEN = Open(
     top_p=0.9,
     seed=2**32 - 1,
 )
-STATS = Stats(steps=3, step_ms=1.5, queue_ms=0.1, codec_ms=0.2, turn_ms=9.0)
+STATS = Stats(steps=3, step_ms=1.5, queue_ms=0.1, handover_ms=0.3, codec_ms=0.2, turn_ms=9.0)
 MESSAGES: list[Control] = [
     OPEN,
     Opened(session=SESSION),
     Refused(session=SESSION, code="PALS-X", problem="no"),
     Close(session=SESSION),
     Failed(session=SESSION, code="PALS-X", problem="lost"),
+    Ack(session=SESSION, position=3),
     StatsRequest(),
     STATS,
 ]
@@ -140,7 +142,7 @@ def test_open_with_a_value_at_its_limit_is_taken(field: str, value: object) -> N
     assert isinstance(decode(encoded_open(**{field: value})), Open)
 
 
-@pytest.mark.parametrize("field", ["step_ms", "queue_ms", "codec_ms", "turn_ms"])
+@pytest.mark.parametrize("field", ["step_ms", "queue_ms", "handover_ms", "codec_ms", "turn_ms"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1e10])
 def test_stats_that_are_no_duration_are_refused(field: str, value: float) -> None:
     assert field in refusal(encode_control(msgspec.structs.replace(STATS, **{field: value})))

@@ -14,15 +14,17 @@ from pals.net.link import LaneReceiver, LinkKeys
 from pals.net.wire import (
     CONTROL_SHAPE,
     HEADER_BYTES,
+    NO_ROWS,
     ROW_BYTES,
     TAG_BYTES,
     Frame,
     FrameShape,
     Lane,
+    Outgoing,
     Row,
+    Rows,
     hidden_shape,
     pack_header,
-    pack_rows,
     tokens_shape,
 )
 from pals.swarm import keys as swarm_keys
@@ -49,17 +51,16 @@ TOKENS = tokens_shape(MANIFEST)
 SESSION = SessionId(b"s" * 16)
 
 
-def make_body(tokens: Sequence[int] = (1,), *, shape: FrameShape = HIDDEN) -> tuple[int, bytes]:
-    """Return the row count and the body of a frame with a row of each length."""
-    rows = [Row(SessionId(bytes([i]) * 16), 0, n) for i, n in enumerate(tokens)]
-    payload = bytes(i % 251 for i in range(sum(tokens) * shape.token_bytes))
-    return len(rows), pack_rows(rows) + payload
+def make_frame(tokens: Sequence[int] = (1,), *, shape: FrameShape = HIDDEN) -> Outgoing:
+    """Return a frame with a row of each length."""
+    rows = Rows.of(*(Row(SessionId(bytes([i]) * 16), 0, n) for i, n in enumerate(tokens)))
+    return Outgoing(shape, rows, (bytes(i % 251 for i in range(sum(tokens) * shape.token_bytes)),))
 
 
 def seal(keys: LinkKeys = INITIATOR, lane: Lane = Lane.DECODE, count: int = 1) -> list[bytes]:
     """Return the first frames that one end of a link writes on a lane."""
     sender = keys.sender(lane)
-    return [sender.seal(HIDDEN, *make_body((1 + i % 3,))) for i in range(count)]
+    return [sender.seal(make_frame((1 + i % 3,))) for i in range(count)]
 
 
 FRAME = seal()[0]
@@ -79,24 +80,25 @@ def test_frames_open_in_order_in_both_directions(lane: Lane, forward: bool) -> N
     ends = (INITIATOR, RESPONDER) if forward else (RESPONDER, INITIATOR)
     sender, receiver = ends[0].sender(lane), ends[1].receiver(lane)
     for tokens in ((1,), (2, 1), (5,)):
-        row_count, body = make_body(tokens)
-        [frame] = opened(receiver, sender.seal(HIDDEN, row_count, body))
+        outgoing = make_frame(tokens)
+        [frame] = opened(receiver, sender.seal(outgoing))
         assert frame.lane is lane
-        assert [row.num_tokens for row in frame.rows] == list(tokens)
-        assert bytes(frame.payload) == body[row_count * ROW_BYTES :]
+        assert frame.rows == outgoing.rows
+        assert bytes(frame.payload) == b"".join(outgoing.payload)
 
 
 def test_control_frames_open() -> None:
-    sealed = INITIATOR.sender(Lane.CONTROL).seal(CONTROL_SHAPE, 0, b"message")
+    sealed = INITIATOR.sender(Lane.CONTROL).seal(Outgoing(CONTROL_SHAPE, NO_ROWS, (b"message",)))
     [frame] = RESPONDER.receiver(Lane.CONTROL).receive(sealed, (CONTROL_SHAPE,))
     assert bytes(frame.payload) == b"message"
 
 
 def test_frame_shows_nothing_of_its_body() -> None:
-    row_count, body = make_body((4,))
-    sealed = INITIATOR.sender(Lane.DECODE).seal(HIDDEN, row_count, body)
-    assert len(sealed) == HEADER_BYTES + len(body) + TAG_BYTES
-    assert body[ROW_BYTES:] not in sealed
+    outgoing = make_frame((4,))
+    [payload] = outgoing.payload
+    sealed = INITIATOR.sender(Lane.DECODE).seal(outgoing)
+    assert len(sealed) == HEADER_BYTES + ROW_BYTES + len(payload) + TAG_BYTES
+    assert bytes(payload) not in sealed
     assert bytes(16) not in sealed[HEADER_BYTES:]
 
 
@@ -264,30 +266,30 @@ def test_claim_of_a_huge_frame_is_refused_from_the_header_alone(rows: int, body:
     ],
 )
 def test_member_that_sends_what_is_not_served_is_refused(shape: FrameShape) -> None:
-    row_count, body = (0, b"x") if shape is CONTROL_SHAPE else make_body((1,), shape=shape)
-    sealed = INITIATOR.sender(Lane.DECODE).seal(shape, row_count, body)
+    control = Outgoing(CONTROL_SHAPE, NO_ROWS, (b"x",))
+    outgoing = control if shape is CONTROL_SHAPE else make_frame((1,), shape=shape)
+    sealed = INITIATOR.sender(Lane.DECODE).seal(outgoing)
     with pytest.raises(InvalidFrame):
         opened(receiver_of(), sealed)
 
 
-SAME_SESSION = pack_rows([Row(SESSION, 0, 1), Row(SESSION, 1, 1)]) + bytes(2 * HIDDEN.token_bytes)
-WRONG_WIDTH = pack_rows([Row(SESSION, 0, 1)]) + bytes(HIDDEN.token_bytes + 1)
+SAME_SESSION = Outgoing(
+    HIDDEN, Rows.of(Row(SESSION, 0, 1), Row(SESSION, 1, 1)), (bytes(2 * HIDDEN.token_bytes),)
+)
+WRONG_WIDTH = Outgoing(HIDDEN, Rows.of(Row(SESSION, 0, 1)), (bytes(HIDDEN.token_bytes + 1),))
 
 
-@pytest.mark.parametrize(("row_count", "body"), [(2, SAME_SESSION), (1, WRONG_WIDTH)])
-def test_member_that_seals_an_impossible_body_is_refused(row_count: int, body: bytes) -> None:
+@pytest.mark.parametrize("outgoing", [SAME_SESSION, WRONG_WIDTH])
+def test_member_that_seals_an_impossible_body_is_refused(outgoing: Outgoing) -> None:
     with pytest.raises(InvalidFrame):
-        opened(receiver_of(), INITIATOR.sender(Lane.DECODE).seal(HIDDEN, row_count, body))
+        opened(receiver_of(), INITIATOR.sender(Lane.DECODE).seal(outgoing))
 
 
 @pytest.mark.parametrize("fault", ["header", "body", "rows"])
 def test_lane_is_dead_after_the_first_invalid_frame(fault: str) -> None:
     sender = INITIATOR.sender(Lane.DECODE)
-    row_count, body = (2, SAME_SESSION) if fault == "rows" else make_body()
-    first, second = (
-        bytearray(sender.seal(HIDDEN, row_count, body)),
-        sender.seal(HIDDEN, *make_body()),
-    )
+    first = bytearray(sender.seal(SAME_SESSION if fault == "rows" else make_frame()))
+    second = sender.seal(make_frame())
     if fault != "rows":
         first[0 if fault == "header" else -1] ^= 1
     receiver = receiver_of()
@@ -300,7 +302,7 @@ def test_lane_is_dead_after_the_first_invalid_frame(fault: str) -> None:
 
 def test_no_nonce_repeats_within_a_lane() -> None:
     sender = INITIATOR.sender(Lane.DECODE)
-    sealed = [sender.seal(HIDDEN, *make_body())[HEADER_BYTES:] for _ in range(50)]
+    sealed = [sender.seal(make_frame())[HEADER_BYTES:] for _ in range(50)]
     assert len(set(sealed)) == 50
 
 
@@ -308,9 +310,9 @@ def test_sender_stops_at_the_limit_of_its_key(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(swarm_keys, "FRAME_LIMIT", 2)
     sender = INITIATOR.sender(Lane.DECODE)
     for _ in range(2):
-        sender.seal(HIDDEN, *make_body())
+        sender.seal(make_frame())
     with pytest.raises(FrameKeyExhausted):
-        sender.seal(HIDDEN, *make_body())
+        sender.seal(make_frame())
 
 
 @given(st.integers(0, len(FRAME)), st.binary(min_size=1, max_size=300))

@@ -11,8 +11,8 @@ import trio.testing
 from pals.errors import InvalidFrame, PeerUnreachable
 from pals.net.host import Host, StreamHandler
 from pals.net.link import LinkSecrets
-from pals.net.links import Arrival, Links, Outgoing
-from pals.net.wire import CONTROL_SHAPE, FrameShape, Lane
+from pals.net.links import Arrival, Links
+from pals.net.wire import CONTROL_SHAPE, NO_ROWS, FrameShape, Lane, Outgoing
 from pals.types import PeerId, SwarmId
 
 LOCAL = PeerId("local")
@@ -67,7 +67,7 @@ async def test_refused_frame_of_the_process_to_itself_ends_nothing(nursery: trio
     links = make_links(events)
     await nursery.start(links.run)
     for payload in (b"stale", b"next"):
-        links.send(LOCAL, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), payload))
+        links.send(LOCAL, Lane.CONTROL, Outgoing(CONTROL_SHAPE, NO_ROWS, (payload,)))
     await trio.testing.wait_all_tasks_blocked()
     assert events.taken == [b"next"]
 
@@ -80,7 +80,7 @@ async def test_nothing_is_kept_of_peers_that_were_only_named(nursery: trio.Nurse
         named = PeerId(f"peer-{number}")
         links.drop(named, "gone")
         with pytest.raises(PeerUnreachable, match="no link"):
-            links.send(named, Lane.CONTROL, Outgoing(CONTROL_SHAPE, (), b""))
+            links.send(named, Lane.CONTROL, Outgoing(CONTROL_SHAPE, NO_ROWS, (b"",)))
         with pytest.raises(PeerUnreachable, match="nobody dials"):
             await links.ensure(named, ())
     gc.collect()

@@ -18,10 +18,10 @@ from pals.errors import (
     SessionRefused,
 )
 from pals.net.control import Close, Control, Failed, Hop, Open, Opened, Refused, decode_control
-from pals.net.links import Arrival, Links, Outgoing
+from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.net.wire import Frame, Kind, Lane, Row, tokens_shape
+from pals.net.wire import Frame, Kind, Lane, Outgoing, Row, Rows, tokens_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
 DRIVER, LOCAL, NEXT = PeerId("driver"), PeerId("local"), PeerId("next")
@@ -54,7 +54,7 @@ class FakeLinks:
 
     def control(self) -> list[Control]:
         return [
-            decode_control(peer, memoryview(outgoing.payload))
+            decode_control(peer, memoryview(b"".join(outgoing.payload)))
             for peer, outgoing in self.sent
             if outgoing.shape.kind is Kind.CONTROL
         ]
@@ -107,12 +107,12 @@ class Bench:
     def send_rows(self, sender: PeerId, lane: Lane, *rows: Row) -> None:
         count = sum(row.num_tokens for row in rows)
         payload = memoryview(np.arange(count, dtype="<i4").tobytes())
-        frame = Frame(lane, tokens_shape(MODEL.manifest), rows, payload)
+        frame = Frame(lane, tokens_shape(MODEL.manifest), Rows.of(*rows), payload)
         self.service.on_rows(sender, Arrival(frame, 0.0, 0.0))
 
     def finish(self, item: WorkItem) -> None:
         token = np.array([7], np.int32)
-        step = StepResult(items=[item], outputs=[token], started_s=1.0, finished_s=2.0)
+        step = StepResult(items=[item], outputs=[token], free_s=0.0, started_s=1.0, finished_s=2.0)
         self.service.on_step(step)
 
 
@@ -192,7 +192,9 @@ async def test_step_that_fails_ends_all_sessions_and_one_that_is_refused_its_own
             await bench.open(session)
             items.append(bench.send_prompt(session))
         bench.service.on_step(
-            StepResult(items=items[:1], outputs=[], started_s=1.0, finished_s=2.0, error=error)
+            StepResult(
+                items=items[:1], outputs=[], free_s=0.0, started_s=1.0, finished_s=2.0, error=error
+            )
         )
     failed = [message for message in bench.links.control() if isinstance(message, Failed)]
     assert {message.session for message in failed} == ended

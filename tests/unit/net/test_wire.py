@@ -17,6 +17,7 @@ from pals.net.wire import (
     MAX_CONTROL_BYTES,
     MAX_ROW_TOKENS,
     MAX_ROWS,
+    NO_ROWS,
     ROW_BYTES,
     FrameHead,
     FrameShape,
@@ -24,6 +25,7 @@ from pals.net.wire import (
     Lane,
     LinkAddress,
     Row,
+    Rows,
     WireDtype,
     check_header,
     check_rows,
@@ -248,14 +250,14 @@ def test_arbitrary_headers_raise_nothing_but_invalid_frame(data: bytes) -> None:
 
 
 def parse(shape: FrameShape, rows: list[Row], payload: bytes) -> wire.Frame:
-    body = pack_rows(rows) + payload
+    body = pack_rows(Rows.of(*rows)) + payload
     return parse_body(PEER, Lane.DECODE, FrameHead(shape, len(rows), len(body)), body)
 
 
 def test_row_has_the_documented_layout() -> None:
     row = Row(session(1), 258, 3, FLAG_LAST)
-    assert pack_rows([row]) == bytes([1]) * 16 + struct.pack(">IHH", 258, 3, 1)
-    assert len(pack_rows([row])) == ROW_BYTES
+    assert pack_rows(Rows.of(row)) == bytes([1]) * 16 + struct.pack(">IHH", 258, 3, 1)
+    assert len(pack_rows(Rows.of(row))) == ROW_BYTES
 
 
 @given(
@@ -269,13 +271,13 @@ def test_body_gives_its_rows_and_payload_back(parts: list[tuple[int, int, int]])
     rows = [Row(session(i), *part) for i, part in enumerate(parts)]
     payload = bytes(range(sum(r.num_tokens for r in rows))) * HIDDEN.token_bytes
     frame = parse(HIDDEN, rows, payload)
-    assert (frame.lane, frame.shape, frame.rows) == (Lane.DECODE, HIDDEN, tuple(rows))
+    assert (frame.lane, frame.shape, frame.rows) == (Lane.DECODE, HIDDEN, Rows.of(*rows))
     assert bytes(frame.payload) == payload
 
 
 def test_control_body_is_all_payload() -> None:
     frame = parse(CONTROL_SHAPE, [], b"anything")
-    assert frame.rows == ()
+    assert frame.rows == NO_ROWS
     assert bytes(frame.payload) == b"anything"
 
 
@@ -309,7 +311,7 @@ def test_unknown_flags_are_refused(flags: int) -> None:
 
 
 def test_longest_row_is_taken() -> None:
-    rows = [Row(session(1), 0, MAX_ROW_TOKENS, FLAG_LAST)]
+    rows = Rows.of(Row(session(1), 0, MAX_ROW_TOKENS, FLAG_LAST))
     check_rows(PEER, HIDDEN, rows, MAX_ROW_TOKENS * HIDDEN.token_bytes)
 
 

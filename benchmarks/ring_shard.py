@@ -1,0 +1,150 @@
+"""One shard of the ring benchmark, in a process of its own.
+
+It takes a `Job` as JSON in its one argument, prints `Ready` when it serves, and answers each
+line on standard input with the `Steps` since the last one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from benchmarks import ring_members
+from pals import config
+from pals.config import Profile
+from pals.net.node import Node
+from pals.net.serving import Report, ServedShard, load_shard, run_shard, serve_role
+from pals.types import EngineLimits, LayerRange, Sampling, ShardSpec
+
+if TYPE_CHECKING:
+    from pals.engine.worker import StepRunner
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to serve, and as whom.
+
+    Attributes:
+        port: Where to listen on loopback.
+        announced_port: Where others are to dial.
+    """
+
+    profile: str
+    model: str
+    layers: str
+    threads: int
+    port: int
+    announced_port: int
+    limits: EngineLimits
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """The shard is announced, and computes on this kind of device."""
+
+    device: str
+
+
+class Steps(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of each step, in the order in which they ran."""
+
+    prefill_s: list[float]
+    decode_s: list[float]
+
+
+class Recorder:
+    """A runner of steps that notes how long each takes."""
+
+    def __init__(self, runner: StepRunner) -> None:
+        self.limits = runner.limits
+        self._runner = runner
+        self._steps = Steps(prefill_s=[], decode_s=[])
+
+    def take(self) -> Steps:
+        """Return the steps since the last call."""
+        steps, self._steps = self._steps, Steps(prefill_s=[], decode_s=[])
+        return steps
+
+    def prefill(
+        self,
+        *,
+        slot: int,
+        position: int,
+        inputs: npt.NDArray[np.generic],
+        sampling: Sampling | None,
+    ) -> npt.NDArray[np.generic]:
+        started_s = time.perf_counter()
+        output = self._runner.prefill(
+            slot=slot, position=position, inputs=inputs, sampling=sampling
+        )
+        self._steps.prefill_s.append(time.perf_counter() - started_s)
+        return output
+
+    def decode(
+        self,
+        *,
+        slots: list[int],
+        positions: list[int],
+        inputs: npt.NDArray[np.generic],
+        samplings: list[Sampling],
+    ) -> npt.NDArray[np.generic]:
+        started_s = time.perf_counter()
+        output = self._runner.decode(
+            slots=slots, positions=positions, inputs=inputs, samplings=samplings
+        )
+        self._steps.decode_s.append(time.perf_counter() - started_s)
+        return output
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve the job of the command line until standard input ends."""
+    job = msgspec.json.decode(arguments[0], type=Job)
+    config.limit_compute_threads(job.threads)
+    trio.run(_serve, job)
+
+
+async def _serve(job: Job) -> None:
+    options = ring_members.node_options(
+        Profile(Path(job.profile)), port=job.port, announced_port=job.announced_port
+    )
+    recorders: list[Recorder] = []
+
+    def load() -> ServedShard:
+        served = load_shard(
+            job.model,
+            LayerRange.parse(job.layers),
+            ShardSpec(dtype="bf16", limits=job.limits),
+            report=Report(on_progress=lambda _: None, on_download=lambda *_: None),
+        )
+        recorders.append(Recorder(served.runner))
+        return replace(served, runner=recorders[0])
+
+    async with trio.open_nursery() as nursery:
+        serve = partial(run_shard, load=load, on_ready=_say_ready)
+        nursery.start_soon(serve_role, options, serve)
+        while await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
+            _write(recorders[0].take())
+        nursery.cancel_scope.cancel()
+
+
+def _say_ready(node: Node, shard: ServedShard) -> None:
+    # Only a process that computes pays for importing jax, and this one has by now.
+    import jax
+
+    _write(Ready(device=jax.default_backend()))
+
+
+def _write(document: Ready | Steps) -> None:
+    print(msgspec.json.encode(document).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
