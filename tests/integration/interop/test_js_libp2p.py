@@ -126,8 +126,10 @@ async def test_we_get_back_what_we_send_js(size):
 
 
 async def test_js_that_is_no_member_is_closed_out():
-    async with open_pair() as (_, js):
-        async with open_host(identity(2), listen=LISTEN, allow=lambda _: False) as host:
-            with pytest.raises(AssertionError, match="Error"):
-                await js.do(do="echo", address=host.addresses()[0], bytes=5)
-            assert not host.connected_peers()
+    async with (
+        open_pair() as (_, js),
+        open_host(identity(2), listen=LISTEN, allow=lambda _: False) as host,
+    ):
+        with pytest.raises(AssertionError, match="Error"):
+            await js.do(do="echo", address=host.addresses()[0], bytes=5)
+        assert not host.connected_peers()

@@ -443,7 +443,7 @@ def test_any_byte_is_an_answer():
 
 def test_a_connection_without_streams_is_closed():
     wire = Wire(idle_s=60, ping_after_s=1000)
-    ours, theirs = wire.open()
+    ours, _ = wire.open()
     wire.listener.tick(100.0)
     assert not wire.listener.problem
     wire.dialler.reset(ours)
