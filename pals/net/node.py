@@ -23,8 +23,8 @@ from pals.errors import InvalidConfig, InvalidFrame, NotAMember, PalsError
 from pals.net.announce import useful_first
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery
+from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
-from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
 from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
 from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane
