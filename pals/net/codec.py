@@ -23,21 +23,16 @@ import numpy.typing as npt
 
 from pals.net.wire import (
     INT8_BLOCK,
+    NUMPY_DTYPES,
     Codec,
     Frame,
     FrameShape,
     Outgoing,
-    WireDtype,
     buffer_of,
 )
 
 Float32 = npt.NDArray[np.float32]
 
-NUMPY_DTYPES = {
-    WireDtype.INT32: np.dtype("<i4"),
-    WireDtype.BF16: np.dtype(ml_dtypes.bfloat16),
-    WireDtype.F32: np.dtype("<f4"),
-}
 _SMALLEST_SCALE = np.float32(2.0**-120)
 """Blocks of smaller elements are written as zeros; 1 / scale would overflow soon after."""
 
@@ -75,24 +70,30 @@ def encode_int8(values: Float32) -> npt.NDArray[np.uint8]:
     """Return ``uint8[T, width + 2 * blocks]`` of ``float32[T, width]``."""
     tokens, width = values.shape
     blocks = _blocks_of(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scales = _round_up_to_bf16(np.abs(blocks).max(axis=2) / np.float32(127))
-        usable = (scales >= _SMALLEST_SCALE) & np.isfinite(scales)
-        inverse = np.where(usable, np.float32(1) / scales, np.float32(0))
-        scaled = blocks * inverse[:, :, None]
-    scaled[~np.isfinite(scaled)] = 0
-    scales = np.where(np.isfinite(scales), np.where(usable, scales, 0), np.float32(np.nan))
-    integers = np.rint(scaled).astype(np.int8).reshape(tokens, -1)[:, :width]
+    greatest = np.abs(blocks).max(axis=2)
+    scales = _round_up_to_bf16(greatest / np.float32(127))
+    scales[scales < _SMALLEST_SCALE] = 0
+    finite = np.isfinite(greatest)
+    if not finite.all():
+        scales[~finite] = np.nan
+        blocks = np.where(finite[:, :, None], blocks, np.float32(0))
+    inverse = np.float32(1) / np.where(scales > 0, scales, np.float32(np.inf))
+    integers = np.rint(blocks * inverse[:, :, None]).astype(np.int8)
     written = scales.astype(ml_dtypes.bfloat16).view(np.uint8)
-    return np.concatenate([integers.view(np.uint8), written], axis=1)
+    return np.concatenate([integers.reshape(tokens, -1)[:, :width].view(np.uint8), written], axis=1)
 
 
 def decode_int8(coded: npt.NDArray[np.uint8], width: int) -> Float32:
-    """Return ``float32[T, width]`` of what `encode_int8` wrote."""
+    """Return ``float32[T, width]`` of what `encode_int8` wrote.
+
+    Bytes that it did not write give infinities or NaN at worst.
+    """
     written = np.ascontiguousarray(coded[:, width:]).view(ml_dtypes.bfloat16)
     scales = written.astype(np.float32)
     blocks = _blocks_of(coded[:, :width].view(np.int8).astype(np.float32))
-    return (blocks * scales[:, :, None]).reshape(len(coded), -1)[:, :width]
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = blocks * scales[:, :, None]
+    return values.reshape(len(coded), -1)[:, :width]
 
 
 def _blocks_of(values: Float32) -> Float32:
@@ -105,9 +106,6 @@ def _blocks_of(values: Float32) -> Float32:
 
 
 def _round_up_to_bf16(values: Float32) -> Float32:
-    """Return the smallest bfloat16 that is no smaller, for values of 0 and up."""
-    bits = values.view(np.uint32)
-    finite = np.isfinite(values)
-    return np.where(finite, (bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000), bits).view(
-        np.float32
-    )
+    """Return the smallest bfloat16 that is no smaller, for values of 0 and up or NaN."""
+    bits = values.view(np.uint32) + np.uint32(0xFFFF)
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)

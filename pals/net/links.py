@@ -24,10 +24,11 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.errors import InvalidFrame, PalsError, PeerUnreachable, QueueFull
+from pals.net.codec import decode, encode
 from pals.net.handshake import NONCE_BYTES, Handshake, KeyShare, LinkKeys, LinkSecrets
 from pals.net.host import Host, Stream
 from pals.net.link import Link, Rekeyed
-from pals.net.wire import Frame, FrameShape, Lane, Outgoing
+from pals.net.wire import Codec, Frame, FrameShape, Lane, Outgoing
 from pals.swarm.keys import LINK_ID_BYTES, Role, epoch_prk
 from pals.types import PeerId, short_id
 
@@ -385,8 +386,11 @@ class Links:
             for event in events:
                 if isinstance(event, Rekeyed):
                     _log.debug("= link with %s: new keys, epoch %d", short_id(peer), event.epoch)
-                else:
-                    self._events.on_frame(peer, Arrival(event, arrived_s, codec_s))
+                    continue
+                frame = event
+                if frame.shape.codec is not Codec.RAW:  # milliseconds, which others need not wait
+                    frame = await trio.to_thread.run_sync(decode, frame)
+                self._events.on_frame(peer, Arrival(frame, arrived_s, codec_s))
         live.end("it closed the link")
 
     async def _write_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
@@ -395,6 +399,9 @@ class Links:
             if outgoing is None:
                 data = live.link.take_outgoing(lane)
             else:
+                shape = live.link.wire_shape(lane, outgoing.shape)
+                if shape.codec is not Codec.RAW:
+                    outgoing = await trio.to_thread.run_sync(encode, outgoing, shape)
                 data = self._seal(live, lane, outgoing)
             if data:
                 await stream.write(data)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -82,7 +83,11 @@ _WIRE_DTYPES: dict[ActivationDtype, WireDtype] = {
     "bf16": WireDtype.BF16,
     "f32": WireDtype.F32,
 }
-WIRE_DTYPE_BYTES = {WireDtype.INT32: 4, WireDtype.BF16: 2, WireDtype.F32: 4}
+NUMPY_DTYPES = {
+    WireDtype.INT32: np.dtype("<i4"),
+    WireDtype.BF16: np.dtype(ml_dtypes.bfloat16),
+    WireDtype.F32: np.dtype("<f4"),
+}
 
 
 class Codec(IntEnum):
@@ -132,7 +137,7 @@ class FrameShape:
     @property
     def raw_token_bytes(self) -> int:
         """Bytes of one token's elements once they are decoded."""
-        return self.width * WIRE_DTYPE_BYTES.get(self.dtype, 0)
+        return 0 if self.width == 0 else self.width * NUMPY_DTYPES[self.dtype].itemsize
 
 
 CONTROL_SHAPE = FrameShape(
