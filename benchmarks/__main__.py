@@ -18,6 +18,7 @@ BENCHMARKS = {
     "ring": "benchmarks.ring",
     "quantize": "benchmarks.quantize",
     "shapes": "benchmarks.shapes",
+    "transport": "benchmarks.transport",
 }
 """Name -> the module whose `run` measures it."""
 

@@ -6,6 +6,7 @@
 - an exception in one stream handler ends the whole host;
 - dialling waits 250 ms, tries one address, and blocks a peer that failed for 60 s;
 - limits per peer are absent or evict the connection that is in use;
+- a connection takes 0.2 s to close;
 - it dials every peer it ever heard of until it has half its limit of connections.
 
 Only this package sees libp2p types; everything above works with `pals.net.host`.
@@ -22,30 +23,35 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakValueDictionary
 
 import trio
-from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection
+from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.keys import KeyPair
-from libp2p.custom_types import StreamHandlerFn, TProtocol
+from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.exceptions import SwarmException
+from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore, PeerStoreError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 from multiaddr.utils import get_network_addrs
 
+from pals.net.mux import MuxLimits
+from pals.net.mux_stream import ReceiveBudget
+from pals.net.muxer import MUX_PROTOCOL, MuxedConnection, MuxedStream
 from pals.net.noise import Allow, NoiseSession, NoiseTransport
+from pals.net.yamux import BoundedYamux, Muxers, YamuxBytes
 from pals.types import PeerId
 
 log = logging.getLogger(__name__)
@@ -65,17 +71,36 @@ class HostLimits:
         max_connections: Connections in all, both directions.
         max_connections_per_peer: Connections with one peer; a further one is refused.
         max_streams_per_peer: Streams that one peer holds open at this host.
+        max_unread_bytes_per_peer: Bytes that one peer may have sent and nobody has read.
         max_handshakes: Inbound handshakes in flight; the oldest makes room for a new one.
         handshake_s: Seconds for one handshake, and for one dial.
-        write_s: Seconds in which a peer must take what is written to it.
+        idle_s: Seconds after which a connection that has no stream is closed.
+        write_s: Seconds in which a peer must take some of what is written to it.
+        ping_after_s: Seconds of silence after which a peer is asked whether it is there.
+        pong_s: Seconds in which it must say anything then.
     """
 
     max_connections: int = 512
     max_connections_per_peer: int = 4
     max_streams_per_peer: int = 64
+    max_unread_bytes_per_peer: int = 16 << 20
     max_handshakes: int = 32
     handshake_s: float = 5.0
+    idle_s: float = 60.0
     write_s: float = 10.0
+    ping_after_s: float = 15.0
+    pong_s: float = 10.0
+
+    @property
+    def mux(self) -> MuxLimits:
+        """What of it one connection keeps to."""
+        return MuxLimits(
+            max_inbound_streams=self.max_streams_per_peer,
+            write_s=self.write_s,
+            idle_s=self.idle_s,
+            ping_after_s=self.ping_after_s,
+            pong_s=self.pong_s,
+        )
 
 
 class _NeverConnects(AutoConnector):
@@ -83,6 +108,16 @@ class _NeverConnects(AutoConnector):
 
     async def maybe_connect(self) -> None:
         return
+
+
+class MemberConn(SwarmConn):
+    """A connection that closes at once; stock waits 0.1 s for whoever uses its streams."""
+
+    async def _cleanup(self) -> None:
+        self.swarm.remove_conn(self)
+        for stream in self.get_streams():
+            await _reset_quietly(stream)
+        await self._notify_disconnected()
 
 
 class MemberSwarm(Swarm):
@@ -96,21 +131,43 @@ class MemberSwarm(Swarm):
         super().__init__(
             peer_id,
             peerstore,
-            TransportUpgrader({NOISE_PROTOCOL: noise}, {TProtocol(YAMUX_PROTOCOL): Yamux}),
+            TransportUpgrader({NOISE_PROTOCOL: noise}, {}),
             [TCP()],
             RetryConfig(max_retries=0),
             _connection_config(limits),
         )
+        self.upgrader.muxer_multistream = self._muxers()
         self.auto_connector = _NeverConnects(self)
         self.allow = allow
         self._limits = limits
         self._handshakes: OrderedDict[int, trio.CancelScope] = OrderedDict()
         self._inbound_streams: defaultdict[ID, int] = defaultdict(int)
+        self._budgets: WeakValueDictionary[ID, ReceiveBudget] = WeakValueDictionary()
         self._dial_locks: WeakValueDictionary[tuple[ID | Multiaddr, ...], trio.Lock] = (
             WeakValueDictionary()
         )
         self._dials = trio.CapacityLimiter(MAX_DIALS)
         self.on_disconnect: list[Callable[[PeerId], None]] = []
+
+    def _muxers(self) -> Muxers:
+        """Our own muxer first, stock's for members that are not Pals."""
+
+        def make_own(conn: ISecureConn, peer_id: ID) -> MuxedConnection:
+            budget = self._budgets.setdefault(
+                peer_id, ReceiveBudget(self._limits.max_unread_bytes_per_peer)
+            )
+            return MuxedConnection(conn, peer_id, limits=self._limits.mux, budget=budget)
+
+        def make_stock(conn: ISecureConn, peer_id: ID) -> BoundedYamux:
+            return BoundedYamux(
+                conn,
+                peer_id,
+                max_unread_bytes=self._limits.max_unread_bytes_per_peer,
+                idle_s=self._limits.idle_s,
+            )
+
+        makers = {MUX_PROTOCOL: make_own, YAMUX_PROTOCOL: make_stock}
+        return Muxers(cast("TMuxerOptions", makers))
 
     def live_connections(self, peer: ID) -> list[INetConn]:
         return [conn for conn in self.get_connections(peer) if not conn.is_closed]
@@ -183,7 +240,7 @@ class MemberSwarm(Swarm):
                     await raw_conn.close()
         if muxed is None:
             raise SwarmException("too many handshakes in flight")
-        assert isinstance(muxed, Yamux)
+        assert isinstance(muxed, MuxedConnection | BoundedYamux)
         await muxed.event_closed.wait()
         raise SwarmException("connection closed")
 
@@ -199,25 +256,41 @@ class MemberSwarm(Swarm):
             finally:
                 self._handshakes.pop(id(scope), None)
 
-    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
-        """Register a connection unless the peer was removed meanwhile or has too many.
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> MemberConn:
+        """Run a connection and register it, unless its peer was removed or has too many.
 
         Raises:
-            SwarmException: The connection was refused, and is closed.
+            SwarmException: The connection was refused or has ended, and is closed.
         """
-        peer = muxed_conn.peer_id
-        refusal = self._refusal(peer)
-        if refusal:
+        connection = MemberConn(muxed_conn, self, direction=direction)
+        connection.set_transport_info(
+            muxed_conn.get_transport_addresses(), muxed_conn.get_connection_type()
+        )
+        try:
+            self._check(muxed_conn)
+            for part in (muxed_conn, connection):
+                self.manager.run_task(part.start)
+                await part.event_started.wait()
+            self._check(muxed_conn)  # what it may do has changed, or others came first
+            self.connections.setdefault(muxed_conn.peer_id, []).append(connection)
+            await self.notify_connected(connection)
+        except BaseException:
             abort(muxed_conn)
-            raise SwarmException(refusal)
-        return await super().add_conn(muxed_conn, direction)
+            with trio.CancelScope(shield=True):
+                await connection.close()
+            raise
+        return connection
 
-    def _refusal(self, peer: ID) -> str:
+    def _check(self, muxed_conn: IMuxedConn) -> None:
+        peer = muxed_conn.peer_id
         if not self.allow(PeerId(peer.to_base58())):
-            return f"{peer} is not a live member"
+            raise SwarmException(f"{peer} is not a live member")
+        if muxed_conn.is_closed:
+            raise SwarmException(f"{peer} has closed the connection")
         if len(self.live_connections(peer)) >= self._limits.max_connections_per_peer:
-            return f"{peer} has too many connections"
-        return ""
+            raise SwarmException(f"{peer} has too many connections")
+        if len(self.get_connections()) >= self._limits.max_connections:
+            raise SwarmException("there are too many connections")
 
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
         """Forget a connection, and tell when it was the last one to its peer."""
@@ -268,18 +341,21 @@ class MemberSwarm(Swarm):
 
 
 def abort(muxed_conn: IMuxedConn) -> None:
-    """Close the socket under a muxed connection without waiting."""
-    assert isinstance(muxed_conn, Yamux)
+    """Close a muxed connection at once, without a word to its peer."""
+    if isinstance(muxed_conn, MuxedConnection):
+        muxed_conn.abort()
+        return
+    assert isinstance(muxed_conn, BoundedYamux)
     assert isinstance(muxed_conn.secured_conn, NoiseSession)
     muxed_conn.secured_conn.abort()
 
 
-def is_cut(stream: INetStream) -> bool:
-    """Return whether an end of ``stream`` means reset or a lost connection, not a FIN."""
-    connection = stream.muxed_conn
-    assert isinstance(connection, Yamux)
-    muxed = getattr(stream, "muxed_stream", None)
-    return connection.event_shutting_down.is_set() or bool(getattr(muxed, "reset_received", False))
+def bytes_of(stream: INetStream, *, write_s: float) -> MuxedStream | YamuxBytes:
+    """Return what a stream is read and written by, past libp2p's locks and states."""
+    assert isinstance(stream, NetStream)
+    if isinstance(stream.muxed_stream, MuxedStream):
+        return stream.muxed_stream
+    return YamuxBytes(stream, write_s=write_s)
 
 
 def build_host(seed: bytes, *, allow: Allow, limits: HostLimits) -> tuple[BasicHost, MemberSwarm]:

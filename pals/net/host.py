@@ -17,8 +17,8 @@ from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
-from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
@@ -27,12 +27,12 @@ from pals.net._libp2p import (
     MAX_ADDRESSES_PER_DIAL,
     HostLimits,
     MemberSwarm,
-    abort,
     build_host,
+    bytes_of,
     host_and_port,
-    is_cut,
     parse_address,
 )
+from pals.net.mux_stream import Buffer
 from pals.swarm.identity import Identity
 from pals.types import PeerId
 
@@ -47,14 +47,13 @@ MAX_ADDRESSES_READ = 64
 class Stream:
     """One ordered, reliable stream of bytes with a member.
 
-    One task reads and any number write; writes do not mix. A cancelled read may have
-    taken bytes with it: `reset` the stream after it.
+    One task reads and any number write; writes do not mix. A cancelled read has taken
+    nothing, but a cancelled `read_exactly` may have: `reset` the stream after it.
     """
 
     def __init__(self, stream: INetStream, *, write_s: float) -> None:
         self._stream = stream
-        self._write_s = write_s
-        self._write_lock = trio.Lock()
+        self._bytes = bytes_of(stream, write_s=write_s)
         self.peer_id = PeerId(stream.muxed_conn.peer_id.to_base58())
 
     async def read_some(self, limit: int) -> bytes:
@@ -64,13 +63,11 @@ class Stream:
             PeerUnreachable: The stream was reset or the connection is gone.
         """
         try:
-            return await self._stream.read(limit)
-        except StreamEOF as error:
-            if is_cut(self._stream):
-                raise self._unreachable("the stream was cut") from error
+            return await self._bytes.read(limit)
+        except MuxedStreamEOF:
             return b""
-        except (BaseLibp2pError, ValueError) as error:
-            raise self._unreachable("the stream was reset") from error
+        except BaseLibp2pError as error:
+            raise self._unreachable(error) from error
 
     async def read_exactly(self, n: int) -> bytes:
         """Return exactly ``n`` bytes, however many reads that takes.
@@ -82,26 +79,24 @@ class Stream:
         while len(received) < n:
             part = await self.read_some(n - len(received))
             if not part:
-                raise self._unreachable(f"the stream ended after {len(received)} of {n} bytes")
+                problem = f"the stream ended after {len(received)} of {n} bytes"
+                raise PeerUnreachable(peer=self.peer_id, problem=problem)
             received += part
         return bytes(received)
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: Buffer) -> None:
         """Write all of ``data``; a cancellation takes effect before or after, never within.
 
+        ``data`` must not change until this returns or raises.
+
         Raises:
-            PeerUnreachable: The stream is closed, or the peer did not take the bytes in
-                time; then its connection is closed, since half a message is on the wire.
+            PeerUnreachable: The stream is closed, or the peer takes nothing of it for so
+                long that it was reset.
         """
-        async with self._write_lock:
-            with trio.move_on_after(self._write_s, shield=True) as scope:
-                try:
-                    await self._stream.write(data)
-                except (BaseLibp2pError, ValueError) as error:
-                    raise self._unreachable("the stream is closed") from error
-            if scope.cancelled_caught:
-                abort(self._stream.muxed_conn)
-                raise self._unreachable(f"took no bytes for {self._write_s} s")
+        try:
+            await self._bytes.write(data)
+        except BaseLibp2pError as error:
+            raise self._unreachable(error) from error
 
     async def close(self) -> None:
         """Tell the peer that nothing more will be written."""
@@ -113,8 +108,8 @@ class Stream:
         with suppress(BaseLibp2pError, ValueError):
             await self._stream.reset()
 
-    def _unreachable(self, problem: str) -> PeerUnreachable:
-        return PeerUnreachable(peer=self.peer_id, problem=problem)
+    def _unreachable(self, error: BaseLibp2pError) -> PeerUnreachable:
+        return PeerUnreachable(peer=self.peer_id, problem=f"the stream ended: {error}")
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]

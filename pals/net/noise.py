@@ -1,9 +1,9 @@
 """Noise as the only secure transport: the stock handshake, our record layer, the peer gate.
 
 The handshake (Noise_XX_25519_ChaChaPoly_SHA256 with libp2p's signed payload) is
-py-libp2p's. The record layer is our own, on the same wire format: one receive takes
-many records, one write is one send, and a send is never cut half-way, because half a
-record on the wire stalls every stream of the connection.
+py-libp2p's. The record layer is our own (`pals.net.noise_records`), on the same wire
+format: one receive takes many records, one write is one send, and a send is never cut
+half-way, because half a record on the wire stalls every stream of the connection.
 
 Source: libp2p specs, noise/README.md.
 """
@@ -13,8 +13,8 @@ Source: libp2p specs, noise/README.md.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, cast
 
 import trio
 from libp2p.abc import IRawConnection, ISecureConn
@@ -22,9 +22,7 @@ from libp2p.connection_types import ConnectionType
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.exceptions import RawConnError
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.security.base_session import BaseSession
 from libp2p.security.exceptions import HandshakeFailure
@@ -32,16 +30,26 @@ from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.security.noise.transport import Transport
 from libp2p.security.secure_session import SecureSession
 from multiaddr import Multiaddr
-from noise.exceptions import NoiseInvalidMessage
 
+from pals.net.noise_records import Buffer, RecordError, RecordOpener, RecordSealer
+from pals.net.pipe import PipeBroken, open_pipe
 from pals.types import PeerId
 
-MAX_PLAINTEXT_BYTES = 65535 - 16
-RECEIVE_BYTES = 1 << 18
 MAX_READ_BYTES = 16 << 20
-_LENGTH = struct.Struct(">H")
 
 Allow = Callable[[PeerId], bool]
+
+
+class _CipherState(Protocol):
+    k: bytes
+    n: int
+
+
+class _HandshakeKeys(Protocol):
+    """What a finished handshake of `noiseprotocol` holds."""
+
+    cipher_state_encrypt: _CipherState
+    cipher_state_decrypt: _CipherState
 
 
 class NoiseTransport(Transport):
@@ -76,7 +84,11 @@ class NoiseTransport(Transport):
 
 
 class NoiseSession(BaseSession):
-    """The record layer of one connection; what the muxer reads and writes."""
+    """The secured connection.
+
+    Either the stock muxer and negotiations use it through `read` and `write`, or our muxer
+    through `send_now`, `send_rest` and `receive`, which wait for nothing they need not.
+    """
 
     def __init__(
         self, session: SecureSession, raw: IRawConnection, *, write_deadline_s: float
@@ -89,12 +101,17 @@ class NoiseSession(BaseSession):
             is_initiator=session.is_initiator,
         )
         assert isinstance(session.conn, NoiseTransportReadWriter)
-        self._cipher = session.conn.noise_state
+        keys = cast("_HandshakeKeys", session.conn.noise_state.noise_protocol)
+        self._sealer = RecordSealer(keys.cipher_state_encrypt.k, keys.cipher_state_encrypt.n)
+        self._opener = RecordOpener(keys.cipher_state_decrypt.k, keys.cipher_state_decrypt.n)
         self._raw = raw
+        self._pipe = open_pipe(raw)
         self._write_deadline_s = write_deadline_s
         self._write_lock = trio.Lock()
-        self._received = bytearray()
         self._plaintext = bytearray()
+        self._unsent: list[Buffer] = []
+
+    # --- for negotiations and the stock muxer ------------------------------------------
 
     async def write(self, data: bytes) -> None:
         """Send ``data`` as one or more records, all of them or the connection closes.
@@ -103,7 +120,13 @@ class NoiseSession(BaseSession):
             ConnectionClosedError: The peer is gone, or did not take the bytes in time.
         """
         async with self._write_lock:
-            await self._send(self._seal(data))
+            try:
+                self.send_now([data])
+                with trio.CancelScope(shield=True):
+                    while self.has_unsent:
+                        await self.send_rest()
+            except PipeBroken as error:
+                raise ConnectionClosedError(str(error)) from error
 
     async def read(self, n: int | None = None) -> bytes:
         """Return exactly ``n`` bytes, or with ``None`` what one receive brings.
@@ -119,19 +142,86 @@ class NoiseSession(BaseSession):
             self.abort()
             raise RawConnError(f"peer announced {n} bytes at once")
         while len(self._plaintext) < (n or 1):
-            await self._receive(n or 1)
+            await self._receive_more(n or 1)
         taken = bytes(memoryview(self._plaintext)[:n])
         del self._plaintext[: len(taken)]
         return taken
+
+    async def _receive_more(self, wanted: int) -> None:
+        try:
+            opened = await self._receive()
+        except RecordError as error:
+            raise RawConnError(str(error)) from error
+        except PipeBroken:
+            opened = None
+        if opened is None:
+            raise IncompleteReadError(
+                "connection closed", expected_bytes=wanted, received_bytes=len(self._plaintext)
+            )
+        for plaintext in opened:
+            self._plaintext += plaintext
+
+    # --- for our muxer -----------------------------------------------------------------
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether sealed bytes wait; nothing may be sealed before they are sent."""
+        return bool(self._unsent)
+
+    def send_now(self, pieces: Iterable[Buffer]) -> None:
+        """Seal bytes and send what goes out at once; the rest is `has_unsent`.
+
+        Raises:
+            PipeBroken: The connection is gone.
+        """
+        assert not self._unsent
+        self._unsent = self._pipe.send_now(self._sealer.seal(pieces))
+
+    async def send_rest(self) -> None:
+        """Wait until more of the sealed bytes is sent; do not cancel it and go on.
+
+        Raises:
+            PipeBroken: The connection is gone, or the peer took nothing in time; then it
+                is closed, since half a record is on the wire.
+        """
+        with trio.move_on_after(self._write_deadline_s) as scope:
+            self._unsent = await self._pipe.send(self._unsent)
+        if scope.cancelled_caught:
+            self.abort()
+            raise PipeBroken(f"peer took no bytes for {self._write_deadline_s} s")
+
+    async def receive(self) -> Sequence[bytes] | None:
+        """Wait for bytes and return the plaintexts of the records that they complete.
+
+        ``None`` is the end of the connection.
+
+        Raises:
+            PipeBroken: The connection is gone.
+            RecordError: A record does not open; the connection is closed.
+        """
+        if self._plaintext:
+            left, self._plaintext = bytes(self._plaintext), bytearray()
+            return [left]
+        return await self._receive()
+
+    async def _receive(self) -> Sequence[bytes] | None:
+        count = await self._pipe.receive(self._opener.space)
+        if not count:
+            return None
+        try:
+            return self._opener.received(count)
+        except RecordError:
+            self.abort()
+            raise
+
+    # --- for both ----------------------------------------------------------------------
 
     async def close(self) -> None:
         await self._raw.close()
 
     def abort(self) -> None:
-        """Close the socket at once, without waiting for anything."""
-        assert isinstance(self._raw, RawConnection)
-        assert isinstance(self._raw.stream, TrioTCPStream)
-        self._raw.stream.stream.socket.close()
+        """Close the connection at once, without waiting for anything."""
+        self._pipe.abort()
 
     def get_remote_address(self) -> tuple[str, int] | None:
         return self._raw.get_remote_address()
@@ -141,42 +231,3 @@ class NoiseSession(BaseSession):
 
     def get_connection_type(self) -> ConnectionType:
         return self._raw.get_connection_type()
-
-    def _seal(self, data: bytes) -> bytes:
-        records: list[bytes] = []
-        for start in range(0, len(data), MAX_PLAINTEXT_BYTES):
-            record = self._cipher.encrypt(bytes(data[start : start + MAX_PLAINTEXT_BYTES]))
-            records += (_LENGTH.pack(len(record)), record)
-        return b"".join(records)
-
-    async def _send(self, sealed: bytes) -> None:
-        with trio.move_on_after(self._write_deadline_s, shield=True) as scope:
-            await self._raw.write(sealed)
-        if scope.cancelled_caught:
-            self.abort()
-            raise ConnectionClosedError(f"peer took no bytes for {self._write_deadline_s} s")
-
-    async def _receive(self, wanted: int) -> None:
-        received = await self._raw.read(RECEIVE_BYTES)
-        if not received:
-            raise IncompleteReadError(
-                "connection closed", expected_bytes=wanted, received_bytes=len(self._plaintext)
-            )
-        self._received += received
-        try:
-            self._open_records()
-        except NoiseInvalidMessage as error:
-            self.abort()
-            raise RawConnError("a record does not open") from error
-
-    def _open_records(self) -> None:
-        """Move every complete record of ``_received`` to ``_plaintext``."""
-        start, end = 0, len(self._received)
-        while end - start >= _LENGTH.size:
-            body = start + _LENGTH.size
-            stop = body + _LENGTH.unpack_from(self._received, start)[0]
-            if stop > end:
-                break
-            self._plaintext += self._cipher.decrypt(bytes(self._received[body:stop]))
-            start = stop
-        del self._received[:start]

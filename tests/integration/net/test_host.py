@@ -187,7 +187,7 @@ async def test_a_cancelled_write_leaves_the_connection_whole():
         await until(lambda: sum(received) == size)
 
 
-async def test_a_peer_that_takes_nothing_costs_its_connection():
+async def test_a_stream_that_nobody_reads_costs_that_stream_alone():
     async def never_read(stream):
         await trio.sleep_forever()
 
@@ -197,7 +197,32 @@ async def test_a_peer_that_takes_nothing_costs_its_connection():
         stream = await a.open_stream(b.peer_id, "/test/deaf/1")
         with pytest.raises(PeerUnreachable, match=r"took no bytes for 0\.2 s"):
             await stream.write(bytes(16 << 20))
+        assert await ask_echo(a, b) == b"hello"
+
+
+async def test_a_silent_peer_costs_its_connection():
+    limits = HostLimits(ping_after_s=0.2, pong_s=0.2)
+    async with open_hosts(2, limits=limits) as (_, (a, b)):
+        gone = []
+        a.on_disconnect(gone.append)
+        await a.connect(b.peer_id, b.addresses())
+        await trio.sleep(0.5)  # two pings, to which it answers
+        assert not gone
+        (connection,) = b._swarm.get_connections()
+        connection.muxed_conn.pump = lambda: None
+        await until(lambda: gone == [b.peer_id])
+
+
+async def test_a_connection_that_nobody_uses_is_closed():
+    async with open_hosts(2, limits=HostLimits(idle_s=0.5)) as (_, (a, b)):
+        await a.connect(b.peer_id, b.addresses())
+        stream = await a.open_stream(b.peer_id, ECHO)
+        await trio.sleep(0.8)
+        await stream.write(b"hello")
+        assert await stream.read_exactly(5) == b"hello"
+        await stream.close()
         await until(lambda: not a.connected_peers() and not b.connected_peers())
+        assert await ask_echo(a, b) == b"hello"
 
 
 async def test_a_host_that_leaves_closes_its_connections():

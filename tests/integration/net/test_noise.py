@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,7 +20,8 @@ from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
 from libp2p.security.noise.transport import Transport
 
-from pals.net.noise import MAX_PLAINTEXT_BYTES, MAX_READ_BYTES, NoiseTransport
+from pals.net.noise import MAX_READ_BYTES, NoiseTransport
+from pals.net.noise_records import MAX_PLAINTEXT_BYTES
 
 DIALLER = create_new_key_pair(bytes([1]) * 32)
 LISTENER = create_new_key_pair(bytes([2]) * 32)
@@ -82,16 +84,13 @@ async def test_the_wire_format_is_stock_s_in_both_directions(dialling, listening
 class Rechunked:
     """The receiving end of a socket, which gives bytes in the pieces a test says."""
 
-    def __init__(self, stream, sizes):
-        self.stream = stream
+    def __init__(self, pipe, sizes):
+        self.pipe = pipe
         self.sizes = sizes
 
-    async def read(self, n=None):
-        size = self.sizes.pop() if self.sizes else n
-        return await self.stream.read(min(size, n))
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    async def receive(self, space):
+        size = self.sizes.pop() if self.sizes else len(space)
+        return await self.pipe.receive(space[:size])
 
 
 @settings(max_examples=30, deadline=None)
@@ -103,7 +102,7 @@ class Rechunked:
 def test_bytes_arrive_in_order_however_they_are_cut(messages, arrivals, reads):
     async def run():
         async with sessions(ours(DIALLER), ours(LISTENER)) as (dialler, listener):
-            listener._raw.stream = Rechunked(listener._raw.stream, arrivals)
+            listener._pipe = Rechunked(listener._pipe, arrivals)
             whole = b"".join(messages)
             for message in messages:
                 await dialler.write(message)
@@ -118,20 +117,20 @@ def test_bytes_arrive_in_order_however_they_are_cut(messages, arrivals, reads):
 
 @pytest.mark.trio
 async def test_one_write_is_one_send_and_one_receive_takes_many_records(monkeypatch):
+    sends, receives = [], []
+    writev, readv = os.writev, os.readv
+
+    def count_send(fd, buffers):
+        sends.append(sum(map(len, buffers)))
+        return writev(fd, buffers)
+
+    def count_receive(fd, spaces):
+        receives.append(fd)
+        return readv(fd, spaces)
+
     async with sessions(ours(DIALLER), ours(LISTENER)) as (dialler, listener):
-        sends, receives = [], []
-        send, receive = dialler._raw.write, listener._raw.read
-
-        async def count_send(data):
-            sends.append(len(data))
-            await send(data)
-
-        async def count_receive(n):
-            receives.append(n)
-            return await receive(n)
-
-        monkeypatch.setattr(dialler._raw, "write", count_send)
-        monkeypatch.setattr(listener._raw, "read", count_receive)
+        monkeypatch.setattr(os, "writev", count_send)
+        monkeypatch.setattr(os, "readv", count_receive)
         await dialler.write(bytes(MAX_PLAINTEXT_BYTES + 1))
         assert sends == [MAX_PLAINTEXT_BYTES + 1 + 2 * (2 + 16)]
         for _ in range(10):
@@ -144,7 +143,7 @@ async def test_one_write_is_one_send_and_one_receive_takes_many_records(monkeypa
 @pytest.mark.parametrize("flip", [2, -1])
 async def test_a_record_that_does_not_open_closes_the_connection(flip):
     async with sessions(ours(DIALLER), ours(LISTENER)) as (dialler, listener):
-        sealed = bytearray(dialler._seal(b"hello"))
+        sealed = bytearray(b"".join(dialler._sealer.seal([b"hello"])))
         sealed[flip] ^= 1
         await dialler._raw.write(bytes(sealed))
         with pytest.raises(RawConnError):
@@ -156,7 +155,7 @@ async def test_a_record_that_does_not_open_closes_the_connection(flip):
 @pytest.mark.trio
 async def test_a_replayed_record_does_not_open():
     async with sessions(ours(DIALLER), ours(LISTENER)) as (dialler, listener):
-        sealed = dialler._seal(b"hello")
+        sealed = b"".join(dialler._sealer.seal([b"hello"]))
         await dialler._raw.write(sealed)
         assert await listener.read(5) == b"hello"
         await dialler._raw.write(sealed)
