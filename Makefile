@@ -9,7 +9,7 @@ LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
 
-# Tests that start no servers of Pals run on two cores, a file at a time on each.
+# On two cores, a file at a time on each; what tests share is made once for each file.
 WORKERS := -n 2 --dist loadfile
 
 INSTALLED        := $(VENV)/.installed
@@ -18,7 +18,7 @@ PARITY_INSTALLED := $(VENV)/.parity-installed
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install demo check format test slow large parity test-all bench docs lock clean
+.PHONY: help prerequisites venv install demo check format test slow large parity-install parity test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,12 +68,10 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 
 test: $(INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration/models -m "not slow and not large" $(WORKERS)
-	$(BIN)/pytest tests/integration --ignore tests/integration/models -m "not slow and not large"
+	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## the slow tests
-	$(BIN)/pytest tests/unit -m slow -n 2
-	$(BIN)/pytest tests/integration -m slow
+	$(BIN)/pytest tests/unit tests/integration -m slow $(WORKERS)
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(BIN)/pytest tests/integration -m large
@@ -81,6 +79,8 @@ large: $(INSTALLED) ## the tests on a model of four gigabytes
 $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
 	$(BIN)/pip install --quiet -r $(PARITY)
 	@touch $@
+
+parity-install: $(PARITY_INSTALLED) ## install what `make parity` compares with
 
 parity: $(PARITY_INSTALLED) ## compare with transformers
 	$(BIN)/pytest tests/parity $(WORKERS)

@@ -38,7 +38,7 @@ from pals.errors import (
     ProfileMissing,
     SwarmSecretInvalid,
 )
-from pals.types import Dtype, GroupSize, Quantization
+from pals.types import Dtype, GroupSize, PrefillCodec, Quantization
 
 SECRET_BYTES = 32
 _SWARM_ID = re.compile(r"[0-9a-f]{64}")
@@ -373,6 +373,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     listen: str = "/ip4/0.0.0.0/tcp/0"
     peers: tuple[str, ...] = ()
+    prefill_codec: PrefillCodec = "raw"
     poll_interval_s: _Seconds = 27.0
     step_deadline_s: _Seconds = 30.0
     session_idle_s: _Seconds = 120.0

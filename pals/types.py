@@ -25,6 +25,9 @@ SessionId = NewType("SessionId", bytes)
 Dtype = Literal["bf16", "f32", "int8", "int4"]
 """In what a shard keeps its matrices; int8 and int4 compute in bf16, as all but f32 do."""
 
+PrefillCodec = Literal["raw", "int8"]
+"""How the hidden states of prompts are written on the wire."""
+
 ActivationDtype = Literal["bf16", "f32"]
 """In what hidden states are computed and travel."""
 

@@ -24,7 +24,15 @@ from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecre
 from pals.engine.memory import Memory
 from pals.errors import InvalidConfig
 from pals.swarm.identity import Identity, load_or_create_identity
-from pals.types import Dtype, EngineLimits, GroupSize, LayerRange, Quantization, ShardSpec
+from pals.types import (
+    Dtype,
+    EngineLimits,
+    GroupSize,
+    LayerRange,
+    PrefillCodec,
+    Quantization,
+    ShardSpec,
+)
 
 if TYPE_CHECKING:
     from pals.net.node import Node, NodeOptions
@@ -117,6 +125,13 @@ class ServerOptions:
         tuple[str, ...],
         Parameter(negative="", help="Address of a member to start from; may be repeated."),
     ] = ()
+    prefill_codec: Annotated[
+        PrefillCodec | None,
+        Parameter(
+            help="`int8` halves what a prompt sends between machines that both ask for it, at "
+            "some loss; `raw` when left out."
+        ),
+    ] = None
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
     verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
     config_dir: ConfigDir = None
@@ -132,6 +147,7 @@ class ServerOptions:
             settings.node,
             listen=self.listen or settings.node.listen,
             peers=self.peer or settings.node.peers,
+            prefill_codec=self.prefill_codec or settings.node.prefill_codec,
         )
         return msgspec.structs.replace(settings, node=node)
 

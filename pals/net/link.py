@@ -1,303 +1,368 @@
-"""The link protocol, sans-IO: one keyed handshake, then sealed frames on three lanes.
+"""A live link, sans-IO: frames on three lanes, whose keys change while it runs.
 
-A link is the long-lived keyed state between two members. The initiator sends a hello,
-the responder a welcome with its key confirmation, the initiator its own confirmation;
-each side brings a fresh X25519 key and 16 random bytes, so no key ever repeats. All of
-it runs inside Noise, which has already authenticated the two peer ids; the swarm secret
-and both ids go into the keys, so a machine that lacks the secret gets no further.
+Bytes of each lane come in and bytes of each lane go out; `now` is seconds on a monotonic
+clock. Nothing here reads a socket, a clock or randomness.
 
-Bytes of the handshake, integers big-endian::
+The keys change hourly, long before a lane has used its key up, and with the epoch of the
+swarm secret. No frame waits for it, and no key outlives it. Its messages are frames of
+the kind KEY, sealed under the keys that they replace; the parts are those of
+`pals.net.handshake`::
 
-    prefix       = "PALS" || wire version (1) || status (1)
-    proposal     = swarm id (its first 16) || epoch (8) || random (16) || X25519 public key (32)
-    hello        = prefix || proposal                               initiator
-    welcome      = prefix || proposal || confirmation (32)          responder
-    finish       = confirmation (32)                                initiator
-    share        = random || X25519 public key
+    offer  = 1 || proposal                      control lane
+    answer = 2 || proposal || confirmation      control lane
+    switch = 3 || confirmation                  every lane, both ways
 
-A responder that refuses answers with a prefix alone. Control frames follow the handshake
-on its stream; the other lanes' streams begin with link id (16) || lane (1).
+Either side offers. Whoever answers has derived the new keys, so that the one who offered
+may change: on each lane a switch is its last frame under the old keys, and the next is
+frame 0 under the new ones, with their link id and epoch in its header. The first switch
+that comes back shows that both have the keys, and the answerer changes its own lanes in
+the same way. So each lane changes at one frame of its own, and a receiver tries one key
+for a frame. Of two offers that cross, the one for the later epoch holds, and of the same
+epoch the one from the peer with the greater id; the other is forgotten by both.
 
-Nothing here reads a socket, a clock or randomness: callers pass bytes and keys in.
+An offer for an epoch that this side does not know yet waits until it does. A change that
+is not through in time ends the link, as does a link that stays behind its epoch.
 """
 
 from __future__ import annotations
 
-import hmac
-import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import lru_cache
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-
-from pals.errors import LinkRefused, WireVersionMismatch
-from pals.net.wire import (
-    HEADER_BYTES,
-    MAGIC,
-    TAG_BYTES,
-    WIRE_VERSION,
-    Frame,
-    FrameHead,
-    FrameShape,
-    Lane,
-    LinkAddress,
-    Outgoing,
-    check_header,
-    pack_header,
-    pack_rows,
-    parse_body,
+from pals.errors import InvalidFrame, LinkRefused, PalsError
+from pals.net.handshake import (
+    CONFIRMATION_BYTES,
+    PROPOSAL_BYTES,
+    KeyShare,
+    LinkKeys,
+    LinkSecrets,
+    Proposal,
+    derive_keys,
+    pack_proposal,
+    parse_proposal,
 )
-from pals.swarm.keys import Role, frame_key, key_confirmation, link_id, link_prk
-from pals.types import PeerId, SwarmId
+from pals.net.lanes import LaneReceiver, LaneSender
+from pals.net.wire import KEY_SHAPE, NO_ROWS, Codec, Frame, FrameShape, Kind, Lane, Outgoing
+from pals.swarm.keys import FRAME_LIMIT, Role, key_confirmation
+from pals.types import PeerId
 
-NONCE_BYTES = 16
-CONFIRMATION_BYTES = 32
-_PROPOSAL = struct.Struct(">16sQ16s32s")
-_SHARE = slice(24, 72)
-_EPHEMERAL = slice(40, 72)
-_PREFIX = struct.Struct(">4sBB")
-PREFIX_BYTES = _PREFIX.size
-
-
-class Status(IntEnum):
-    """First answer of the responder; anything but OK ends the handshake."""
-
-    OK = 0
-    WRONG_VERSION = 1
-    WRONG_SWARM = 2
-    WRONG_EPOCH = 3
+REKEY_INTERVAL_S = 3600.0
+REKEY_FRAMES = FRAME_LIMIT - (1 << 24)
+"""Frames under one key after which the next is asked for, early enough for those under way."""
+REKEY_DEADLINE_S = 120.0
+"""How long a change of keys, or of the epoch, may take before the link is cut."""
 
 
-_STATUS_TEXT = {
-    Status.WRONG_SWARM: "it belongs to another swarm",
-    Status.WRONG_EPOCH: "it is in another epoch of the swarm secret",
+class _Message(IntEnum):
+    OFFER = 1
+    ANSWER = 2
+    SWITCH = 3
+
+
+_MESSAGE_BYTES = {
+    _Message.OFFER: PROPOSAL_BYTES,
+    _Message.ANSWER: PROPOSAL_BYTES + CONFIRMATION_BYTES,
+    _Message.SWITCH: CONFIRMATION_BYTES,
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkSecrets:
-    """What one side brings to every handshake; the repr shows no secret."""
+@dataclass(frozen=True, slots=True)
+class Rekeyed:
+    """Every lane is on fresh keys, both ways, and the old ones are gone."""
 
-    swarm_id: SwarmId
     epoch: int
-    epoch_prk: bytes
-    local: PeerId
-
-    def __repr__(self) -> str:
-        return f"LinkSecrets(swarm={self.swarm_id.hex()[:8]}, epoch={self.epoch})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkKeys:
-    """The outcome of a handshake: the link's address and its key-derivation key."""
-
-    address: LinkAddress
-    local: PeerId
-    remote: PeerId
-    prk: bytes
-
-    def __repr__(self) -> str:
-        return f"LinkKeys(link={self.address.link.hex()[:8]}, remote={self.remote[-8:]})"
-
-    def sender(self, lane: Lane) -> LaneSender:
-        return LaneSender(self, lane)
-
-    def receiver(self, lane: Lane) -> LaneReceiver:
-        return LaneReceiver(self, lane)
+LinkEvent = Frame | Rekeyed
 
 
-class Handshake:
-    """One side of the link handshake.
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What this side proposes, until both have the keys or it has lost."""
 
-    Drive it: send `take_outgoing()`, read exactly `wanted` bytes, pass them to
-    `receive`, until `keys` is set. `receive` raises on anything unexpected and the
-    caller must then close the stream; a responder still sends `take_outgoing()` first,
-    which tells the other side why.
+    secrets: LinkSecrets
+    share: KeyShare
+    proposal: bytes
+
+
+@dataclass(slots=True)
+class _Change:
+    """Keys that both sides have or will have, and the lanes that are not on them yet."""
+
+    role: Role
+    keys: LinkKeys
+    sending: set[Lane] = field(default_factory=lambda: set(Lane))
+    receiving: set[Lane] = field(default_factory=lambda: set(Lane))
+
+
+class Link:
+    """One end of a live link.
+
+    A `PalsError` out of any call has ended the link, and comes out of every call after it.
+    Bytes that the link itself has to say lie in `take_outgoing` after each call; `seal`
+    puts them first.
     """
 
     def __init__(
         self,
-        role: Role,
+        keys: LinkKeys,
         secrets: LinkSecrets,
-        remote: PeerId,
         *,
-        ephemeral: X25519PrivateKey,
-        nonce: bytes,
+        now: float,
+        make_share: Callable[[], KeyShare],
     ) -> None:
-        self._role: Role = role
-        self._secrets = secrets
-        self._remote = remote
-        self._ephemeral = ephemeral
-        self._own = _PROPOSAL.pack(
-            secrets.swarm_id[:16],
-            secrets.epoch,
-            nonce,
-            ephemeral.public_key().public_bytes_raw(),
-        )
-        self._outgoing = b""
-        self._derived: LinkKeys | None = None
-        self.keys: LinkKeys | None = None
-        self._next = self._receive_prefix
-        self.wanted = PREFIX_BYTES
-        if role == "initiator":
-            self._outgoing = _PREFIX.pack(MAGIC, WIRE_VERSION, Status.OK) + self._own
-
-    def take_outgoing(self) -> bytes:
-        data, self._outgoing = self._outgoing, b""
-        return data
-
-    def receive(self, data: bytes) -> None:
-        """Take exactly `wanted` bytes.
-
-        Raises:
-            WireVersionMismatch: The other side speaks another wire version.
-            LinkRefused: Another protocol, swarm, epoch or secret.
-        """
-        assert len(data) == self.wanted
-        self._next(data)
-
-    def _receive_prefix(self, data: bytes) -> None:
-        magic, version, status = _PREFIX.unpack(data)
-        if magic != MAGIC:
-            raise self._refusal("it does not speak the link protocol")
-        if version != WIRE_VERSION:
-            self._outgoing = self._answer(Status.WRONG_VERSION)
-            raise WireVersionMismatch(peer=self._remote, theirs=version, ours=WIRE_VERSION)
-        if status != Status.OK:
-            raise self._refusal(_STATUS_TEXT.get(status, f"it answered with status {status}"))
-        self._next = self._receive_proposal
-        self.wanted = _PROPOSAL.size
-        if self._role == "initiator":
-            self.wanted += CONFIRMATION_BYTES
-
-    def _receive_proposal(self, data: bytes) -> None:
-        theirs = data[: _PROPOSAL.size]
-        swarm, epoch, _, _ = _PROPOSAL.unpack(theirs)
-        if swarm != self._secrets.swarm_id[:16]:
-            self._outgoing = self._answer(Status.WRONG_SWARM)
-            raise self._refusal(_STATUS_TEXT[Status.WRONG_SWARM])
-        if epoch != self._secrets.epoch:
-            self._outgoing = self._answer(Status.WRONG_EPOCH)
-            raise self._refusal(_STATUS_TEXT[Status.WRONG_EPOCH])
-        self._derived = self._derive(theirs)
-        own_confirmation = key_confirmation(self._derived.prk, self._role)
-        if self._role == "initiator":
-            self._check_confirmation("responder", data[_PROPOSAL.size :])
-            self._outgoing = own_confirmation
-            self.keys = self._derived
-        else:
-            self._outgoing = self._answer(Status.OK) + self._own + own_confirmation
-            self._next = self._receive_confirmation
-            self.wanted = CONFIRMATION_BYTES
-
-    def _receive_confirmation(self, data: bytes) -> None:
-        self._check_confirmation("initiator", data)
-        self.keys = self._derived
-
-    def _check_confirmation(self, role: Role, received: bytes) -> None:
-        assert self._derived is not None
-        if not hmac.compare_digest(key_confirmation(self._derived.prk, role), received):
-            raise self._refusal("the swarm secrets differ")
-
-    def _derive(self, theirs: bytes) -> LinkKeys:
-        try:
-            dh = self._ephemeral.exchange(X25519PublicKey.from_public_bytes(theirs[_EPHEMERAL]))
-        except ValueError:
-            raise self._refusal("its ephemeral key is degenerate") from None
-        local, remote = self._secrets.local, self._remote
-        if self._role == "initiator":
-            (first, initiator), (second, responder) = (self._own, local), (theirs, remote)
-        else:
-            (first, initiator), (second, responder) = (theirs, remote), (self._own, local)
-        prk = link_prk(
-            self._secrets.epoch_prk, dh, first[_SHARE], second[_SHARE], initiator, responder
-        )
-        address = LinkAddress(
-            swarm=self._secrets.swarm_id[:16], epoch=self._secrets.epoch, link=link_id(prk)
-        )
-        return LinkKeys(address=address, local=local, remote=remote, prk=prk)
-
-    def _answer(self, status: Status) -> bytes:
-        if self._role == "initiator":
-            return b""
-        return _PREFIX.pack(MAGIC, WIRE_VERSION, status)
-
-    def _refusal(self, problem: str) -> LinkRefused:
-        return LinkRefused(peer=self._remote, problem=problem)
-
-
-class LaneSender:
-    """Seals the frames of one lane in one direction; the counter is the nonce."""
-
-    def __init__(self, keys: LinkKeys, lane: Lane) -> None:
-        self._address = keys.address
-        self._lane = lane
-        self._key = frame_key(keys.prk, keys.local, keys.remote, lane)
-
-    def seal(self, outgoing: Outgoing) -> bytes:
-        """Return header and sealed body of the lane's next frame."""
-        shape, row_count = outgoing.shape, len(outgoing.rows)
-        body = b"".join((pack_rows(outgoing.rows), *outgoing.payload))
-        header = pack_header(
-            self._address, self._lane, self._key.counter, shape, row_count, len(body)
-        )
-        return header + self._key.seal(header, body)
-
-
-class LaneReceiver:
-    """Opens the frames of one lane in one direction, from bytes cut anywhere.
-
-    After the first `InvalidFrame` the lane is dead and the caller drops the link: there
-    is no second try for whoever probes it.
-    """
-
-    def __init__(self, keys: LinkKeys, lane: Lane) -> None:
-        self._address = keys.address
-        self._remote = keys.remote
-        self._lane = lane
-        self._key = frame_key(keys.prk, keys.remote, keys.local, lane)
-        self._buffer = bytearray()
-        self._head: FrameHead | None = None
-
-    def receive(self, data: bytes, accepted: tuple[FrameShape, ...]) -> list[Frame]:
-        """Add received bytes and return the frames that are now complete.
+        """Start from a handshake.
 
         Args:
-            data: Bytes of the lane's stream, in order.
-            accepted: The shapes this process takes on this lane.
+            keys: What the handshake agreed on.
+            secrets: Of the newest epoch that this side knows.
+            now: When the handshake ended.
+            make_share: Source of fresh keys and random bytes.
+        """
+        self._keys = keys
+        self._newest = secrets
+        self._make_share = make_share
+        self._senders = {lane: LaneSender(keys, lane) for lane in Lane}
+        self._receivers = {lane: LaneReceiver(keys, lane) for lane in Lane}
+        self._outgoing: dict[Lane, bytearray] = {lane: bytearray() for lane in Lane}
+        self._keyed_at = now
+        self._offer: _Offer | None = None
+        self._held: bytes | None = None
+        self._change: _Change | None = None
+        self._change_due: float | None = None
+        self._epoch_due: float | None = None
+        self._failure: PalsError | None = None
+        self._offer_if_due(now)
+
+    @property
+    def remote(self) -> PeerId:
+        return self._keys.remote
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the keys that every lane has reached."""
+        return self._keys.address.epoch
+
+    @property
+    def waiting_lanes(self) -> tuple[Lane, ...]:
+        """The lanes on which the link has something to say by itself."""
+        return tuple(lane for lane, data in self._outgoing.items() if data)
+
+    def wire_shape(self, lane: Lane, shape: FrameShape) -> FrameShape:
+        """Return the shape as it is written on a lane: the codec is the link's."""
+        if lane is Lane.PREFILL and shape.kind is Kind.HIDDEN:
+            return _with_codec(shape, self._keys.prefill_codec)
+        return shape
+
+    def take_outgoing(self, lane: Lane) -> bytearray:
+        """Return what the link has to say on a lane, once."""
+        data, self._outgoing[lane] = self._outgoing[lane], bytearray()
+        return data
+
+    def seal(self, lane: Lane, outgoing: Outgoing, now: float) -> bytearray:
+        """Return the bytes that carry a frame, after what the link has to say itself.
 
         Raises:
-            InvalidFrame: A header is not the expected one, or a body does not open.
+            FrameKeyExhausted: The lane's key is used up, for the other side did not
+                answer in time.
         """
-        self._buffer += data
-        frames: list[Frame] = []
-        while (frame := self._next_frame(accepted)) is not None:
-            frames.append(frame)
-        return frames
+        with self._ending():
+            data = self._senders[lane].seal(outgoing)
+        if self._outgoing[lane]:
+            data = self.take_outgoing(lane) + data
+        if self._senders[lane].counter >= REKEY_FRAMES:
+            self._offer_if_due(now)
+        return data
 
-    def _next_frame(self, accepted: tuple[FrameShape, ...]) -> Frame | None:
-        if len(self._buffer) < HEADER_BYTES:
-            return None
-        if self._head is None:
-            self._head = check_header(
-                bytes(self._buffer[:HEADER_BYTES]),
-                peer=self._remote,
-                address=self._address,
-                lane=self._lane,
-                counter=self._key.counter,
-                accepted=accepted,
-            )
-        end = HEADER_BYTES + self._head.body_bytes + TAG_BYTES
-        if len(self._buffer) < end:
-            return None
-        return self._open(self._head, end)
+    def receive(
+        self, lane: Lane, data: bytes, accepted: Sequence[FrameShape], now: float
+    ) -> list[LinkEvent]:
+        """Take bytes of a lane and return what they complete, in order.
 
-    def _open(self, head: FrameHead, end: int) -> Frame:
-        with memoryview(self._buffer) as view:
-            header = bytes(view[:HEADER_BYTES])
-            sealed = bytes(view[HEADER_BYTES:end])
-        frame = parse_body(self._remote, self._lane, head, self._key.open(header, sealed))
-        # Only now: a frame that was refused stays first, so that the lane stays dead.
-        del self._buffer[:end]
-        self._head = None
-        return frame
+        Args:
+            lane: The lane that they came on.
+            data: Cut anywhere.
+            accepted: The shapes that this process takes on the lane.
+            now: When they came.
+
+        Raises:
+            InvalidFrame: They are not what the lane may carry now.
+            LinkRefused: The other side's new key is degenerate.
+        """
+        shapes = (*(self.wire_shape(lane, shape) for shape in accepted), KEY_SHAPE)
+        events: list[LinkEvent] = []
+        with self._ending():
+            for frame in self._receivers[lane].receive(data, shapes):
+                if frame.shape.kind is Kind.KEY:
+                    events += self._on_key_frame(lane, frame, now)
+                else:
+                    events.append(frame)
+        return events
+
+    def rekey(self, secrets: LinkSecrets, now: float) -> None:
+        """Learn a later epoch's secret; from here the link has `REKEY_DEADLINE_S` to reach it.
+
+        Raises:
+            ValueError: It is no later epoch than the newest known one.
+        """
+        if secrets.epoch <= self._newest.epoch:
+            raise ValueError(f"epoch {secrets.epoch} does not follow {self._newest.epoch}")
+        self._newest = secrets
+        self._epoch_due = now + REKEY_DEADLINE_S
+        self._answer_if_known(now)
+        self._offer_if_due(now)
+
+    def tick(self, now: float) -> None:
+        """Let time pass: ask for new keys when they are due.
+
+        Raises:
+            LinkRefused: The other side has let a change of keys wait for too long.
+        """
+        with self._ending():
+            for due in (self._change_due, self._epoch_due):
+                if due is not None and now >= due:
+                    problem = f"it did not change keys within {REKEY_DEADLINE_S:g} s"
+                    raise LinkRefused(peer=self.remote, problem=problem)
+        self._offer_if_due(now)
+
+    @contextmanager
+    def _ending(self) -> Generator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except PalsError as error:
+            self._failure = error
+            raise
+
+    # --- changing keys ---------------------------------------------------------------
+
+    def _offer_if_due(self, now: float) -> None:
+        """Propose new keys, unless they are fresh or a change is already under way."""
+        if self._offer is not None or self._held is not None or self._change is not None:
+            return
+        lanes = (*self._senders.values(), *self._receivers.values())
+        if (
+            self._newest.epoch > self.epoch
+            or now - self._keyed_at >= REKEY_INTERVAL_S
+            or max(lane.counter for lane in lanes) >= REKEY_FRAMES
+        ):
+            self._offer = self._make_offer()
+            self._say(Lane.CONTROL, _Message.OFFER, self._offer.proposal)
+            self._change_due = now + REKEY_DEADLINE_S
+
+    def _make_offer(self) -> _Offer:
+        share = self._make_share()
+        return _Offer(self._newest, share, pack_proposal(self._newest, share))
+
+    def _derive(self, role: Role, own: _Offer, theirs: bytes) -> LinkKeys:
+        keys = derive_keys(role, own.secrets, self.remote, own.share, own.proposal, theirs)
+        if keys.prefill_codec is not self._keys.prefill_codec:
+            raise self._invalid("it proposes another codec than before")
+        return keys
+
+    def _say(self, lane: Lane, message: _Message, content: bytes) -> None:
+        outgoing = Outgoing(KEY_SHAPE, NO_ROWS, (bytes([message]), content))
+        self._outgoing[lane] += self._senders[lane].seal(outgoing)
+
+    def _on_key_frame(self, lane: Lane, frame: Frame, now: float) -> list[LinkEvent]:
+        number, content = frame.payload[0], bytes(frame.payload[1:])
+        if number not in _MESSAGE_BYTES or len(content) != _MESSAGE_BYTES[_Message(number)]:
+            raise self._invalid(f"key message {number} of {len(content)} bytes")
+        if number == _Message.SWITCH:
+            return self._on_switch(lane, content, now)
+        if lane is not Lane.CONTROL:
+            raise self._invalid("a proposal of keys on a data lane")
+        if number == _Message.OFFER:
+            self._on_offer(content, now)
+        else:
+            self._on_answer(content)
+        return []
+
+    def _on_offer(self, content: bytes, now: float) -> None:
+        proposal = self._check_proposal(content)
+        if self._held is not None or proposal.epoch < self.epoch:
+            raise self._invalid("an offer of keys out of turn")
+        if self._offer is not None:
+            own = (self._offer.secrets.epoch, self._keys.local)
+            if own > (proposal.epoch, self.remote):
+                return  # and the other side forgets it when it gets ours
+            self._offer = None
+        self._held = content
+        self._change_due = now + REKEY_DEADLINE_S
+        self._answer_if_known(now)
+
+    def _answer_if_known(self, now: float) -> None:
+        """Answer the offer that waits, once its epoch is known and the last change is through."""
+        if self._held is None or self._change is not None:
+            return
+        epoch = parse_proposal(self._held).epoch
+        if epoch > self._newest.epoch:
+            return
+        theirs, self._held = self._held, None
+        if epoch < self._newest.epoch:
+            self._offer_if_due(now)  # for the newest epoch, which theirs gives way to
+            return
+        own = self._make_offer()
+        keys = self._derive("responder", own, theirs)
+        self._change = _Change("responder", keys)
+        confirmation = key_confirmation(keys.prk, "responder")
+        self._say(Lane.CONTROL, _Message.ANSWER, own.proposal + confirmation)
+
+    def _on_answer(self, content: bytes) -> None:
+        theirs, confirmation = content[:PROPOSAL_BYTES], content[PROPOSAL_BYTES:]
+        offer = self._offer
+        if offer is None or self._check_proposal(theirs).epoch != offer.secrets.epoch:
+            raise self._invalid("an answer to no offer of keys")
+        keys = self._derive("initiator", offer, theirs)
+        if not keys.confirms("responder", confirmation):
+            raise self._invalid("the swarm secrets differ")
+        self._offer = None
+        self._change = _Change("initiator", keys)
+        self._switch_sending(self._change)
+
+    def _check_proposal(self, content: bytes) -> Proposal:
+        proposal = parse_proposal(content)
+        if proposal.swarm != self._keys.address.swarm:
+            raise self._invalid("keys of another swarm")
+        return proposal
+
+    def _switch_sending(self, change: _Change) -> None:
+        """Let each lane say its last under the old keys, and go on under the new ones."""
+        for lane in sorted(change.sending):
+            self._say(lane, _Message.SWITCH, key_confirmation(change.keys.prk, change.role))
+            self._senders[lane].change_keys(change.keys)
+        change.sending.clear()
+
+    def _on_switch(self, lane: Lane, confirmation: bytes, now: float) -> list[LinkEvent]:
+        change = self._change
+        if change is None or lane not in change.receiving:
+            raise self._invalid("a change to no new keys")
+        other: Role = "initiator" if change.role == "responder" else "responder"
+        if not change.keys.confirms(other, confirmation):
+            raise self._invalid("the new keys differ")
+        self._receivers[lane].change_keys(change.keys)
+        change.receiving.discard(lane)
+        self._switch_sending(change)
+        return [] if change.receiving else [self._settle(change.keys, now)]
+
+    def _settle(self, keys: LinkKeys, now: float) -> Rekeyed:
+        """Forget the old keys; what has waited for this comes next."""
+        self._keys, self._change, self._keyed_at = keys, None, now
+        self._change_due = None if self._held is None else now + REKEY_DEADLINE_S
+        if self.epoch == self._newest.epoch:
+            self._epoch_due = None
+        self._answer_if_known(now)
+        self._offer_if_due(now)
+        return Rekeyed(keys.address.epoch)
+
+    def _invalid(self, problem: str) -> InvalidFrame:
+        return InvalidFrame(peer=self.remote, problem=problem)
+
+
+@lru_cache(maxsize=64)
+def _with_codec(shape: FrameShape, codec: Codec) -> FrameShape:
+    return replace(shape, codec=codec)

@@ -3,6 +3,9 @@
 A link is dialled by whoever first needs it and is used in both directions. It has one
 stream for each lane: the control lane runs on the stream of the handshake, the others
 name the link when they open. When any stream of a link ends, the whole link ends.
+
+What the bytes mean, and when keys change, is `pals.net.link`'s; this shell has the clock,
+the randomness, the streams and the queues.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -21,17 +24,12 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.errors import InvalidFrame, PalsError, PeerUnreachable, QueueFull
+from pals.net.codec import decode, encode
+from pals.net.handshake import NONCE_BYTES, Handshake, KeyShare, LinkKeys, LinkSecrets
 from pals.net.host import Host, Stream
-from pals.net.link import (
-    NONCE_BYTES,
-    Handshake,
-    LaneReceiver,
-    LaneSender,
-    LinkKeys,
-    LinkSecrets,
-)
-from pals.net.wire import Frame, FrameShape, Lane, Outgoing
-from pals.swarm.keys import LINK_ID_BYTES, Role
+from pals.net.link import Link, Rekeyed
+from pals.net.wire import Codec, Frame, FrameShape, Lane, Outgoing
+from pals.swarm.keys import LINK_ID_BYTES, Role, epoch_prk
 from pals.types import PeerId, short_id
 
 _log = logging.getLogger(__name__)
@@ -43,6 +41,8 @@ OUTBOX_FRAMES = 256
 MAX_LINKS_PER_PEER = 4
 READ_BYTES = 1 << 18
 SEAL_SAMPLES = 256
+TICK_S = 5.0
+"""How often links are asked whether their keys are due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,26 @@ class LinkEvents(Protocol):
 
 
 class _LaneQueue:
-    """The frames that wait to be written on one lane of one link."""
+    """The frames that wait to be written on one lane of one link.
+
+    None among them only wakes the writer: the link has something to say itself.
+    """
 
     def __init__(self) -> None:
-        self.send, self.receive = trio.open_memory_channel[Outgoing](OUTBOX_FRAMES)
+        self.send, self.receive = trio.open_memory_channel[Outgoing | None](OUTBOX_FRAMES)
+
+    def wake(self) -> None:
+        with suppress(trio.WouldBlock):  # a full queue has an awake writer
+            self.send.send_nowait(None)
 
 
-class _Link:
-    """One live link: its keys, its outboxes, and the scopes of the tasks that serve it."""
+class _LiveLink:
+    """One live link, its outboxes, and the scopes of the tasks that serve it."""
 
-    def __init__(self, keys: LinkKeys) -> None:
-        self.keys = keys
+    def __init__(self, keys: LinkKeys, link: Link) -> None:
+        self.link_id = keys.address.link
+        self.remote = keys.remote
+        self.link = link
         self.outboxes = {lane: _LaneQueue() for lane in Lane}
         self.attached: set[Lane] = set()
         self.problem = ""
@@ -94,6 +103,10 @@ class _Link:
         self._scopes.append(scope)
         if self.problem:
             scope.cancel()
+
+    def wake_writers(self) -> None:
+        for lane in self.link.waiting_lanes:
+            self.outboxes[lane].wake()
 
     def end(self, problem: str) -> None:
         """Stop every lane; the first reason is the one that is told."""
@@ -120,7 +133,7 @@ class Links:
         self._make_ephemeral = make_ephemeral
         self._make_nonce = make_nonce
         # Both hold peers that are linked or being dialled, and none that was only named.
-        self._links: dict[PeerId, list[_Link]] = {}
+        self._links: dict[PeerId, list[_LiveLink]] = {}
         self._dialling: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
         self._added = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -135,6 +148,7 @@ class Links:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._deliver_local)
+            nursery.start_soon(self._keep_keys)
             task_status.started()
 
     # --- sending ---------------------------------------------------------------------
@@ -181,7 +195,7 @@ class Links:
         """Return whether ``peer`` may be linked with now."""
         return self._host.is_member(peer)
 
-    def _links_with(self, peer: PeerId) -> Sequence[_Link]:
+    def _links_with(self, peer: PeerId) -> Sequence[_LiveLink]:
         return tuple(self._links.get(peer, ()))
 
     def linked_peers(self) -> frozenset[PeerId]:
@@ -203,6 +217,46 @@ class Links:
             except PalsError as error:  # another member's messages may have made it stale
                 _log.warning("a frame of this machine to itself: %s", error)
 
+    # --- keys ------------------------------------------------------------------------
+
+    def rekey(self, epoch: int, secret: bytes) -> None:
+        """Enter a later epoch of the swarm secret.
+
+        New links are of that epoch at once. Live links change keys while they run; one
+        that has not within `pals.net.link.REKEY_DEADLINE_S` is cut.
+
+        Args:
+            epoch: Number of the epoch, greater than any before.
+            secret: The swarm secret of the epoch, 32 bytes.
+
+        Raises:
+            ValueError: The epoch is not later than the newest known one.
+        """
+        if epoch <= self._secrets.epoch:
+            raise ValueError(f"epoch {epoch} does not follow {self._secrets.epoch}")
+        prk = epoch_prk(self._secrets.swarm_id, epoch, secret)
+        self._secrets = replace(self._secrets, epoch=epoch, epoch_prk=prk)
+        for live in self._all_links():
+            live.link.rekey(self._secrets, trio.current_time())
+            live.wake_writers()
+
+    async def _keep_keys(self) -> None:
+        while True:
+            await trio.sleep(TICK_S)
+            for live in self._all_links():
+                try:
+                    live.link.tick(trio.current_time())
+                except PalsError as error:
+                    _log.warning("link with %s: %s", short_id(live.remote), error)
+                    live.end(str(error))
+                live.wake_writers()
+
+    def _all_links(self) -> Sequence[_LiveLink]:
+        return tuple(live for links in self._links.values() for live in links)
+
+    def _make_share(self) -> KeyShare:
+        return KeyShare(self._make_ephemeral(), self._make_nonce())
+
     # --- making links ----------------------------------------------------------------
 
     async def _dial(self, peer: PeerId, addresses: Sequence[str]) -> None:
@@ -223,10 +277,9 @@ class Links:
                 problem = f"no link within {HANDSHAKE_DEADLINE_S} s"
                 raise PeerUnreachable(peer=peer, problem=problem) from error
             raise
-        link = _Link(keys)
-        self._add(link)
+        live = self._add(keys)
         for lane, stream in streams.items():
-            self._nursery.start_soon(self._run_lane, link, lane, stream)
+            self._nursery.start_soon(self._run_lane, live, lane, stream)
 
     async def _serve_link(self, stream: Stream) -> None:
         if not self._may_link(stream.peer_id):
@@ -242,9 +295,7 @@ class Links:
         if not self._may_link(stream.peer_id):  # it changed during the handshake
             await stream.reset()
             return
-        link = _Link(keys)
-        self._add(link)
-        await self._run_lane(link, Lane.CONTROL, stream)
+        await self._run_lane(self._add(keys), Lane.CONTROL, stream)
 
     def _may_link(self, peer: PeerId) -> bool:
         """Return whether ``peer`` is still a member and has few links; its connection may live."""
@@ -260,7 +311,7 @@ class Links:
         try:
             with trio.fail_after(HANDSHAKE_DEADLINE_S):
                 preface = await stream.read_exactly(LINK_ID_BYTES + 1)
-                link = await self._wait_for(stream.peer_id, preface[:-1])
+                live = await self._wait_for(stream.peer_id, preface[:-1])
         except (PalsError, trio.TooSlowError):
             _log.warning("lane of no link from %s", short_id(stream.peer_id))
             await stream.reset()
@@ -270,20 +321,14 @@ class Links:
             _log.warning("lane refused: %s is no member", short_id(stream.peer_id))
             await stream.reset()
             return
-        if lane not in (Lane.DECODE, Lane.PREFILL) or lane in link.attached:
+        if lane not in (Lane.DECODE, Lane.PREFILL) or lane in live.attached:
             _log.warning("no such lane, or taken: %s from %s", lane, short_id(stream.peer_id))
             await stream.reset()
             return
-        await self._run_lane(link, Lane(lane), stream)
+        await self._run_lane(live, Lane(lane), stream)
 
     async def _shake_hands(self, role: Role, stream: Stream) -> LinkKeys:
-        handshake = Handshake(
-            role,
-            self._secrets,
-            stream.peer_id,
-            ephemeral=self._make_ephemeral(),
-            nonce=self._make_nonce(),
-        )
+        handshake = Handshake(role, self._secrets, stream.peer_id, share=self._make_share())
         while handshake.keys is None:
             await _write_outgoing(handshake, stream)
             try:
@@ -294,75 +339,98 @@ class Links:
         await _write_outgoing(handshake, stream)
         return handshake.keys
 
-    def _add(self, link: _Link) -> None:
-        self._links.setdefault(link.keys.remote, []).append(link)
+    def _add(self, keys: LinkKeys) -> _LiveLink:
+        now = trio.current_time()
+        link = Link(keys, self._secrets, now=now, make_share=self._make_share)
+        live = _LiveLink(keys, link)
+        self._links.setdefault(keys.remote, []).append(live)
         self._added.set()
         self._added = trio.Event()
-        _log.debug("= link with %s", short_id(link.keys.remote))
+        _log.debug("= link with %s", short_id(keys.remote))
+        return live
 
-    async def _wait_for(self, peer: PeerId, link_id: bytes) -> _Link:
-        """Return a link by its id; a lane may overtake the end of the link's handshake."""
+    async def _wait_for(self, peer: PeerId, link_id: bytes) -> _LiveLink:
+        """Return a link by its first id; a lane may overtake the end of the handshake."""
         while True:
-            for link in self._links_with(peer):
-                if link.keys.address.link == link_id:
-                    return link
+            for live in self._links_with(peer):
+                if live.link_id == link_id:
+                    return live
             await self._added.wait()
 
     # --- moving frames ---------------------------------------------------------------
 
-    async def _run_lane(self, link: _Link, lane: Lane, stream: Stream) -> None:
-        link.attached.add(lane)
+    async def _run_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
+        live.attached.add(lane)
         with trio.CancelScope() as scope:
-            link.enter(scope)
+            live.enter(scope)
             try:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write_lane, link, lane, stream)
-                    await self._read_lane(link, lane, stream)
+                    nursery.start_soon(self._write_lane, live, lane, stream)
+                    await self._read_lane(live, lane, stream)
                     nursery.cancel_scope.cancel()
             except* PalsError as group:
-                self._end_for(link, group)
+                self._end_for(live, group)
             except* Exception:  # whatever one peer's bytes did, the others go on
-                _log.exception("link with %s failed", short_id(link.keys.remote))
-                link.end("internal error")
-        await self._end_lane(link, stream)
+                _log.exception("link with %s failed", short_id(live.remote))
+                live.end("internal error")
+        await self._end_lane(live, stream)
 
-    async def _read_lane(self, link: _Link, lane: Lane, stream: Stream) -> None:
-        receiver: LaneReceiver = link.keys.receiver(lane)
-        peer = link.keys.remote
+    async def _read_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
+        peer = live.remote
         while data := await stream.read_some(READ_BYTES):
             arrived_s = time.perf_counter()
-            frames = receiver.receive(data, self._events.accepted(peer, lane))
-            codec_s = (time.perf_counter() - arrived_s) / max(1, len(frames))
-            for frame in frames:
+            accepted = self._events.accepted(peer, lane)
+            events = live.link.receive(lane, data, accepted, trio.current_time())
+            codec_s = (time.perf_counter() - arrived_s) / max(1, len(events))
+            live.wake_writers()
+            for event in events:
+                if isinstance(event, Rekeyed):
+                    _log.debug("= link with %s: new keys, epoch %d", short_id(peer), event.epoch)
+                    continue
+                frame = event
+                if frame.shape.codec is not Codec.RAW:  # milliseconds, which others need not wait
+                    frame = await trio.to_thread.run_sync(decode, frame)
                 self._events.on_frame(peer, Arrival(frame, arrived_s, codec_s))
-        link.end("it closed the link")
+        live.end("it closed the link")
 
-    async def _write_lane(self, link: _Link, lane: Lane, stream: Stream) -> None:
-        sender: LaneSender = link.keys.sender(lane)
-        async for outgoing in link.outboxes[lane].receive:
-            started_s = time.perf_counter()
-            sealed = sender.seal(outgoing)
-            if lane is Lane.DECODE:
-                self.decode_seal_s.append(time.perf_counter() - started_s)
-            await stream.write(sealed)
+    async def _write_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
+        live.wake_writers()  # the link may have had something to say before the lane was there
+        async for outgoing in live.outboxes[lane].receive:
+            if outgoing is None:
+                data = live.link.take_outgoing(lane)
+            else:
+                shape = live.link.wire_shape(lane, outgoing.shape)
+                if shape.codec is not Codec.RAW:
+                    outgoing = await trio.to_thread.run_sync(encode, outgoing, shape)
+                data = self._seal(live, lane, outgoing)
+            if data:
+                await stream.write(data)
 
-    async def _end_lane(self, link: _Link, stream: Stream) -> None:
+    def _seal(self, live: _LiveLink, lane: Lane, outgoing: Outgoing) -> bytearray:
+        started_s = time.perf_counter()
+        data = live.link.seal(lane, outgoing, trio.current_time())
+        if lane is Lane.DECODE:
+            self.decode_seal_s.append(time.perf_counter() - started_s)
+        live.wake_writers()
+        return data
+
+    async def _end_lane(self, live: _LiveLink, stream: Stream) -> None:
         """Close one stream of an ended link; the first to get here reports the loss."""
-        link.end("it closed the link")
-        peer = link.keys.remote
-        if link in self._links_with(peer):
-            self._links[peer].remove(link)
+        live.end("it closed the link")
+        peer = live.remote
+        if live in self._links_with(peer):
+            self._links[peer].remove(live)
             if not self._links[peer]:
                 del self._links[peer]
-            _log.debug("= link with %s ended: %s", short_id(peer), link.problem)
-            self._events.on_link_lost(peer, link.problem)
+            _log.debug("= link with %s ended: %s", short_id(peer), live.problem)
+            self._events.on_link_lost(peer, live.problem)
         await _reset_all([stream])
 
-    def _end_for(self, link: _Link, group: ExceptionGroup[PalsError]) -> None:
+    def _end_for(self, live: _LiveLink, group: ExceptionGroup[PalsError]) -> None:
         error = _first_error(group)
         level = logging.WARNING if isinstance(error, InvalidFrame) else logging.DEBUG
-        _log.log(level, "link with %s: %s", short_id(link.keys.remote), error)
-        link.end(str(error))
+        _log.log(level, "link with %s: %s", short_id(live.remote), error)
+        live.end(str(error))
 
 
 def _first_error(group: ExceptionGroup[PalsError]) -> PalsError:

@@ -23,11 +23,11 @@ from pals.errors import InvalidConfig, InvalidFrame, NotAMember, PalsError
 from pals.net.announce import useful_first
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery
+from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
-from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
 from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
-from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane
+from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
 from pals.swarm.identity import Identity
@@ -88,6 +88,7 @@ class NodeOptions:
             epoch=self.entry.epoch,
             epoch_prk=epoch_prk(self.swarm_id, self.entry.epoch, self.secret.reveal()),
             local=self.identity.peer_id,
+            prefill_codec=Codec[self.settings.prefill_codec.upper()],
         )
 
 

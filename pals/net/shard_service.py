@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import trio
@@ -41,13 +40,13 @@ from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
     NO_ROWS,
+    NUMPY_DTYPES,
     FrameShape,
     Kind,
     Lane,
     Outgoing,
     Row,
     Rows,
-    WireDtype,
     buffer_of,
     hidden_shape,
     sampled_shape,
@@ -58,12 +57,6 @@ from pals.types import Dtype, LayerRange, PeerId, SessionId, short_id
 _log = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 5.0
-
-_NUMPY_DTYPES = {
-    WireDtype.INT32: np.dtype("<i4"),
-    WireDtype.BF16: np.dtype(ml_dtypes.bfloat16),
-    WireDtype.F32: np.dtype("<f4"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +271,7 @@ class ShardService:
         """Check every row against its session and queue it for the compute thread."""
         assert self._compute is not None
         frame = arrival.frame
-        values = np.frombuffer(frame.payload, _NUMPY_DTYPES[frame.shape.dtype])
+        values = np.frombuffer(frame.payload, NUMPY_DTYPES[frame.shape.dtype])
         inputs = values if frame.shape.width == 1 else values.reshape(-1, frame.shape.width)
         offset = 0
         for row in frame.rows:

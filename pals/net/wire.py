@@ -25,19 +25,20 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from pals.errors import InvalidFrame
 from pals.types import ActivationDtype, Dtype, PeerId, SessionId, activation_dtype
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MAGIC = b"PALS"
-TAG_BYTES = 16
 MAX_ROWS = 256
 MAX_ROW_TOKENS = 512
 MAX_BODY_BYTES = 64 << 20
 MAX_CONTROL_BYTES = 1 << 20
+MAX_KEY_BYTES = 256
 NO_MANIFEST = bytes(32)
 
 _HEADER = struct.Struct(">4sBBBBB16sQ16sQ32sHHI")
@@ -65,6 +66,8 @@ class Kind(IntEnum):
     """Hidden states ``[sum(num_tokens), D]`` between two shards."""
     SAMPLED = 3
     """Token ids that the tail sampled, on their way to the driver."""
+    KEY = 4
+    """A message of the link itself about its keys; there is no row table."""
 
 
 class WireDtype(IntEnum):
@@ -80,8 +83,25 @@ _WIRE_DTYPES: dict[ActivationDtype, WireDtype] = {
     "bf16": WireDtype.BF16,
     "f32": WireDtype.F32,
 }
-WIRE_DTYPE_BYTES = {WireDtype.INT32: 4, WireDtype.BF16: 2, WireDtype.F32: 4}
-CODEC_RAW = 0
+NUMPY_DTYPES = {
+    WireDtype.INT32: np.dtype("<i4"),
+    WireDtype.BF16: np.dtype(ml_dtypes.bfloat16),
+    WireDtype.F32: np.dtype("<f4"),
+}
+
+
+class Codec(IntEnum):
+    """How the elements of hidden states are written."""
+
+    RAW = 0
+    """In the dtype of the frame."""
+    INT8 = 1
+    """As 8-bit integers with a scale for each block; see `pals.net.codec`."""
+
+
+INT8_BLOCK = 32
+"""Elements that share a scale."""
+SCALE_BYTES = 2
 FLAG_LAST = 1
 """Set on a sampled row after which the tail stops the session by itself."""
 
@@ -97,6 +117,7 @@ class FrameShape:
             receiving shard's ``start`` for hidden states, ``num_layers`` for sampled ids.
         manifest: The model's manifest, 32 bytes; zeros for control frames.
         width: Elements of one token: ``D`` for hidden states, 1 for ids, 0 for control.
+        codec: How the elements are written.
     """
 
     kind: Kind
@@ -104,14 +125,26 @@ class FrameShape:
     boundary: int
     manifest: bytes
     width: int
+    codec: Codec = Codec.RAW
 
     @property
     def token_bytes(self) -> int:
-        return self.width * WIRE_DTYPE_BYTES.get(self.dtype, 0)
+        """Bytes of one token on the wire."""
+        if self.codec is Codec.INT8:
+            return self.width + SCALE_BYTES * -(-self.width // INT8_BLOCK)
+        return self.raw_token_bytes
+
+    @property
+    def raw_token_bytes(self) -> int:
+        """Bytes of one token's elements once they are decoded."""
+        return 0 if self.width == 0 else self.width * NUMPY_DTYPES[self.dtype].itemsize
 
 
 CONTROL_SHAPE = FrameShape(
     kind=Kind.CONTROL, dtype=WireDtype.NONE, boundary=0, manifest=NO_MANIFEST, width=0
+)
+KEY_SHAPE = FrameShape(
+    kind=Kind.KEY, dtype=WireDtype.NONE, boundary=0, manifest=NO_MANIFEST, width=0
 )
 
 
@@ -247,7 +280,7 @@ def pack_header(
         lane,
         shape.kind,
         shape.dtype,
-        CODEC_RAW,
+        shape.codec,
         address.swarm,
         address.epoch,
         address.link,
@@ -290,14 +323,16 @@ def check_header(
 
 
 def _check_size(peer: PeerId, shape: FrameShape, row_count: int, body_bytes: int) -> None:
-    if shape.kind is Kind.CONTROL:
-        lowest, highest = 1, MAX_CONTROL_BYTES
+    if shape.kind in (Kind.CONTROL, Kind.KEY):
+        lowest = 1
+        highest = MAX_KEY_BYTES if shape.kind is Kind.KEY else MAX_CONTROL_BYTES
         rows_ok = row_count == 0
     else:
         lowest = row_count * (ROW_BYTES + shape.token_bytes)
-        highest = row_count * (ROW_BYTES + MAX_ROW_TOKENS * shape.token_bytes)
+        tokens = min(row_count * MAX_ROW_TOKENS, MAX_BODY_BYTES // shape.raw_token_bytes)
+        highest = min(row_count * ROW_BYTES + tokens * shape.token_bytes, MAX_BODY_BYTES)
         rows_ok = 1 <= row_count <= MAX_ROWS
-    if not rows_ok or not lowest <= body_bytes <= min(highest, MAX_BODY_BYTES):
+    if not rows_ok or not lowest <= body_bytes <= highest:
         raise InvalidFrame(peer=peer, problem=f"{row_count} rows in {body_bytes} bytes")
 
 
@@ -309,7 +344,6 @@ def _describe_mismatch(data: bytes, address: LinkAddress, lane: Lane, counter: i
         "magic": (magic, MAGIC),
         "version": (version, WIRE_VERSION),
         "lane": (got_lane, int(lane)),
-        "codec": (codec, CODEC_RAW),
         "swarm": (swarm.hex(), address.swarm.hex()),
         "epoch": (epoch, address.epoch),
         "link": (link.hex(), address.link.hex()),
@@ -319,7 +353,8 @@ def _describe_mismatch(data: bytes, address: LinkAddress, lane: Lane, counter: i
         if got != wanted:
             return f"{name} is {got!r}, expected {wanted!r}"
     return (
-        f"kind {kind}, dtype {dtype}, boundary {rest[1]} or the manifest is not what is served here"
+        f"kind {kind}, dtype {dtype}, codec {codec}, boundary {rest[1]} or the manifest "
+        "is not what is served here"
     )
 
 
@@ -350,7 +385,7 @@ def parse_body(peer: PeerId, lane: Lane, head: FrameHead, body: bytes) -> Frame:
     table_bytes = head.row_count * ROW_BYTES
     view = memoryview(body)
     rows, payload = _unpack_rows(view[:table_bytes], head.row_count), view[table_bytes:]
-    if head.shape.kind is not Kind.CONTROL:
+    if head.row_count:
         check_rows(peer, head.shape, rows, len(payload))
     return Frame(lane, head.shape, rows, payload)
 

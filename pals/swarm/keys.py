@@ -32,6 +32,7 @@ LINK_ID_BYTES = 16
 FRAME_LIMIT = 1 << 32
 """Frames under one key; the link is keyed anew before it gets there (SP 800-38D)."""
 
+TAG_BYTES = 16
 _KEY_BYTES = 32
 _IV_BYTES = 12
 
@@ -106,22 +107,28 @@ class FrameKey:
         """Number of frames sealed or opened so far: the number of the next frame."""
         return self._counter
 
-    def seal(self, header: bytes, body: bytes | memoryview) -> bytes:
-        """Return the sealed body, 16 bytes longer than ``body``; the header is bound to it.
+    def seal(self, header: bytes, body: bytes) -> bytearray:
+        """Return a whole frame: the header, then the sealed body, which is bound to it.
+
+        The sealed body is 16 bytes longer than ``body``; it is written where it stays.
 
         Raises:
             FrameKeyExhausted: 2**32 frames were sealed; key the link anew.
         """
-        sealed = self._aead.encrypt(self._nonce(), body, header)
+        nonce = self._nonce()
+        frame = bytearray(len(header) + len(body) + TAG_BYTES)
+        frame[: len(header)] = header
+        with memoryview(frame) as view:
+            self._aead.encrypt_into(nonce, body, header, view[len(header) :])
         self._counter += 1
-        return sealed
+        return frame
 
     def open(self, header: bytes, sealed: bytes | memoryview) -> bytes:
         """Return the body of the next frame.
 
         Args:
             header: The header the receiver expects, which must equal the wire's.
-            sealed: What `seal` returned on the other side.
+            sealed: What followed the header in the frame that `seal` returned.
 
         Raises:
             InvalidFrame: Not the next frame of this direction, lane and link under this

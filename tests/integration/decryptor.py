@@ -1,7 +1,8 @@
 """A second implementation of the links' encryption, for what `wiretap` recorded.
 
-Written from the docstrings of `pals.swarm.kdf`, `pals.swarm.keys`, `pals.net.link` and
-`pals.net.wire` alone. It imports nothing of Pals, so that no mistake is shared with it.
+Written from the docstrings of `pals.swarm.kdf`, `pals.swarm.keys`, `pals.net.handshake`,
+`pals.net.link` and `pals.net.wire` alone. It imports nothing of Pals, so that no mistake
+is shared with it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ KIND_CONTROL, KIND_TOKENS, KIND_HIDDEN, KIND_SAMPLED = range(4)
 DTYPE_NONE, DTYPE_INT32, DTYPE_BF16, DTYPE_F32 = range(4)
 FLAG_LAST = 1
 
-_GREETING = struct.Struct(">4s B B 16s Q 16s 32s")
+_GREETING = struct.Struct(">4s B B 16s Q 16s 32s B")
 _HEADER = struct.Struct(">4s B B B B B 16s Q 16s Q 32s H H I")
 _ROW = struct.Struct(">16s I H H")
 _CONFIRMATION_BYTES = 32
@@ -86,10 +87,11 @@ class Greeting:
     epoch: int
     nonce: bytes
     public_key: bytes
+    codec: int
 
     @property
     def share(self) -> bytes:
-        return self.nonce + self.public_key
+        return self.nonce + self.public_key + bytes([self.codec])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

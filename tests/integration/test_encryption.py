@@ -194,7 +194,7 @@ def test_the_decryptor_derives_the_published_vectors() -> None:
 def test_every_byte_is_a_handshake_or_a_frame(capture: Capture) -> None:
     head, middle, tail = capture.shards
     made = Counter((link.handshake.initiator, link.handshake.responder) for link in capture.links)
-    handshake_bytes = len(capture.links) * (78 + 110 + 32 + 2 * 17)
+    handshake_bytes = len(capture.links) * (79 + 111 + 32 + 2 * 17)
     frame_bytes = sum(len(f.wire.aad) + len(f.wire.sealed) for f in capture.frames)
 
     assert made == Counter(
@@ -215,7 +215,7 @@ def test_headers_name_the_link_and_count_from_zero(capture: Capture) -> None:
     for link in capture.links:
         for frame in link.frames:
             header = frame.header
-            assert (header.magic, header.version, header.codec) == (b"PALS", 1, 0)
+            assert (header.magic, header.version, header.codec) == (b"PALS", 2, 0)
             assert (header.swarm, header.epoch) == (capture.swarm_id[:16], capture.epoch)
             assert (header.link, header.lane) == (link.keys.link_id, frame.lane)
             assert header.counter == frame.number

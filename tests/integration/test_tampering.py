@@ -12,10 +12,10 @@ import trio
 
 from pals import config
 from pals.errors import InvalidFrame, PalsError, ShardLost, WireVersionMismatch
-from pals.net import link as link_module
+from pals.net import handshake as handshake_module
 from pals.net import links as links_module
+from pals.net.handshake import LinkSecrets
 from pals.net.host import Host
-from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
 from pals.net.node import Node
 from pals.net.wire import HEADER_BYTES, FrameShape, Lane
@@ -152,7 +152,7 @@ async def test_another_wire_version_is_named_on_both_sides(
         nursery.cancel_scope.cancel()
 
     (answered,) = logged_errors(caplog, WireVersionMismatch)
-    ours, theirs = (2, 1) if newer == "initiator" else (1, 2)
+    ours, theirs = (3, 2) if newer == "initiator" else (2, 3)
     mismatch = "peer {} speaks wire version {}, this machine speaks {}"
     assert str(dialled.value) == mismatch.format(responder.peer_id, theirs, ours)
     assert str(answered) == mismatch.format(initiator.peer_id, ours, theirs)
@@ -168,12 +168,12 @@ def secrets_of(host: Host) -> LinkSecrets:
 
 
 def make_newer(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
-    """Let one host of this process speak wire version 2."""
-    newer = second_copy_of(link_module.__name__)
-    newer.WIRE_VERSION = 2
+    """Let one host of this process speak wire version 3."""
+    newer = second_copy_of(handshake_module.__name__)
+    newer.WIRE_VERSION = 3
 
     def make_handshake(role: Role, secrets: LinkSecrets, *args: PeerId, **kwargs: object) -> object:
-        module = newer if secrets.local == host.peer_id else link_module
+        module = newer if secrets.local == host.peer_id else handshake_module
         return module.Handshake(role, secrets, *args, **kwargs)
 
     monkeypatch.setattr(links_module, "Handshake", make_handshake)

@@ -75,9 +75,9 @@ class Wiretap:
         """Tap all streams that are opened from now on, until ``patch`` is undone."""
         write, open_stream, handle, send = Stream.write, Host.open_stream, Host.handle, Links.send
 
-        async def tapped_write(stream: Stream, data: bytes) -> None:
+        async def tapped_write(stream: Stream, data: bytes | bytearray) -> None:
             end = self._end_of[stream]
-            data = self.tamper(end, data)
+            data = self.tamper(end, bytes(data))
             end.writes.append(data)
             await write(stream, data)
 

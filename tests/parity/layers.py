@@ -137,12 +137,12 @@ def parts_of(models: Mapping[str, tuple[str, Mapping[str, object]]]):
     """Return a fixture over models, each a class of transformers and its config."""
 
     @pytest.fixture(scope="module", params=list(models), ids=str, name="parts")
-    def parts(request, tmp_path_factory):
+    def parts(request, tmp_path_factory, shared_cache):
         architecture, values = models[request.param]
         folder = tmp_path_factory.mktemp(request.param)
         theirs = save_random_model(folder, architecture, {**COMMON, **values}, seed=7)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+            patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
             snapshot = Snapshot.open(folder, "test/model")
         config = snapshot.config
         ours = build_model(snapshot, LayerRange(0, config.num_layers))

@@ -98,13 +98,13 @@ def references_of(
         common: Sizes of the tiny models.
     """
 
-    def make(request, tmp_path_factory):
+    def make(request, tmp_path_factory, shared_cache):
         seed = list(configs).index(request.param)
         folder = tmp_path_factory.mktemp(request.param)
         values = {**common, **configs[request.param]}
         model = save_random_model(folder, architecture, values, seed=seed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+            patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
             yield Reference(model, Snapshot.open(folder, "test/model"))
 
     names = list(configs)

@@ -60,7 +60,7 @@ def pack_experts(model, folder):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(tmp_path_factory, shared_cache):
     folder = tmp_path_factory.mktemp("mxfp4")
     model = save_random_model(folder, "GptOssForCausalLM", CONFIG, seed=3)
     pack_experts(model, folder)
@@ -69,7 +69,7 @@ def reference(tmp_path_factory):
     values = json.loads(config_path.read_text()) | {"quantization_config": quantization}
     config_path.write_text(json.dumps(values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
         yield Reference(model, Snapshot.open(folder, "test/model"))
 
 

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from pals.errors import PalsError
+from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, Stream
-from pals.net.link import LinkSecrets
 from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, Arrival, Links
 from pals.net.wire import CONTROL_SHAPE, NO_ROWS, FrameShape, Lane, Outgoing
 from pals.types import PeerId, SwarmId

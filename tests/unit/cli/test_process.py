@@ -212,12 +212,22 @@ def test_public_bind_without_a_key_is_refused_before_any_secret_is_read(
 
 def test_options_win_over_the_preset(tmp_path: Path) -> None:
     preset = tmp_path / "mine.toml"
-    preset.write_text("[node]\nlisten = '/ip4/1.2.3.4/tcp/1'\npeers = ['/a']\nsession_idle_s = 9\n")
+    preset.write_text(
+        "[node]\nlisten = '/ip4/1.2.3.4/tcp/1'\npeers = ['/a']\nsession_idle_s = 9\n"
+        "prefill_codec = 'int8'\n"
+    )
     node = ServerOptions(preset=str(preset)).load_settings().node
     assert (node.listen, node.peers) == ("/ip4/1.2.3.4/tcp/1", ("/a",))
-    options = ServerOptions(preset=str(preset), listen="/ip4/5.6.7.8/tcp/2", peer=("/b", "/c"))
+    assert node.prefill_codec == "int8"
+    options = ServerOptions(
+        preset=str(preset),
+        listen="/ip4/5.6.7.8/tcp/2",
+        peer=("/b", "/c"),
+        prefill_codec="raw",
+    )
     node = options.load_settings().node
     assert (node.listen, node.peers) == ("/ip4/5.6.7.8/tcp/2", ("/b", "/c"))
+    assert node.prefill_codec == "raw"
     assert node.session_idle_s == 9
 
 

@@ -65,7 +65,7 @@ def test_plan_of_a_family_is_right_to_5_percent(family: str, tmp_path: Path):
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("layers", "dtype"),
-    [("0:2", "bf16"), ("1:3", "f32"), ("2:4", "bf16"), ("1:4", "int8"), ("1:4", "int4")],
+    [("0:2", "bf16"), ("1:3", "f32"), ("2:4", "bf16"), ("1:3", "int8"), ("2:3", "int4")],
 )
 def test_plan_of_a_part_is_right_to_5_percent(layers: str, dtype: Dtype, tmp_path: Path):
     folder = make_llama_checkpoint(tmp_path / "model", num_layers=4)
@@ -79,7 +79,7 @@ def test_plan_of_a_part_is_right_to_5_percent(layers: str, dtype: Dtype, tmp_pat
 def test_plan_of_the_real_model_is_right_to_5_percent(layers: str, shared_cache: Path):
     folder = import_demo_model(shared_cache)
 
-    assert_plan_is_right(folder, LayerRange.parse(layers), "bf16", EngineLimits())
+    assert_plan_is_right(folder, LayerRange.parse(layers), "bf16")
 
 
 _SERVE = """
@@ -92,7 +92,8 @@ from pals.engine.shard import Shard
 from pals.models.snapshot import Snapshot
 from pals.types import EngineLimits, LayerRange, ShardSpec, Sampling
 
-snapshot, limits = Snapshot.open(Path(sys.argv[1]), "test/model"), EngineLimits()
+snapshot = Snapshot.open(Path(sys.argv[1]), "test/model")
+limits = EngineLimits(max_sessions=4, max_context_tokens=1024, max_chunk_tokens=128)
 layers = LayerRange(0, snapshot.config.num_layers)
 shard = Shard.load(snapshot, layers, dtype="bf16", limits=limits)
 shard.warmup()

@@ -38,8 +38,8 @@ class Case:
 
 CASES = {
     "llama-int8": Case(make_llama_checkpoint, "int8"),
-    "llama-int8-exact": Case(make_llama_checkpoint, "int8", EXACT),
-    "llama-int4": Case(make_llama_checkpoint, "int4"),
+    "llama-int8-exact": Case(make_llama_checkpoint, "int8", EXACT, num_layers=2),
+    "llama-int4": Case(make_llama_checkpoint, "int4", num_layers=2),
     "qwen3_moe-int8": Case(make_qwen3_moe_checkpoint, "int8", num_layers=2),
     "qwen3_moe-int4": Case(make_qwen3_moe_checkpoint, "int4", num_layers=2),
 }
@@ -51,17 +51,17 @@ def case(request):
 
 
 @pytest.fixture(scope="module")
-def snapshot(case, tmp_path_factory, compile_cache):
+def snapshot(case, tmp_path_factory, shared_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_DIR_VARIABLE, str(compile_cache))
+        patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
         folder = case.make(tmp_path_factory.mktemp("model"), num_layers=case.num_layers)
         yield Snapshot.open(folder, "test/model")
 
 
 @pytest.fixture(scope="module")
-def whole(snapshot, case, compile_cache):
+def whole(snapshot, case, shared_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_DIR_VARIABLE, str(compile_cache))
+        patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
         yield load_chain(snapshot, [0], case.dtype, LIMITS, case.quantization)
 
 

@@ -26,17 +26,17 @@ HOT = Sampling(temperature=1.2, top_p=0.9, seed=11)
 
 
 @pytest.fixture(scope="module")
-def snapshot(tmp_path_factory, compile_cache):
+def snapshot(tmp_path_factory, shared_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_DIR_VARIABLE, str(compile_cache))
+        patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
         folder = make_llama_checkpoint(tmp_path_factory.mktemp("model"), num_layers=3)
         yield Snapshot.open(folder, "test/model")
 
 
 @pytest.fixture(scope="module")
-def whole(snapshot, compile_cache):
+def whole(snapshot, shared_cache):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_DIR_VARIABLE, str(compile_cache))
+        patch.setenv(CACHE_DIR_VARIABLE, str(shared_cache))
         yield load_chain(snapshot, [0])
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from pals.engine.cache import build_cache
 from pals.models.attention import make_rows
 from pals.models.configs import read_config
+from pals.models.decoder import run_layer
 from pals.models.mla import LatentAttention
 from pals.models.numerics import Numerics
 from pals.types import EngineLimits, LayerRange
@@ -55,11 +56,12 @@ def rows(start, tokens):
 def test_steps_of_one_token_equal_one_step_of_all(dtype, tolerance):
     module, cache = build(dtype)
     x = jnp.array(np.random.default_rng(1).standard_normal((1, 9, 32)), dtype)
-    expected, _ = module(x, cache, rows(0, 9), context=CONTEXT)
+    expected, _ = run_layer(module, x, cache, rows(0, 9), context=CONTEXT)
 
     parts = []
     for token in range(9):
-        part, cache = module(x[:, token : token + 1], cache, rows(token, 1), context=CONTEXT)
+        token_rows = rows(token, 1)
+        part, cache = run_layer(module, x[:, token : token + 1], cache, token_rows, context=CONTEXT)
         parts.append(part)
 
     found = jnp.concatenate(parts, axis=1)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.errors import LinkRefused, WireVersionMismatch
-from pals.net.link import NONCE_BYTES, PREFIX_BYTES, Handshake, LinkKeys, LinkSecrets
+from pals.net.handshake import (
+    NONCE_BYTES,
+    PREFIX_BYTES,
+    PROPOSAL_BYTES,
+    Handshake,
+    KeyShare,
+    LinkKeys,
+    LinkSecrets,
+)
+from pals.net.wire import Codec
 from pals.swarm.identity import Identity
 from pals.swarm.keys import Role, epoch_prk
 from pals.types import PeerId, SwarmId
@@ -16,15 +25,28 @@ A, B, C = (Identity.from_seed(bytes([i]) * 32).peer_id for i in (1, 2, 3))
 SWARM = SwarmId(bytes(range(32)))
 SECRET = bytes(range(32, 64))
 EPOCH = 3
-HELLO_BYTES = PREFIX_BYTES + 72
+HELLO_BYTES = PREFIX_BYTES + PROPOSAL_BYTES
 
 
 def make_secrets(
-    local: PeerId = A, *, swarm: SwarmId = SWARM, epoch: int = EPOCH, secret: bytes = SECRET
+    local: PeerId = A,
+    *,
+    swarm: SwarmId = SWARM,
+    epoch: int = EPOCH,
+    secret: bytes = SECRET,
+    codec: Codec = Codec.RAW,
 ) -> LinkSecrets:
     return LinkSecrets(
-        swarm_id=swarm, epoch=epoch, epoch_prk=epoch_prk(swarm, epoch, secret), local=local
+        swarm_id=swarm,
+        epoch=epoch,
+        epoch_prk=epoch_prk(swarm, epoch, secret),
+        local=local,
+        prefill_codec=codec,
     )
+
+
+def make_share(seed: int, nonce: bytes) -> KeyShare:
+    return KeyShare(X25519PrivateKey.from_private_bytes(bytes([seed]) * 32), nonce)
 
 
 def make_side(
@@ -42,8 +64,7 @@ def make_side(
         role,
         secrets or make_secrets(A if is_initiator else B),
         remote or (B if is_initiator else A),
-        ephemeral=X25519PrivateKey.from_private_bytes(bytes([seed]) * 32),
-        nonce=nonce or role[:1].encode() * NONCE_BYTES,
+        share=make_share(seed, nonce or role[:1].encode() * NONCE_BYTES),
     )
 
 

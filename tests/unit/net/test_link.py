@@ -1,264 +1,857 @@
+"""A live link whose keys change, and every attack on the change."""
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals.errors import LinkRefused, WireVersionMismatch
-from pals.net.link import (
-    CONFIRMATION_BYTES,
-    NONCE_BYTES,
-    PREFIX_BYTES,
-    Handshake,
-    LinkSecrets,
-    Status,
+from pals.errors import FrameKeyExhausted, InvalidFrame, LinkRefused
+from pals.net.handshake import KeyShare, derive_keys, pack_proposal
+from pals.net.lanes import LaneSender
+from pals.net.link import REKEY_DEADLINE_S, REKEY_FRAMES, REKEY_INTERVAL_S, Link
+from pals.net.wire import (
+    HEADER_BYTES,
+    KEY_SHAPE,
+    NO_ROWS,
+    Codec,
+    Kind,
+    Lane,
+    Outgoing,
+    pack_header,
 )
-from pals.swarm.keys import Role, epoch_prk, key_confirmation, link_id, link_prk
-from pals.types import SwarmId
-from tests.unit.net.handshakes import (
-    CONFIRMATION,
-    EPOCH,
-    HELLO,
-    HELLO_BYTES,
-    INITIATOR,
-    RESPONDER,
-    SECRET,
-    SWARM,
-    WELCOME,
-    A,
-    B,
-    C,
-    link_keys,
-    make_secrets,
-    make_side,
-    pump,
-    shake_hands,
+from pals.swarm import keys as swarm_keys
+from pals.swarm.keys import FRAME_LIMIT, TAG_BYTES, FrameKey, key_confirmation
+from tests.unit.net.handshakes import EPOCH, B, make_secrets
+from tests.unit.net.link_pairs import (
+    HIDDEN,
+    NAMES,
+    End,
+    Name,
+    Pair,
+    frame_of,
+    make_pair,
+    receive,
+    shares_from,
+    split_frames,
+)
+
+HOUR = REKEY_INTERVAL_S
+DATA_LANES = (Lane.DECODE, Lane.PREFILL)
+
+
+def link_id(end: End) -> bytes:
+    return end.link._keys.address.link
+
+
+def link_ids(pair: Pair) -> set[bytes]:
+    return {link_id(end) for end in pair.ends.values()}
+
+
+def frames_in(data: bytes | bytearray) -> list[bytes]:
+    return list(split_frames(bytes(data), HEADER_BYTES, TAG_BYTES))
+
+
+def kinds(data: bytes | bytearray) -> list[int]:
+    return [frame[6] for frame in frames_in(data)]
+
+
+# --- when keys change ----------------------------------------------------------------
+
+
+def test_keys_change_hourly() -> None:
+    pair = make_pair()
+    first = link_ids(pair)
+    pair.tick(HOUR - 0.1)
+    pair.deliver_all()
+    assert link_ids(pair) == first
+    pair.tick(HOUR)
+    pair.deliver_all()
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH], [EPOCH]]
+    [second] = link_ids(pair)
+    assert second not in first
+    pair.tick(2 * HOUR - 0.1)
+    assert not pair.dialler.wires[Lane.CONTROL]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_either_end_changes_them(name: Name) -> None:
+    pair = make_pair()
+    pair.tick(HOUR, name)
+    pair.deliver_all()
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH], [EPOCH]]
+    assert len(link_ids(pair)) == 1
+
+
+def test_frames_go_on_while_keys_change_and_each_lane_changes_at_one_frame() -> None:
+    pair = make_pair()
+    old = link_id(pair.dialler)
+    for lane in Lane:
+        pair.send("dialler", lane)
+    pair.tick(HOUR, "dialler")
+    for lane in Lane:
+        pair.send("dialler", lane)  # still under the old keys: nobody has answered
+        pair.deliver("dialler", lane)
+    for name in NAMES:
+        pair.send(name, Lane.DECODE)
+    pair.deliver("dialled", Lane.CONTROL)  # the answer
+    pair.send("dialler", Lane.DECODE)
+    wire = bytes(pair.dialler.wires[Lane.DECODE])
+    pair.deliver_all()
+    assert pair.all_is_taken()
+    assert kinds(wire) == [Kind.HIDDEN, Kind.KEY, Kind.HIDDEN]
+    links = [frame[33:49] for frame in frames_in(wire)]
+    assert links[:2] == [old, old]
+    assert links[2] == link_id(pair.dialler)
+    counters = [int.from_bytes(frame[49:57], "big") for frame in frames_in(wire)]
+    assert counters == [2, 3, 0]
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_idle_lane_changes_too(lane: Lane) -> None:
+    pair = make_pair()
+    pair.tick(HOUR)
+    pair.deliver_all()
+    pair.send("dialler", lane)
+    assert bytes(pair.dialler.wires[lane])[33:49] == link_id(pair.dialled)
+    pair.deliver_all()
+    assert pair.all_is_taken()
+
+
+def test_of_two_offers_at_once_one_holds() -> None:
+    pair = make_pair()
+    pair.tick(HOUR)
+    assert [kinds(end.wires[Lane.CONTROL]) for end in pair.ends.values()] == [[Kind.KEY]] * 2
+    pair.deliver_all()
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH], [EPOCH]]
+    assert len(link_ids(pair)) == 1
+    for name in NAMES:
+        pair.send(name)
+    pair.deliver_all()
+    assert pair.all_is_taken()
+
+
+def half_settled() -> Pair:
+    """Return a link on which only the dialler is through with a change."""
+    pair = mid_change()
+    pair.deliver("dialler", Lane.CONTROL)
+    for lane in Lane:
+        pair.deliver("dialled", lane)
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH], []]
+    return pair
+
+
+def test_offer_waits_for_the_change_before_it() -> None:
+    pair = half_settled()
+    pair.tick(2 * HOUR, "dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    assert not pair.dialled.wires[Lane.CONTROL]
+    pair.deliver("dialler", Lane.DECODE)
+    pair.deliver("dialler", Lane.PREFILL)
+    assert kinds(pair.dialled.wires[Lane.CONTROL]) == [Kind.KEY]
+    pair.deliver_all()
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH, EPOCH], [EPOCH, EPOCH]]
+    pair.send("dialler")
+    pair.deliver_all()
+    assert pair.all_is_taken()
+
+
+def test_what_the_link_says_comes_before_the_frame_that_is_sealed_after_it() -> None:
+    link = make_pair().dialler.link
+    link.tick(HOUR)
+    data = link.seal(Lane.CONTROL, frame_of(Lane.CONTROL, 0), HOUR)
+    assert kinds(data) == [Kind.KEY, Kind.CONTROL]
+    assert link.waiting_lanes == ()
+
+
+# --- the limit of a key --------------------------------------------------------------
+
+
+def set_counter(end: End, lane: Lane, counter: int, *, sending: bool) -> None:
+    lanes = end.link._senders if sending else end.link._receivers
+    lanes[lane]._key._counter = counter
+
+
+def use_up(pair: Pair, name: Name, lane: Lane, counter: int) -> None:
+    """Let both ends believe that ``counter`` frames went one way on a lane."""
+    set_counter(pair.ends[name], lane, counter, sending=True)
+    set_counter(pair.other(name), lane, counter, sending=False)
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_change_before_a_lane_has_used_one_up(name: Name, lane: Lane) -> None:
+    pair = make_pair()
+    use_up(pair, name, lane, REKEY_FRAMES - 2)
+    pair.send(name, lane)
+    assert not pair.ends[name].link._offer
+    pair.send(name, lane)
+    pair.deliver_all()
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH], [EPOCH]]
+    pair.send(name, lane)
+    pair.deliver_all()
+    assert pair.all_is_taken()
+    assert pair.ends[name].link._senders[lane].counter == 1
+
+
+def test_receiver_asks_for_new_keys_when_the_sender_does_not() -> None:
+    pair = make_pair()
+    set_counter(pair.dialled, Lane.DECODE, REKEY_FRAMES, sending=False)
+    pair.tick(1.0)
+    assert pair.dialled.link._offer is not None
+
+
+def test_last_frame_of_a_key_is_sent_and_none_after_it() -> None:
+    pair = make_pair()
+    use_up(pair, "dialler", Lane.DECODE, FRAME_LIMIT - 1)
+    pair.send("dialler")
+    pair.deliver("dialler", Lane.DECODE)
+    assert pair.dialled.taken[Lane.DECODE] == [0]
+    for _ in range(2):
+        with pytest.raises(FrameKeyExhausted):
+            pair.send("dialler")
+    with pytest.raises(FrameKeyExhausted):  # the whole link has ended
+        pair.send("dialler", Lane.CONTROL)
+
+
+# --- epochs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [("dialler",), ("dialled",), NAMES])
+def test_link_enters_an_epoch_once_both_know_it(names: tuple[Name, ...]) -> None:
+    pair = make_pair()
+    pair.learn(EPOCH + 1, *names)
+    pair.send("dialler")
+    pair.deliver_all()
+    pair.tick(REKEY_DEADLINE_S - 1)
+    pair.deliver_all()
+    for name in set(NAMES) - set(names):
+        assert pair.ends[name].link.epoch == EPOCH
+        pair.learn(EPOCH + 1, name)
+    pair.send("dialled")
+    pair.deliver_all()
+    assert [end.rekeyed for end in pair.ends.values()] == [[EPOCH + 1]] * 2
+    assert {end.link.epoch for end in pair.ends.values()} == {EPOCH + 1}
+    assert pair.all_is_taken()
+    pair.tick(pair.now + 2 * REKEY_DEADLINE_S)  # and nothing is due any more
+
+
+def test_header_names_the_epoch_of_its_key() -> None:
+    pair = make_pair()
+    pair.learn(EPOCH + 1)
+    pair.send("dialler")
+    pair.deliver_all()
+    pair.send("dialler")
+    assert frames_in(pair.dialler.wires[Lane.DECODE])[0][25:33] == (EPOCH + 1).to_bytes(8, "big")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_epoch_learnt_during_a_change_follows_it(name: Name) -> None:
+    pair = make_pair()
+    pair.tick(HOUR, name)
+    pair.learn(EPOCH + 1)
+    pair.deliver_all()
+    assert {end.link.epoch for end in pair.ends.values()} == {EPOCH + 1}
+    assert len(link_ids(pair)) == 1
+
+
+def test_epoch_learnt_by_both_during_a_change_follows_it_at_once() -> None:
+    pair = mid_change()
+    pair.learn(EPOCH + 1)
+    pair.deliver_all()
+    assert {end.link.epoch for end in pair.ends.values()} == {EPOCH + 1}
+    assert len(link_ids(pair)) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_end_that_knows_two_epochs_more_waits_for_the_other(name: Name) -> None:
+    pair = make_pair()
+    other = next(n for n in NAMES if n != name)
+    pair.learn(EPOCH + 1, name)
+    pair.deliver_all()
+    pair.learn(EPOCH + 2, name)
+    pair.deliver_all()
+    pair.learn(EPOCH + 1, other)
+    pair.deliver_all()
+    pair.learn(EPOCH + 2, other)
+    pair.deliver_all()
+    assert {end.link.epoch for end in pair.ends.values()} == {EPOCH + 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_handshake_that_an_epoch_overtook_is_put_right(name: Name) -> None:
+    pair = make_pair(newest={name: EPOCH + 1})
+    assert kinds(pair.ends[name].wires[Lane.CONTROL]) == [Kind.KEY]
+    pair.deliver_all()
+    pair.learn(EPOCH + 1, *(n for n in NAMES if n != name))
+    pair.deliver_all()
+    assert {end.link.epoch for end in pair.ends.values()} == {EPOCH + 1}
+
+
+def test_link_that_stays_behind_its_epoch_is_cut() -> None:
+    pair = make_pair()
+    pair.learn(EPOCH + 1, "dialler")
+    pair.deliver_all()
+    pair.tick(REKEY_DEADLINE_S - 0.1)
+    pair.send("dialler")  # running sessions may finish until then
+    pair.deliver_all()
+    assert pair.all_is_taken()
+    for name in NAMES:
+        with pytest.raises(LinkRefused, match="did not change keys within 120 s"):
+            pair.tick(REKEY_DEADLINE_S, name)
+        with pytest.raises(LinkRefused):
+            pair.send(name)
+        with pytest.raises(LinkRefused):
+            receive(pair.ends[name].link, Lane.DECODE, b"")
+
+
+def test_end_that_waits_for_an_epoch_makes_no_offer_of_its_own() -> None:
+    pair = make_pair()
+    pair.learn(EPOCH + 1, "dialler")
+    pair.deliver_all()
+    set_counter(pair.dialled, Lane.DECODE, REKEY_FRAMES, sending=False)
+    pair.tick(1.0)
+    assert not pair.dialled.wires[Lane.CONTROL]
+
+
+def test_late_change_does_not_put_off_the_end_of_an_epoch() -> None:
+    pair = mid_change()
+    pair.learn(EPOCH + 1, "dialler")
+    due = pair.now + REKEY_DEADLINE_S
+    pair.tick(due - 1, "dialler")
+    pair.deliver_all()  # the change comes through, and the offer of the new epoch follows
+    assert pair.dialler.rekeyed == [EPOCH]
+    with pytest.raises(LinkRefused, match="did not change keys"):
+        pair.tick(due, "dialler")
+
+
+def test_offer_that_waits_behind_a_change_has_its_own_time() -> None:
+    pair = half_settled()
+    pair.learn(EPOCH + 1, "dialler")
+    pair.deliver_all()  # the offer of an epoch that the dialled end never learns
+    assert pair.dialled.rekeyed == [EPOCH]
+    with pytest.raises(LinkRefused, match="did not change keys"):
+        pair.tick(pair.now + REKEY_DEADLINE_S, "dialled")
+
+
+@pytest.mark.parametrize("silent_lane", [*DATA_LANES, Lane.CONTROL])
+def test_change_that_one_lane_never_makes_is_cut(silent_lane: Lane) -> None:
+    pair = make_pair()
+    pair.tick(HOUR, "dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    pair.deliver("dialled", Lane.CONTROL)
+    for lane in set(Lane) - {silent_lane}:
+        pair.deliver("dialler", lane)
+    with pytest.raises(LinkRefused, match="did not change keys"):
+        pair.tick(HOUR + REKEY_DEADLINE_S, "dialled")
+
+
+@pytest.mark.parametrize("epoch", [EPOCH, EPOCH - 1, 0])
+def test_epoch_that_is_not_later_is_refused_by_its_own_side(epoch: int) -> None:
+    pair = make_pair()
+    with pytest.raises(ValueError, match="does not follow"):
+        pair.learn(epoch, "dialler")
+
+
+# --- any order of events -------------------------------------------------------------
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("send"), st.sampled_from(NAMES), st.sampled_from(Lane)),
+    st.tuples(
+        st.just("deliver"),
+        st.sampled_from(NAMES),
+        st.sampled_from(Lane),
+        st.one_of(st.none(), st.integers(1, 300)),
+    ),
+    st.tuples(st.just("wait"), st.sampled_from(NAMES), st.sampled_from([1.0, 40.0])),
+    st.tuples(st.just("hour"), st.sampled_from(NAMES)),
+    st.tuples(st.just("learn"), st.sampled_from(NAMES)),
 )
 
 
-def test_both_sides_end_with_the_same_link() -> None:
-    assert INITIATOR.address == RESPONDER.address
-    assert INITIATOR.prk == RESPONDER.prk
-    assert (INITIATOR.local, INITIATOR.remote) == (A, B)
-    assert (RESPONDER.local, RESPONDER.remote) == (B, A)
-    assert INITIATOR.address.swarm == SWARM[:16]
-    assert INITIATOR.address.epoch == EPOCH
+def act(pair: Pair, name: str, *details: object) -> None:
+    """Do one thing; ends that wait for too long may be cut, and that ends the test's run."""
+    if name == "wait":
+        end, seconds = details
+        pair.tick(pair.now + seconds, end)
+    elif name == "hour":
+        [end] = details
+        link = pair.ends[end].link
+        link._keyed_at = pair.now - HOUR
+        pair.tick(pair.now, end)
+    elif name == "learn":
+        [end] = details
+        pair.learn(pair.ends[end].secrets.epoch + 1, end)
+    else:
+        getattr(pair, name)(*details)
 
 
-def test_keys_are_those_of_the_documented_schedule() -> None:
-    ours = X25519PrivateKey.from_private_bytes(bytes([11]) * 32)
-    theirs = X25519PrivateKey.from_private_bytes(bytes([22]) * 32)
-    shares = [
-        nonce * NONCE_BYTES + key.public_key().public_bytes_raw()
-        for nonce, key in ((b"i", ours), (b"r", theirs))
-    ]
-    proposal = SWARM[:16] + EPOCH.to_bytes(8, "big")
-    assert b"PALS\x01\x00" + proposal + shares[0] == HELLO
-    assert WELCOME[:HELLO_BYTES] == b"PALS\x01\x00" + proposal + shares[1]
-    prk = link_prk(
-        epoch_prk(SWARM, EPOCH, SECRET), ours.exchange(theirs.public_key()), *shares, A, B
-    )
-    assert INITIATOR.prk == prk
-    assert WELCOME[HELLO_BYTES:] == key_confirmation(prk, "responder")
-    assert key_confirmation(prk, "initiator") == CONFIRMATION
-    assert INITIATOR.address.link == link_id(prk)
-
-
-def test_flights_have_the_documented_sizes() -> None:
-    assert (len(HELLO), len(WELCOME), len(CONFIRMATION)) == (78, 110, 32)
-
-
-@pytest.mark.parametrize(
-    ("initiator", "responder"),
-    [
-        pytest.param(make_side("initiator", nonce=b"n" * 16), None, id="initiator's nonce"),
-        pytest.param(None, make_side("responder", nonce=b"n" * 16), id="responder's nonce"),
-        pytest.param(make_side("initiator", ephemeral=33), None, id="initiator's key"),
-        pytest.param(None, make_side("responder", ephemeral=33), id="responder's key"),
-    ],
-)
-def test_anything_fresh_on_either_side_gives_another_link(
-    initiator: Handshake | None, responder: Handshake | None
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ACTIONS, max_size=60))
+def test_no_frame_is_lost_or_reordered_whatever_happens_when(
+    actions: list[tuple[object, ...]],
 ) -> None:
-    other, _ = link_keys(initiator, responder)
-    assert other.prk != INITIATOR.prk
-    assert other.address.link != INITIATOR.address.link
+    pair = make_pair()
+    for action in actions:
+        try:
+            act(pair, *action)
+        except LinkRefused:  # a change was left to wait for too long
+            return
+    pair.deliver_all()
+    newest = max(end.secrets.epoch for end in pair.ends.values())
+    for name in NAMES:
+        if pair.ends[name].secrets.epoch < newest:
+            pair.learn(newest, name)
+    pair.deliver_all()
+    assert pair.all_is_taken()
+    assert {end.link.epoch for end in pair.ends.values()} == {newest}
+    assert len(link_ids(pair)) == 1
+    for name in NAMES:
+        pair.send(name)
+    pair.deliver_all()
+    assert pair.all_is_taken()
 
 
-def flips(flight: bytes) -> Iterator[bytes]:
-    for position in range(len(flight)):
-        for mask in (0x01, 0x80):
-            changed = bytearray(flight)
-            changed[position] ^= mask
-            yield bytes(changed)
+# --- attacks on the change (security: replay, reorder, reflection, splice) -----------
 
 
-@pytest.mark.parametrize(
-    ("flight", "sent"), [("hello", HELLO), ("welcome", WELCOME), ("confirmation", CONFIRMATION)]
-)
-def test_flight_with_any_byte_changed_gives_the_responder_no_link(flight: str, sent: bytes) -> None:
-    for changed in flips(sent):
-        initiator, responder = make_side("initiator"), make_side("responder")
-        outcome = shake_hands(initiator, responder, tamper={flight: changed})
-        assert outcome.initiator_error or outcome.responder_error
-        assert responder.keys is None
-        # After its own confirmation the initiator has a link; that nobody answers on it is
-        # for the lanes to find out.
-        assert initiator.keys is None or flight == "confirmation"
+def mid_change() -> Pair:
+    """Return a link whose dialler has sent its switches, none of which has arrived."""
+    pair = make_pair()
+    pair.send("dialler")
+    pair.deliver_all()
+    pair.tick(HOUR, "dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    pair.deliver("dialled", Lane.CONTROL)
+    pair.send("dialler")
+    assert kinds(pair.dialler.wires[Lane.DECODE]) == [Kind.KEY, Kind.HIDDEN]
+    return pair
 
 
-def test_responder_of_another_version_is_told_apart_on_both_sides() -> None:
-    responder = make_side("responder")
-    outcome = shake_hands(
-        make_side("initiator"), responder, tamper={"hello": HELLO[:4] + b"\x09" + HELLO[5:]}
-    )
-    assert isinstance(outcome.responder_error, WireVersionMismatch)
-    assert outcome.responder_error.fields == {"peer": A, "theirs": 9, "ours": 1}
-    assert outcome.responder_wrote == b"PALS" + bytes([1, Status.WRONG_VERSION])
-
-    initiator = make_side("initiator")
-    answer = b"PALS" + bytes([9, Status.WRONG_VERSION])
-    outcome = shake_hands(initiator, make_side("responder"), tamper={"welcome": answer})
-    assert isinstance(outcome.initiator_error, WireVersionMismatch)
-    assert outcome.initiator_error.fields == {"peer": B, "theirs": 9, "ours": 1}
-    assert outcome.initiator_wrote == HELLO
+def assert_refused(end: End, lane: Lane, data: bytes) -> None:
+    with pytest.raises(InvalidFrame):
+        receive(end.link, lane, data)
+    for other in Lane:  # the link is dead on every lane
+        with pytest.raises(InvalidFrame):
+            receive(end.link, other, b"")
+        with pytest.raises(InvalidFrame):
+            end.link.seal(other, frame_of(other, 0), 0.0)
 
 
-@pytest.mark.parametrize(
-    ("secrets", "problem"),
-    [
-        (make_secrets(B, swarm=SwarmId(b"o" * 32)), "it belongs to another swarm"),
-        (make_secrets(B, epoch=EPOCH + 1), "it is in another epoch of the swarm secret"),
-    ],
-)
-def test_other_swarm_or_epoch_is_told_to_both_sides(secrets: LinkSecrets, problem: str) -> None:
-    initiator, responder = make_side("initiator"), make_side("responder", secrets=secrets)
-    outcome = shake_hands(initiator, responder)
-    for error, peer in ((outcome.initiator_error, B), (outcome.responder_error, A)):
-        assert isinstance(error, LinkRefused)
-        assert error.fields == {"peer": peer, "problem": problem}
-    assert len(outcome.responder_wrote) == PREFIX_BYTES
-    assert initiator.keys is responder.keys is None
+def test_frame_of_the_new_keys_before_the_switch_is_refused() -> None:
+    pair = mid_change()
+    _, new = frames_in(pair.dialler.wires[Lane.DECODE])
+    assert_refused(pair.dialled, Lane.DECODE, new)
 
 
-def test_responder_that_says_ok_for_another_epoch_is_refused() -> None:
-    changed = bytearray(WELCOME)
-    changed[PREFIX_BYTES + 16 + 7] ^= 1
-    outcome = shake_hands(
-        make_side("initiator"), make_side("responder"), tamper={"welcome": bytes(changed)}
-    )
-    assert isinstance(outcome.initiator_error, LinkRefused)
-    assert outcome.initiator_wrote == HELLO
+def test_frame_of_the_old_keys_after_the_switch_is_refused() -> None:
+    pair = mid_change()
+    stale = make_pair()  # the same keys, and a sender that never heard of the change
+    for _ in range(3):
+        stale.send("dialler")
+    old = frames_in(stale.dialler.wires[Lane.DECODE])
+    [switch, _] = frames_in(pair.dialler.wires[Lane.DECODE])
+    receive(pair.dialled.link, Lane.DECODE, switch)
+    assert_refused(pair.dialled, Lane.DECODE, old[2])
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param(
-            make_side("responder", secrets=make_secrets(B, secret=b"x" * 32)), id="other secret"
-        ),
-        pytest.param(make_side("responder", secrets=make_secrets(C)), id="responder is another"),
-        pytest.param(make_side("responder", remote=C), id="initiator is another"),
-    ],
-)
-def test_side_without_the_same_secret_and_names_gets_no_confirmation(other: Handshake) -> None:
-    initiator = make_side("initiator")
-    outcome = shake_hands(initiator, other)
-    assert isinstance(outcome.initiator_error, LinkRefused)
-    assert outcome.initiator_error.fields["problem"] == "the swarm secrets differ"
-    assert outcome.initiator_wrote == HELLO
-    assert initiator.keys is other.keys is None
+def test_switch_that_was_dropped_is_noticed() -> None:
+    pair = mid_change()
+    pair.send("dialler")
+    frames = frames_in(pair.dialler.wires[Lane.DECODE])
+    assert_refused(pair.dialled, Lane.DECODE, frames[1] + frames[2])
 
 
-def test_confirmation_of_the_own_role_is_refused() -> None:
-    responder = make_side("responder")
-    reflected = WELCOME[-CONFIRMATION_BYTES:]
-    outcome = shake_hands(make_side("initiator"), responder, tamper={"confirmation": reflected})
-    assert isinstance(outcome.responder_error, LinkRefused)
-    assert responder.keys is None
+def test_frame_that_was_dropped_before_the_switch_is_noticed() -> None:
+    pair = make_pair()
+    pair.tick(HOUR, "dialler")
+    pair.send("dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    pair.deliver("dialled", Lane.CONTROL)
+    frame, switch = frames_in(pair.dialler.wires[Lane.DECODE])
+    del frame
+    assert_refused(pair.dialled, Lane.DECODE, switch)
 
 
-def test_own_hello_reflected_is_refused() -> None:
-    mirrored = HELLO + CONFIRMATION
-    initiator = make_side("initiator", remote=A)
-    outcome = shake_hands(initiator, make_side("responder"), tamper={"welcome": mirrored})
-    assert isinstance(outcome.initiator_error, LinkRefused)
-    assert initiator.keys is None
+def test_switch_replayed_is_refused() -> None:
+    pair = mid_change()
+    [switch, _] = frames_in(pair.dialler.wires[Lane.DECODE])
+    receive(pair.dialled.link, Lane.DECODE, switch)
+    assert_refused(pair.dialled, Lane.DECODE, switch)
 
 
-def test_recorded_handshake_replayed_to_a_new_responder_is_refused() -> None:
-    responder = make_side("responder", ephemeral=44, nonce=b"f" * 16)
-    outcome = shake_hands(
-        make_side("initiator"), responder, tamper={"hello": HELLO, "confirmation": CONFIRMATION}
-    )
-    assert isinstance(outcome.responder_error, LinkRefused)
-    assert responder.keys is None
+@pytest.mark.parametrize("lane", [Lane.CONTROL, Lane.PREFILL])
+def test_switch_of_another_lane_is_refused(lane: Lane) -> None:
+    pair = mid_change()
+    [switch, _] = frames_in(pair.dialler.wires[Lane.DECODE])
+    assert_refused(pair.dialled, lane, switch)
 
 
-P = 2**255 - 19
-LOW_ORDER = [
-    0,
-    1,
-    325606250916557431795983626356110631294008115727848805560023387167927233504,
-    39382357235489614581723060781553021112529911719440698176882885853963445705823,
-    P - 1,
-    P,
-    P + 1,
-]
-"""The u coordinates of X25519 whose shared secret is zero whatever the other key is."""
+def test_switch_reflected_to_its_sender_is_refused() -> None:
+    pair = mid_change()
+    [switch, _] = frames_in(pair.dialler.wires[Lane.DECODE])
+    assert_refused(pair.dialler, Lane.DECODE, switch)
 
 
-@pytest.mark.parametrize("point", LOW_ORDER)
-def test_degenerate_ephemeral_key_is_refused(point: int) -> None:
-    degenerate = point.to_bytes(32, "little")
-    responder = make_side("responder")
-    outcome = shake_hands(
-        make_side("initiator"), responder, tamper={"hello": HELLO[:-32] + degenerate}
-    )
-    assert isinstance(outcome.responder_error, LinkRefused)
-    assert outcome.responder_error.fields["problem"] == "its ephemeral key is degenerate"
-    assert outcome.responder_wrote == b""
-
-    welcome = WELCOME[: HELLO_BYTES - 32] + degenerate + WELCOME[HELLO_BYTES:]
-    outcome = shake_hands(
-        make_side("initiator"), make_side("responder"), tamper={"welcome": welcome}
-    )
-    assert isinstance(outcome.initiator_error, LinkRefused)
-    assert outcome.initiator_error.fields["problem"] == "its ephemeral key is degenerate"
+def test_offer_replayed_is_refused() -> None:
+    pair = make_pair()
+    pair.tick(HOUR, "dialler")
+    offer = bytes(pair.dialler.wires[Lane.CONTROL])
+    pair.deliver_all()
+    assert_refused(pair.dialled, Lane.CONTROL, offer)
 
 
-def test_unknown_status_is_refused() -> None:
-    outcome = shake_hands(
-        make_side("initiator"), make_side("responder"), tamper={"welcome": b"PALS\x01\x63"}
-    )
-    assert isinstance(outcome.initiator_error, LinkRefused)
-    assert "status 99" in str(outcome.initiator_error)
+def test_answer_of_an_earlier_change_is_refused() -> None:
+    pair = make_pair()
+    pair.tick(HOUR, "dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    answer = bytes(pair.dialled.wires[Lane.CONTROL])
+    pair.deliver_all()
+    pair.tick(2 * HOUR, "dialler")
+    assert_refused(pair.dialler, Lane.CONTROL, answer)
 
 
-def test_only_a_responder_answers_a_refusal() -> None:
-    for data in (b"GET / ", b"PALS\x09\x00", b"PALS\x01\x02"):
-        initiator = make_side("initiator")
-        initiator.take_outgoing()
-        assert pump(initiator, bytearray(data)) is not None
-        assert initiator.take_outgoing() == b""
+def test_every_flipped_bit_of_every_key_message_is_refused() -> None:
+    messages = 0
+    for lane, deliveries in ((Lane.CONTROL, 0), (Lane.CONTROL, 1), (Lane.DECODE, 2)):
+        probe = make_pair()
+        probe.tick(HOUR, "dialler")
+        sender: Name = "dialled" if deliveries == 1 else "dialler"
+        length = len(advance(probe, deliveries).ends[sender].wires[lane])
+        for bit in range(0, 8 * length, 7):
+            pair = make_pair()
+            pair.tick(HOUR, "dialler")
+            wire = advance(pair, deliveries).ends[sender].wires[lane]
+            wire[bit // 8] ^= 1 << bit % 8
+            wire += bytes(300)  # a longer claim waits for bytes, which then do not open
+            with pytest.raises(InvalidFrame):
+                pair.deliver(sender, lane)
+            messages += 1
+    assert messages > 400
 
 
-@given(st.sampled_from(["initiator", "responder"]), st.binary(max_size=150), st.integers(0, 110))
-def test_arbitrary_bytes_end_a_handshake_with_a_typed_error(
-    role: Role, noise: bytes, genuine: int
+def advance(pair: Pair, deliveries: int) -> Pair:
+    """Let the offer arrive, then the answer."""
+    for name in ("dialler", "dialled")[:deliveries]:
+        pair.deliver(name, Lane.CONTROL)
+    return pair
+
+
+def test_every_flipped_header_bit_of_the_first_frame_of_a_key_is_refused() -> None:
+    for bit in range(8 * HEADER_BYTES):
+        pair = mid_change()
+        switch, first = frames_in(pair.dialler.wires[Lane.DECODE])
+        receive(pair.dialled.link, Lane.DECODE, switch)
+        changed = bytearray(first + bytes(5000))
+        changed[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(InvalidFrame):
+            receive(pair.dialled.link, Lane.DECODE, bytes(changed))
+
+
+def test_one_key_is_tried_for_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[FrameKey] = []
+    genuine = FrameKey.open
+
+    def count(key: FrameKey, header: bytes, sealed: bytes | memoryview) -> bytes:
+        tried.append(key)
+        return genuine(key, header, sealed)
+
+    monkeypatch.setattr(FrameKey, "open", count)
+    pair = mid_change()
+    switch, first = frames_in(pair.dialler.wires[Lane.DECODE])
+    tried.clear()
+    receive(pair.dialled.link, Lane.DECODE, switch + first)
+    assert len(tried) == 2
+    tried.clear()
+    body = bytearray(frames_in(pair.dialler.wires[Lane.PREFILL])[0])
+    body[-1] ^= 1
+    with pytest.raises(InvalidFrame):
+        receive(pair.dialled.link, Lane.PREFILL, bytes(body))
+    assert len(tried) == 1
+    tried.clear()
+    epoch = bytearray(make_frame_of_dialler())
+    epoch[32] ^= 1
+    with pytest.raises(InvalidFrame):
+        receive(make_pair().dialled.link, Lane.DECODE, bytes(epoch))
+    assert tried == []
+
+
+def make_frame_of_dialler() -> bytes:
+    pair = make_pair()
+    pair.send("dialler")
+    return bytes(pair.dialler.wires[Lane.DECODE])
+
+
+# --- a member that breaks the rules --------------------------------------------------
+
+
+def proposal_of(
+    *, epoch: int = EPOCH, swarm: bytes | None = None, codec: Codec = Codec.RAW, seed: str = "evil"
+) -> bytes:
+    secrets = make_secrets(epoch=epoch, codec=codec)
+    proposal = pack_proposal(secrets, shares_from(seed)())
+    return proposal if swarm is None else swarm[:16] + proposal[16:]
+
+
+DEGENERATE = proposal_of()[:40] + bytes(32) + proposal_of()[72:]
+CONFIRMATION = bytes(32)
+BROKEN: dict[str, tuple[Lane, bytes]] = {
+    "no content": (Lane.CONTROL, b"\x01"),
+    "no such message": (Lane.CONTROL, b"\x04" + CONFIRMATION),
+    "message zero": (Lane.CONTROL, b"\x00"),
+    "offer too short": (Lane.CONTROL, b"\x01" + proposal_of()[:-1]),
+    "offer too long": (Lane.CONTROL, b"\x01" + proposal_of() + b"\0"),
+    "offer on a data lane": (Lane.DECODE, b"\x01" + proposal_of()),
+    "offer of an earlier epoch": (Lane.CONTROL, b"\x01" + proposal_of(epoch=EPOCH - 1)),
+    "offer of another swarm": (Lane.CONTROL, b"\x01" + proposal_of(swarm=b"o" * 16)),
+    "offer of another codec": (Lane.CONTROL, b"\x01" + proposal_of(codec=Codec.INT8)),
+    "offer of a degenerate key": (Lane.CONTROL, b"\x01" + DEGENERATE),
+    "answer to nothing": (Lane.CONTROL, b"\x02" + proposal_of() + CONFIRMATION),
+    "answer on a data lane": (Lane.PREFILL, b"\x02" + proposal_of() + CONFIRMATION),
+    "switch to nothing": (Lane.CONTROL, b"\x03" + CONFIRMATION),
+    "switch to nothing on a data lane": (Lane.DECODE, b"\x03" + CONFIRMATION),
+}
+
+
+def key_frame(pair: Pair, lane: Lane, body: bytes) -> bytes:
+    """Return a frame that the dialler, who has the keys, seals by hand."""
+    outgoing = Outgoing(KEY_SHAPE, NO_ROWS, (body,))
+    return bytes(pair.dialler.link._senders[lane].seal(outgoing))
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_key_message_against_the_rules_ends_the_link(what: str) -> None:
+    pair = make_pair(codec=Codec.INT8) if what == "offer of another codec" else make_pair()
+    lane, body = BROKEN[what]
+    if what == "offer of another codec":
+        body = b"\x01" + proposal_of(codec=Codec.RAW)
+    with pytest.raises((InvalidFrame, LinkRefused)):
+        receive(pair.dialled.link, lane, key_frame(pair, lane, body))
+    with pytest.raises((InvalidFrame, LinkRefused)):
+        pair.send("dialled")
+
+
+def test_second_offer_before_the_first_is_through_ends_the_link() -> None:
+    pair = make_pair()
+    for number, refused in enumerate((False, True)):
+        offer = b"\x01" + proposal_of(epoch=EPOCH + 9, seed=f"{number}")
+        data = key_frame(pair, Lane.CONTROL, offer)
+        if refused:
+            with pytest.raises(InvalidFrame, match="out of turn"):
+                receive(pair.dialled.link, Lane.CONTROL, data)
+        else:
+            receive(pair.dialled.link, Lane.CONTROL, data)
+
+
+def test_offer_of_an_epoch_that_never_comes_is_not_held_for_ever() -> None:
+    pair = make_pair()
+    offer = b"\x01" + proposal_of(epoch=2**64 - 1)
+    receive(pair.dialled.link, Lane.CONTROL, key_frame(pair, Lane.CONTROL, offer))
+    pair.dialled.link.tick(REKEY_DEADLINE_S - 0.1)
+    with pytest.raises(LinkRefused):
+        pair.dialled.link.tick(REKEY_DEADLINE_S)
+
+
+def test_second_switch_of_a_lane_ends_the_link() -> None:
+    """Otherwise its counter would start again, and with it the nonces."""
+    pair = mid_change()
+    switch, _ = frames_in(pair.dialler.wires[Lane.DECODE])
+    receive(pair.dialled.link, Lane.DECODE, switch)
+    confirmation = key_confirmation(pair.dialler.link._change.keys.prk, "initiator")
+    fresh = LaneSender(pair.dialler.link._change.keys, Lane.DECODE)
+    again = fresh.seal(Outgoing(KEY_SHAPE, NO_ROWS, (b"\x03" + confirmation,)))
+    with pytest.raises(InvalidFrame, match="a change to no new keys"):
+        receive(pair.dialled.link, Lane.DECODE, bytes(again))
+
+
+def test_answer_that_names_another_epoch_than_its_offer_ends_the_link() -> None:
+    pair = make_pair()
+    pair.tick(HOUR, "dialled")
+    offer = pair.dialled.link._offer
+    assert offer is not None
+    share = shares_from("evil")()
+    own = pack_proposal(make_secrets(), share)
+    keys = derive_keys("responder", make_secrets(), B, share, own, offer.proposal)
+    renamed = own[:16] + (EPOCH + 1).to_bytes(8, "big") + own[24:]
+    answer = b"\x02" + renamed + key_confirmation(keys.prk, "responder")
+    with pytest.raises(InvalidFrame, match="an answer to no offer"):
+        receive(pair.dialled.link, Lane.CONTROL, key_frame(pair, Lane.CONTROL, answer))
+
+
+def test_wrong_confirmation_of_new_keys_ends_the_link() -> None:
+    pair = make_pair()
+    pair.tick(HOUR, "dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    switch = key_frame(pair, Lane.DECODE, b"\x03" + CONFIRMATION)
+    with pytest.raises(InvalidFrame, match="the new keys differ"):
+        receive(pair.dialled.link, Lane.DECODE, switch)
+
+
+def test_ends_with_other_secrets_of_an_epoch_do_not_get_there() -> None:
+    pair = make_pair()
+    pair.learn(EPOCH + 1, "dialled")
+    wrong = make_secrets(epoch=EPOCH + 1, secret=b"x" * 32)
+    pair.dialler.link.rekey(wrong, 0.0)
+    with pytest.raises(InvalidFrame, match="the swarm secrets differ"):
+        pair.deliver_all()
+
+
+def test_former_member_reads_nothing_of_the_next_epoch() -> None:
+    """It has every key of the old epoch, the old secret and the recording, and no share."""
+    pair = make_pair()
+    old_keys = pair.dialler.link._keys
+    pair.learn(EPOCH + 1)
+    pair.deliver_all()
+    pair.send("dialler")
+    [frame] = frames_in(pair.dialler.wires[Lane.DECODE])
+    stale = Link(old_keys, make_secrets(), now=0.0, make_share=shares_from("former"))
+    with pytest.raises(InvalidFrame):
+        receive(stale, Lane.DECODE, frame)
+    address = replace(old_keys.address, epoch=EPOCH)
+    body = len(frame) - HEADER_BYTES - TAG_BYTES
+    header = pack_header(address, Lane.DECODE, 0, HIDDEN, 1, body)
+    stale = Link(old_keys, make_secrets(), now=0.0, make_share=shares_from("former"))
+    with pytest.raises(InvalidFrame):
+        receive(stale, Lane.DECODE, header + frame[HEADER_BYTES:])
+
+
+# --- keys that never come again ------------------------------------------------------
+
+
+def reachable(root: object) -> list[object]:
+    """Return everything that an object leads to, but modules and classes."""
+    found: dict[int, object] = {}
+    waiting = [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in found or isinstance(item, type) or type(item).__name__ == "module":
+            continue
+        found[id(item)] = item
+        if not callable(item):
+            waiting.extend(gc.get_referents(item))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_old_keys_are_dropped(name: Name) -> None:
+    pair = make_pair()
+    link = pair.ends[name].link
+    old = [link._keys.prk, *(id(lane._key) for lane in link._senders.values())]
+    kept = [lane._key for lane in link._senders.values()]  # so that no id comes again
+    assert link._keys.prk in reachable(link)
+    pair.tick(HOUR)
+    pair.deliver_all()
+    left = reachable(link)
+    assert old[0] not in [item for item in left if isinstance(item, bytes)]
+    assert not {id(item) for item in left} & set(old[1:])
+    assert not [item for item in left if isinstance(item, KeyShare)]
+    del kept
+
+
+@pytest.mark.parametrize("restored", NAMES)
+def test_restored_snapshot_of_one_side_repeats_no_key(restored: Name) -> None:
+    """A machine that comes back with its old random numbers meets fresh ones."""
+    seen: list[bytes] = []
+    for attempt in range(3):
+        shares = {
+            name: shares_from(name if name == restored else f"{name} {attempt}") for name in NAMES
+        }
+        pair = make_pair(shares=shares)
+        seen.append(pair.dialler.link._keys.prk)
+        pair.tick(HOUR, "dialler")
+        pair.deliver_all()
+        seen.append(pair.dialler.link._keys.prk)
+    assert len(set(seen)) == len(seen)
+
+
+def test_no_key_meets_a_nonce_twice_over_restarts_and_changes_of_keys(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    side = make_side(role)
-    prefix = (HELLO if role == "responder" else WELCOME)[:genuine]
-    pump(side, bytearray(prefix + noise))
-    if side.keys is not None:
-        assert (prefix + noise)[: len(WELCOME)] == WELCOME
+    used: Counter[tuple[bytes, bytes]] = Counter()
+    genuine = swarm_keys.AESGCM
+
+    class Recorder:
+        def __init__(self, key: bytes) -> None:
+            self._key, self._aead = key, genuine(key)
+
+        def encrypt_into(self, nonce: bytes, *args: bytes | memoryview) -> int:
+            used[self._key, nonce] += 1
+            return self._aead.encrypt_into(nonce, *args)
+
+        def decrypt(self, *args: bytes | memoryview) -> bytes:
+            return self._aead.decrypt(*args)
+
+    monkeypatch.setattr(swarm_keys, "AESGCM", Recorder)
+    for restart in range(4):
+        pair = make_pair(f"{restart}")
+        for turn in range(5):
+            pair.now = 1000.0 * (-1) ** turn  # a clock that jumps back changes nothing
+            for name in NAMES:
+                for lane in Lane:
+                    send_many(pair, name, lane, 830)
+            for name in NAMES:
+                pair.ends[name].link._keyed_at = pair.now - HOUR
+            pair.tick(pair.now)
+            pair.deliver_all()
+    assert used.total() > 99_000
+    assert set(used.values()) == {1}
 
 
-def test_reprs_show_no_key() -> None:
-    secrets = make_secrets()
-    assert repr(secrets) == f"LinkSecrets(swarm={SWARM.hex()[:8]}, epoch={EPOCH})"
-    shown = repr(INITIATOR)
-    assert shown == f"LinkKeys(link={INITIATOR.address.link.hex()[:8]}, remote={B[-8:]})"
+def send_many(pair: Pair, name: Name, lane: Lane, count: int) -> None:
+    end, other = pair.ends[name], pair.other(name)
+    outgoing = frame_of(lane, 1)
+    data = b"".join(end.link.seal(lane, outgoing, pair.now) for _ in range(count))
+    assert len(receive(other.link, lane, data, pair.now)) == count
+
+
+# --- sizes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", list(Codec))
+@pytest.mark.parametrize(("rows", "body"), [(65535, 2**32 - 1), (1, 2**32 - 1), (257, 1 << 20)])
+def test_kibibyte_that_claims_a_huge_frame_is_refused_and_costs_nothing(
+    codec: Codec, rows: int, body: int
+) -> None:
+    link = make_pair(codec=codec).dialled.link
+    shape = link.wire_shape(Lane.PREFILL, HIDDEN)
+    header = pack_header(link._keys.address, Lane.PREFILL, 0, shape, rows, body)
+    data = header + bytes(1024 - len(header))
+    refuse = partial(receive, link, Lane.PREFILL, data)
+    assert peak_of(refuse) < 100_000
+
+
+def peak_of(refuse: Callable[[], object]) -> int:
+    """Return the most bytes that a refusal took."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidFrame):
+            refuse()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_bytes_that_no_frame_can_start_with_are_not_kept() -> None:
+    link = make_pair().dialled.link
+    with pytest.raises(InvalidFrame):
+        receive(link, Lane.DECODE, b"GET / HTTP/1.1\r\n" * 8)
+
+
+@given(st.sampled_from(Lane), st.binary(min_size=1, max_size=300), st.integers(0, 200))
+def test_arbitrary_bytes_raise_nothing_but_invalid_frame(
+    lane: Lane, noise: bytes, genuine: int
+) -> None:
+    pair = mid_change()
+    data = bytes(pair.dialler.wires[lane])[:genuine] + noise
+    try:
+        receive(pair.dialled.link, lane, data)
+    except InvalidFrame:
+        with pytest.raises(InvalidFrame):
+            receive(pair.dialled.link, lane, b"")

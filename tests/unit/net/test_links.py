@@ -9,8 +9,8 @@ import trio
 import trio.testing
 
 from pals.errors import InvalidFrame, PeerUnreachable
+from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, StreamHandler
-from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
 from pals.net.wire import CONTROL_SHAPE, NO_ROWS, FrameShape, Lane, Outgoing
 from pals.types import PeerId, SwarmId

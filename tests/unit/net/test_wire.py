@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,12 +14,15 @@ from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
     HEADER_BYTES,
+    KEY_SHAPE,
     MAX_BODY_BYTES,
     MAX_CONTROL_BYTES,
+    MAX_KEY_BYTES,
     MAX_ROW_TOKENS,
     MAX_ROWS,
     NO_ROWS,
     ROW_BYTES,
+    Codec,
     FrameHead,
     FrameShape,
     Kind,
@@ -46,6 +50,8 @@ WIDTH = 4
 HIDDEN = hidden_shape(MANIFEST, 10, "bf16", WIDTH)
 TOKENS = tokens_shape(MANIFEST)
 SAMPLED = sampled_shape(MANIFEST, 30)
+INT8 = replace(HIDDEN, codec=Codec.INT8)
+WIDE = hidden_shape(MANIFEST, 10, "f32", 8192)
 SHAPES = [CONTROL_SHAPE, TOKENS, HIDDEN, SAMPLED]
 ONE_ROW_BYTES = ROW_BYTES + HIDDEN.token_bytes
 
@@ -91,7 +97,7 @@ def test_header_has_the_documented_layout() -> None:
     wanted = b"".join(
         [
             b"PALS",
-            bytes([1]),  # wire version
+            bytes([2]),  # wire version
             bytes([1]),  # lane: decode
             bytes([2]),  # kind: hidden
             bytes([2]),  # dtype: bf16
@@ -116,7 +122,9 @@ def test_numbers_of_the_wire_are_pinned() -> None:
         ("TOKENS", 1),
         ("HIDDEN", 2),
         ("SAMPLED", 3),
+        ("KEY", 4),
     ]
+    assert [(x.name, x.value) for x in Codec] == [("RAW", 0), ("INT8", 1)]
     assert [(x.name, x.value) for x in Lane] == [("CONTROL", 0), ("DECODE", 1), ("PREFILL", 2)]
     assert [(x.name, x.value) for x in WireDtype] == [
         ("NONE", 0),
@@ -134,6 +142,10 @@ def test_numbers_of_the_wire_are_pinned() -> None:
         (SAMPLED, 4, 30),
         (HIDDEN, 8, 10),
         (hidden_shape(MANIFEST, 10, "f32", WIDTH), 16, 10),
+        (KEY_SHAPE, 0, 0),
+        (INT8, 4 + 2, 10),
+        (replace(INT8, width=64), 64 + 2 * 2, 10),
+        (replace(INT8, width=65), 65 + 2 * 3, 10),
     ],
 )
 def test_shape_states_bytes_of_a_token_and_the_layer_it_enters(
@@ -161,7 +173,7 @@ def test_flipped_bit_of_any_field_but_the_sizes_is_refused(position: int, bit: i
     ("data", "name"),
     [
         (b"\0" * HEADER_BYTES, "magic"),
-        (header()[:4] + b"\2" + header()[5:], "version"),
+        (header()[:4] + b"\1" + header()[5:], "version"),
         (header(lane=Lane.PREFILL), "lane"),
         (header()[:8] + b"\1" + header()[9:], "codec"),
         (header(address=LinkAddress(swarm=b"x" * 16, epoch=3, link=b"l" * 16)), "swarm"),
@@ -171,6 +183,7 @@ def test_flipped_bit_of_any_field_but_the_sizes_is_refused(position: int, bit: i
         (header(counter=COUNTER - 1), "counter"),
         (header(TOKENS), "kind"),
         (header(hidden_shape(MANIFEST, 10, "f32", WIDTH)), "dtype"),
+        (header(INT8), "codec 1"),
         (header(hidden_shape(MANIFEST, 20, "bf16", WIDTH)), "boundary"),
         (header(hidden_shape(b"n" * 32, 10, "bf16", WIDTH)), "manifest"),
     ],
@@ -193,7 +206,11 @@ SIZES = [
     (TOKENS, 256, 256 * 28, 256 * (24 + 4 * 512)),
     (HIDDEN, 1, 32, 24 + 8 * 512),
     (HIDDEN, 3, 3 * 32, 3 * (24 + 8 * 512)),
-    (hidden_shape(MANIFEST, 10, "f32", 8192), 256, 256 * (24 + 32768), 64 << 20),
+    (WIDE, 256, 256 * (24 + 32768), 64 << 20),
+    (KEY_SHAPE, 0, 1, MAX_KEY_BYTES),
+    (INT8, 1, 24 + 6, 24 + 6 * 512),
+    # What it decodes to is bounded as well: 2048 tokens of 32 KiB are 64 MiB.
+    (replace(WIDE, codec=Codec.INT8), 256, 256 * (24 + 8704), 256 * 24 + 2048 * 8704),
 ]
 
 
@@ -215,7 +232,14 @@ def test_body_sizes_that_the_rows_cannot_have_are_refused(
 
 @pytest.mark.parametrize(
     ("shape", "rows"),
-    [(CONTROL_SHAPE, 1), (CONTROL_SHAPE, 65535), (HIDDEN, 0), (HIDDEN, 257), (TOKENS, 65535)],
+    [
+        (CONTROL_SHAPE, 1),
+        (CONTROL_SHAPE, 65535),
+        (KEY_SHAPE, 1),
+        (HIDDEN, 0),
+        (HIDDEN, 257),
+        (TOKENS, 65535),
+    ],
 )
 def test_row_counts_that_no_frame_has_are_refused(shape: FrameShape, rows: int) -> None:
     body = max(1, rows * (ROW_BYTES + shape.token_bytes))
@@ -223,8 +247,8 @@ def test_row_counts_that_no_frame_has_are_refused(shape: FrameShape, rows: int) 
 
 
 def test_limits_are_the_documented_ones() -> None:
-    limits = (MAX_ROWS, MAX_ROW_TOKENS, MAX_BODY_BYTES, MAX_CONTROL_BYTES)
-    assert limits == (256, 512, 64 << 20, 1 << 20)
+    limits = (MAX_ROWS, MAX_ROW_TOKENS, MAX_BODY_BYTES, MAX_CONTROL_BYTES, MAX_KEY_BYTES)
+    assert limits == (256, 512, 64 << 20, 1 << 20, 256)
 
 
 def test_huge_claims_are_refused_without_allocating() -> None:

@@ -41,6 +41,13 @@ def sender(lane: int = 0) -> FrameKey:
 receiver = sender
 
 
+def seal(key: FrameKey, header: bytes, body: bytes) -> bytes:
+    """Return what follows the header in the next frame."""
+    frame = key.seal(header, body)
+    assert frame[: len(header)] == header
+    return bytes(frame[len(header) :])
+
+
 def test_stored_vectors_are_those_of_the_second_implementation() -> None:
     assert json.loads(make_keys.FILE.read_text()) == make_keys.vectors()
 
@@ -65,7 +72,7 @@ def test_schedule_gives_the_stored_vectors() -> None:
     assert key_confirmation(link_key, "responder").hex() == vector["confirm_responder"]
     key = frame_key(link_key, vector["initiator"], vector["responder"], vector["lane"])
     header = bytes.fromhex(vector["header"])
-    sealed = [key.seal(header, bytes.fromhex(body)).hex() for body in vector["bodies"]]
+    sealed = [seal(key, header, bytes.fromhex(body)).hex() for body in vector["bodies"]]
     assert sealed == vector["sealed"]
 
 
@@ -73,12 +80,12 @@ def test_schedule_gives_the_stored_vectors() -> None:
 def test_frames_open_in_order(bodies: list[bytes]) -> None:
     tx, rx = sender(), receiver()
     for number, body in enumerate(bodies):
-        assert rx.open(HEADER, memoryview(tx.seal(HEADER, body))) == body
+        assert rx.open(HEADER, memoryview(seal(tx, HEADER, body))) == body
         assert rx.counter == tx.counter == number + 1
 
 
 def test_replayed_frame_is_refused() -> None:
-    rx, sealed = receiver(), sender().seal(HEADER, b"one")
+    rx, sealed = receiver(), seal(sender(), HEADER, b"one")
     rx.open(HEADER, sealed)
     with pytest.raises(InvalidFrame):
         rx.open(HEADER, sealed)
@@ -86,7 +93,7 @@ def test_replayed_frame_is_refused() -> None:
 
 def test_reordered_frame_is_refused_and_the_counter_stays() -> None:
     tx, rx = sender(), receiver()
-    first, second = tx.seal(HEADER, b"one"), tx.seal(HEADER, b"two")
+    first, second = seal(tx, HEADER, b"one"), seal(tx, HEADER, b"two")
     with pytest.raises(InvalidFrame) as caught:
         rx.open(HEADER, second)
     assert caught.value.fields["peer"] == A
@@ -111,14 +118,14 @@ def test_reordered_frame_is_refused_and_the_counter_stays() -> None:
     ],
 )
 def test_frame_spliced_from_elsewhere_is_refused(key: FrameKey) -> None:
-    sealed = sender().seal(HEADER, b"body")
+    sealed = seal(sender(), HEADER, b"body")
     with pytest.raises(InvalidFrame):
         key.open(HEADER, sealed)
 
 
 @pytest.mark.parametrize("position", range(len(HEADER)))
 def test_changed_header_byte_is_refused(position: int) -> None:
-    sealed = sender().seal(HEADER, b"body")
+    sealed = seal(sender(), HEADER, b"body")
     changed = bytearray(HEADER)
     changed[position] ^= 1
     with pytest.raises(InvalidFrame):
@@ -127,7 +134,7 @@ def test_changed_header_byte_is_refused(position: int) -> None:
 
 @given(st.integers(0, 8 * (4 + 16) - 1))
 def test_changed_bit_of_the_sealed_body_is_refused(bit: int) -> None:
-    sealed = bytearray(sender().seal(HEADER, b"body"))
+    sealed = bytearray(seal(sender(), HEADER, b"body"))
     sealed[bit // 8] ^= 1 << bit % 8
     with pytest.raises(InvalidFrame):
         receiver().open(HEADER, bytes(sealed))
@@ -136,12 +143,12 @@ def test_changed_bit_of_the_sealed_body_is_refused(bit: int) -> None:
 @given(st.integers(0, 4 + 16 - 1))
 def test_truncated_frame_is_refused(length: int) -> None:
     with pytest.raises(InvalidFrame):
-        receiver().open(HEADER, sender().seal(HEADER, b"body")[:length])
+        receiver().open(HEADER, seal(sender(), HEADER, b"body")[:length])
 
 
 def test_each_frame_has_its_own_key_stream() -> None:
     tx = sender()
-    assert tx.seal(b"", bytes(32))[:32] != tx.seal(b"", bytes(32))[:32]
+    assert seal(tx, b"", bytes(32))[:32] != seal(tx, b"", bytes(32))[:32]
 
 
 @pytest.mark.parametrize("use", ["seal", "open"])
@@ -149,7 +156,7 @@ def test_key_is_refused_at_its_limit(use: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(keys, "FRAME_LIMIT", 2)
     tx, rx = sender(), receiver()
     for _ in range(2):
-        rx.open(HEADER, tx.seal(HEADER, b""))
+        rx.open(HEADER, seal(tx, HEADER, b""))
     with pytest.raises(FrameKeyExhausted):
         getattr(tx if use == "seal" else rx, use)(HEADER, bytes(16))
 
