@@ -45,7 +45,7 @@ class LiveTable:
         """
         peer = announcement.peer
         held = self._entries.get(peer)
-        if held is not None and _age(announcement) <= _age(held.announcement):
+        if held is not None and announcement.seq <= held.announcement.seq:
             return False
         if held is None and not self._make_room(now_unix):
             return False
@@ -130,7 +130,3 @@ def _listed(entry: _Entry, now_unix: float) -> bool:
     announcement = entry.announcement
     is_valid = announcement.expires_at > now_unix and announcement.state != "leaving"
     return is_valid and not entry.gone
-
-
-def _age(announcement: Announcement) -> tuple[int, float]:
-    return announcement.seq, announcement.expires_at
