@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import trio
 
@@ -75,7 +77,7 @@ async def test_a_newcomer_has_the_table_as_soon_as_it_is_connected():
 async def test_an_announcement_reaches_members_that_are_not_connected_to_its_shard():
     async with open_swarm() as swarm:
         line = await swarm.start_many(4, sources=GOSSIP_ALONE)
-        for left, right in zip(line, line[1:], strict=False):
+        for left, right in itertools.pairwise(line):
             await left.meet(right)
         await until(lambda: all(is_meshed(member) for member in line))
         await line[0].announce(seq=7)
@@ -278,14 +280,18 @@ async def test_a_message_that_breaks_its_handling_ends_nothing():
 )
 async def test_a_malformed_table_request_is_refused(request_bytes: bytes):
     async with open_swarm() as swarm:
-        server, client = await swarm.start_many(2)
+        server = await swarm.start()
+        client = await swarm.start(sources=KADEMLIA_ALONE)
         await client.meet(server)
         stream = await client.host.open_stream(server.peer_id, exchange.PROTOCOL)
         await stream.write(request_bytes)
         await stream.close()
         with trio.fail_after(3), pytest.raises(PeerUnreachable):
             await stream.read_exactly(2)
-        assert await client.discovery._exchange.ask(server.peer_id)
+        stream = await client.host.open_stream(server.peer_id, exchange.PROTOCOL)
+        await stream.write(b"\x00\x00\x00\x01\x80")
+        with trio.fail_after(3):
+            assert await stream.read_exactly(2) == bytes(2)
 
 
 async def test_a_table_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch):
