@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 import trio
 
+from pals.driver.recovery import Offer
+from pals.driver.suspects import Suspects
 from pals.errors import NoChain
 from pals.net.announce import Announcement
 from pals.net.node import Node
 from pals.net.route import Chain, find_chain
-from pals.types import LayerRange, PeerId
+from pals.types import ActivationDtype, PeerId
 
 FIND_DEADLINE_S = 5.0
 REFRESH_S = 10.0
 REFRESH_INCOMPLETE_S = 1.0
-FAILED_FOR_S = 15.0
-MAX_FAILED_FOR_S = 300.0
-
-
-Offer = tuple[PeerId, LayerRange]
-"""What one peer serves; a peer that came back with other layers makes another offer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +45,20 @@ class RouteTable:
         self._node = node
         self._model = model
         self._announcements: dict[PeerId, Announcement] = {}
-        self._failures: dict[PeerId, tuple[int, float]] = {}
+        self._suspects = Suspects()
         self._refreshing = trio.Lock()
+        self._doubtful = trio.Event()
 
     async def run(self) -> None:
-        """Refresh until cancelled: often while no chain is known, seldom then."""
+        """Refresh until cancelled: often while no healthy chain is known, seldom then."""
         while True:
+            self._doubtful = trio.Event()
             await self.refresh()
-            await trio.sleep(REFRESH_S if self._is_covered() else REFRESH_INCOMPLETE_S)
+            if self._is_healthy():
+                with trio.move_on_after(REFRESH_S):
+                    await self._doubtful.wait()
+            else:
+                await trio.sleep(REFRESH_INCOMPLETE_S)
 
     async def refresh(self) -> None:
         """Ask discovery once for the announcements of all members."""
@@ -69,9 +71,6 @@ class RouteTable:
     async def find(self, *, without: Set[Offer] = frozenset()) -> Chain:
         """Return the best chain now, after asking again if none is known.
 
-        Peers that failed lately are used only when nothing else completes a chain: it
-        may have been their connection that failed.
-
         Args:
             without: Offers that must not be used.
 
@@ -79,47 +78,77 @@ class RouteTable:
             NoChain: The missing layers are served by nobody reachable.
         """
         try:
-            return self._chain(without)
+            return self.choose(without=without)
         except NoChain:
             await self.refresh()
-            return self._chain(without)
+            return self.choose(without=without)
+
+    def choose(
+        self,
+        *,
+        without: Set[Offer] = frozenset(),
+        dtype: ActivationDtype | None = None,
+        context_tokens: int = 0,
+    ) -> Chain:
+        """Return the best chain of those known now.
+
+        Peers that failed lately are used only where nobody else serves their layers: it
+        may have been their connection that failed.
+
+        Args:
+            without: Offers that must not be used.
+            dtype: The activations that the chain must run in; ``None`` takes any.
+            context_tokens: Tokens that a session must be able to reach on every hop.
+
+        Raises:
+            NoChain: The missing layers are served by nobody reachable.
+        """
+        now = trio.current_time()
+        usable = [
+            a
+            for a in self._usable()
+            if (a.peer, a.layers) not in without and a.max_context_tokens >= context_tokens
+        ]
+        return find_chain(
+            usable,
+            manifest=self._model.manifest,
+            num_layers=self._model.num_layers,
+            dtype=dtype,
+            model=self._model.model_id,
+            failures={a.peer: self._suspects.failures(a, now) for a in usable},
+        )
 
     def mark_failed(self, peer: PeerId) -> None:
-        """Use ``peer`` last for a while, longer each time: its announcement outlives it."""
-        count = self._failures.get(peer, (0, 0.0))[0] + 1
-        pause_s = min(FAILED_FOR_S * 2.0 ** (count - 1), MAX_FAILED_FOR_S)
-        self._failures[peer] = (count, trio.current_time() + pause_s)
+        """Use ``peer`` last, until it gives an answer or announces itself after a while."""
+        self._suspects.mark_failed(peer, seq=self._newest_seq(peer), now=trio.current_time())
+        self._doubtful.set()
+
+    def mark_leaving(self, peer: PeerId) -> None:
+        """Use ``peer`` no more, until it announces itself again."""
+        self._suspects.mark_leaving(peer, seq=self._newest_seq(peer))
+        self._doubtful.set()
 
     def mark_good(self, peers: Iterable[PeerId]) -> None:
         """Forget what was held against peers: they gave an answer."""
-        for peer in peers:
-            self._failures.pop(peer, None)
+        self._suspects.mark_good(peers)
 
-    def _chain(self, without: Set[Offer]) -> Chain:
-        usable = [a for a in self._usable() if (a.peer, a.layers) not in without]
-        now = trio.current_time()
-        trusted = [a for a in usable if self._failures.get(a.peer, (0, now))[1] <= now]
-        try:
-            return self._find(trusted)
-        except NoChain:
-            return self._find(usable)
-
-    def _find(self, announcements: Sequence[Announcement]) -> Chain:
-        return find_chain(
-            announcements,
-            manifest=self._model.manifest,
-            num_layers=self._model.num_layers,
-            model=self._model.model_id,
-        )
+    def _newest_seq(self, peer: PeerId) -> int:
+        known = self._announcements.get(peer)
+        return 0 if known is None else known.seq
 
     def _usable(self) -> list[Announcement]:
         members, unix = self._node.members(), time.time()
-        known = self._announcements.items()
-        return [a for peer, a in known if peer in members and a.expires_at > unix]
+        return [
+            a
+            for peer, a in self._announcements.items()
+            if peer in members and a.expires_at > unix and not self._suspects.is_leaving(a)
+        ]
 
-    def _is_covered(self) -> bool:
+    def _is_healthy(self) -> bool:
+        """Return whether a chain is known without a peer that failed lately."""
         try:
-            self._chain(frozenset())
+            chain = self.choose()
         except NoChain:
             return False
-        return True
+        now = trio.current_time()
+        return not any(self._suspects.failures(hop, now) for hop in chain.hops)

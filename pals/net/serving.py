@@ -29,6 +29,8 @@ ANNOUNCE_SOON_S = 2.0
 ANNOUNCE_SOON_TIMES = 5
 ANNOUNCEMENT_LIFETIME_S = 180.0
 OWN_RECORD_DEADLINE_S = 3.0
+WITHDRAWN_LIFETIME_S = 1.0
+WITHDRAW_DEADLINE_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +128,31 @@ OnReady = Callable[[Node, ServedShard], None]
 """Called once a shard is announced."""
 
 
+class Drain:
+    """Asks a shard to leave in order: its sessions move, and it ends.
+
+    Args:
+        on_leave: Called with the number of sessions when it begins to leave.
+    """
+
+    def __init__(self, on_leave: Callable[[int], None] = lambda _: None) -> None:
+        self.on_leave = on_leave
+        self._is_awaited = False
+        self._requested = trio.Event()
+
+    def request(self) -> bool:
+        """Ask for it, on the trio thread; return False when no shard is served yet, or twice."""
+        if not self._is_awaited or self._requested.is_set():
+            return False
+        self._requested.set()
+        return True
+
+    async def wait(self) -> None:
+        """Wait until somebody asks."""
+        self._is_awaited = True
+        await self._requested.wait()
+
+
 async def serve_role(options: NodeOptions, serve: Callable[[Node], Awaitable[None]]) -> None:
     """Run a node that serves until cancelled, such as by `run_shard`.
 
@@ -138,14 +165,17 @@ async def serve_role(options: NodeOptions, serve: Callable[[Node], Awaitable[Non
         await serve(node)
 
 
-async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady) -> None:
-    """Serve a shard on a running node until cancelled.
+async def run_shard(
+    node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady, drain: Drain | None = None
+) -> None:
+    """Serve a shard on a running node until cancelled, or until it has left in order.
 
     Args:
         node: The member that serves.
         load: Loads and compiles the shard, in a thread. The network is up before, so
             that a refused member or a taken port costs no minutes.
         on_ready: Called once the shard is announced.
+        drain: Asks it to leave.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -164,7 +194,7 @@ async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: On
         service.attach(compute)
         node.add_role(service)
         node.nursery.start_soon(service.expire_sessions)
-        await _announce_forever(node, shard, service, on_ready)
+        await _announce_until_left(node, shard, service, on_ready, drain or Drain())
     finally:
         compute.close()
 
@@ -199,11 +229,40 @@ class Sequence:
         return self.last
 
 
+async def _announce_until_left(
+    node: Node, shard: ServedShard, service: ShardService, on_ready: OnReady, drain: Drain
+) -> None:
+    sequence = Sequence()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_announce_forever, node, shard, service, on_ready, sequence)
+        await drain.wait()
+        nursery.cancel_scope.cancel()
+    drain.on_leave(service.sessions)
+    with trio.move_on_after(node.options.settings.drain_s):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.drain)
+            nursery.start_soon(_withdraw, node, shard, service, sequence)
+
+
+async def _withdraw(
+    node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
+) -> None:
+    """Replace this shard's announcement by one that is over at once."""
+    with trio.move_on_after(WITHDRAW_DEADLINE_S):
+        await _publish(
+            node, _build_announcement(node, shard, service, sequence, WITHDRAWN_LIFETIME_S)
+        )
+
+
 async def _announce_forever(
-    node: Node, shard: ServedShard, service: ShardService, on_ready: OnReady
+    node: Node,
+    shard: ServedShard,
+    service: ShardService,
+    on_ready: OnReady,
+    sequence: Sequence,
 ) -> None:
     """Announce often at first, while the members find each other, and then steadily."""
-    sequence, count = Sequence(), 0
+    count = 0
     while True:
         if await _announce(node, shard, service, sequence):
             if count == 0:
@@ -216,14 +275,19 @@ async def _announce_forever(
 async def _announce(
     node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
 ) -> bool:
-    """Announce once and return whether it was accepted here.
+    """Announce once and return whether it was accepted here."""
+    own = (await node.discovery.find((node.peer_id,), deadline_s=OWN_RECORD_DEADLINE_S)).values()
+    sequence.last = max(sequence.last, *(a.seq for a in own), 0)
+    announcement = _build_announcement(node, shard, service, sequence, ANNOUNCEMENT_LIFETIME_S)
+    return await _publish(node, announcement)
+
+
+async def _publish(node: Node, announcement: Announcement) -> bool:
+    """Hand a signed record to the swarm and return whether it was accepted here.
 
     An expired member list or a clock that was changed refuses a record for a while; the
     sessions that run are not to end with it.
     """
-    own = (await node.discovery.find((node.peer_id,), deadline_s=OWN_RECORD_DEADLINE_S)).values()
-    sequence.last = max(sequence.last, *(a.seq for a in own), 0)
-    announcement = _build_announcement(node, shard, service, sequence)
     record = sign_announcement(node.options.identity, announcement)
     try:
         await node.discovery.announce(record)
@@ -234,7 +298,11 @@ async def _announce(
 
 
 def _build_announcement(
-    node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
+    node: Node,
+    shard: ServedShard,
+    service: ShardService,
+    sequence: Sequence,
+    lifetime_s: float,
 ) -> Announcement:
     now = time.time()
     return Announcement(
@@ -250,5 +318,5 @@ def _build_announcement(
         step_ms=service.step_ms,
         addresses=useful_first(node.host.addresses())[:MAX_ADDRESSES],
         seq=sequence.next(now),
-        expires_at=now + ANNOUNCEMENT_LIFETIME_S,
+        expires_at=now + lifetime_s,
     )
