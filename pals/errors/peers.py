@@ -113,6 +113,14 @@ class ShardBusy(CapacityError):
     hint_template = "try again in a moment, or start another shard"
 
 
+class ShardDraining(PeerError):
+    """A shard that is about to stop, and takes no new sessions."""
+
+    code = "PALS-SHARD-DRAINING"
+    message = "peer {peer} is leaving and takes no new sessions"
+    hint_template = "send the request again when another peer serves its layers"
+
+
 class QueueFull(CapacityError):
     """A bounded queue is full."""
 

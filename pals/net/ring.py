@@ -88,6 +88,10 @@ class SessionTable:
     def free_slots(self) -> int:
         return len(self._free_slots)
 
+    def drivers(self) -> frozenset[PeerId]:
+        """Return the drivers of the sessions that run."""
+        return frozenset(session.driver for session in self._sessions.values())
+
     def open(self, driver: PeerId, message: Open, now: float) -> ShardSession:
         """Take a session and reserve its slot.
 
