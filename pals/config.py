@@ -373,6 +373,10 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     listen: str = "/ip4/0.0.0.0/tcp/0"
     peers: tuple[str, ...] = ()
+    announce: tuple[str, ...] = ()
+    upnp: bool = True
+    allow_relay: bool = False
+    use_relay: bool = False
     poll_interval_s: _Seconds = 27.0
     step_deadline_s: _Seconds = 30.0
     session_idle_s: _Seconds = 120.0

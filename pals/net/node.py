@@ -27,6 +27,8 @@ from pals.net.host import Host, open_host, ungrouped_errors
 from pals.net.link import LinkSecrets
 from pals.net.links import Arrival, Links
 from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
+from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
+from pals.net.report import serve_reports
 from pals.net.wire import CONTROL_SHAPE, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
@@ -82,6 +84,15 @@ class NodeOptions:
     def swarm_id(self) -> SwarmId:
         return SwarmId(bytes.fromhex(self.entry.swarm_id))
 
+    def traversal(self) -> TraversalOptions:
+        """Return how this machine may be reached; raise `InvalidConfig` as it is used."""
+        return TraversalOptions(
+            announced=self.settings.announce,
+            upnp=self.settings.upnp,
+            allow_relay=self.settings.allow_relay,
+            use_relay=self.settings.use_relay,
+        )
+
     def link_secrets(self) -> LinkSecrets:
         return LinkSecrets(
             swarm_id=self.swarm_id,
@@ -128,6 +139,8 @@ class Node:
     host: Host
     links: Links
     discovery: Discovery
+    traversal: Traversal
+    contacts: Contacts
     allow_list: AllowList
     nursery: trio.Nursery
     _dispatch: _Dispatch
@@ -152,6 +165,7 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
         RosterUnavailable: There is no verified member list; nothing is served then.
         NotAMember: This machine is not on the list, or was taken from it meanwhile.
         PortInUse: The listening address is taken.
+        InvalidConfig: An address to listen on or to announce is none.
     """
     allow_list = AllowList()
     client = MembershipClient(options.entry.backend_url)
@@ -165,15 +179,17 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
     with ungrouped_errors():
         async with (
             open_host(options.identity, listen=options.settings.listen, allow=allow) as host,
+            open_traversal(host, options.traversal()) as traversal,
             trio.open_nursery() as nursery,
         ):
-            yield await _start(options, host, nursery, allow_list, client, allow)
+            yield await _start(options, host, traversal, nursery, allow_list, client, allow)
             nursery.cancel_scope.cancel()
 
 
 async def _start(
     options: NodeOptions,
     host: Host,
+    traversal: Traversal,
     nursery: trio.Nursery,
     allow_list: AllowList,
     client: MembershipClient,
@@ -190,15 +206,17 @@ async def _start(
         host=host,
         links=links,
         discovery=discovery,
+        traversal=traversal,
+        contacts=Contacts(_named_peers(options)),
         allow_list=allow_list,
         nursery=nursery,
         _dispatch=dispatch,
     )
     nursery.start_soon(_poll, node, client, options)
     nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
-    contacts = Contacts(_named_peers(options))
-    await _meet(node, client, options, contacts)
-    nursery.start_soon(_keep_meeting, node, client, options, contacts)
+    await nursery.start(serve_reports, node)
+    await _meet(node, client, options)
+    nursery.start_soon(_keep_meeting, node, client, options)
     return node
 
 
@@ -241,18 +259,15 @@ def _not_a_member(options: NodeOptions) -> NotAMember:
     return NotAMember(peer=short_id(options.identity.peer_id), swarm=options.entry.name)
 
 
-async def _keep_meeting(
-    node: Node, client: MembershipClient, options: NodeOptions, contacts: Contacts
-) -> None:
+async def _keep_meeting(node: Node, client: MembershipClient, options: NodeOptions) -> None:
     """Renew this machine's address hint, and look for members that are not connected."""
     while True:
-        await trio.sleep(HINT_INTERVAL_S)
-        await _meet(node, client, options, contacts)
+        with trio.move_on_after(HINT_INTERVAL_S):
+            await node.host.advertised.wait()
+        await _meet(node, client, options)
 
 
-async def _meet(
-    node: Node, client: MembershipClient, options: NodeOptions, contacts: Contacts
-) -> None:
+async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> None:
     """Say where this machine listens, and connect to a few members."""
     now = int(time.time())
     hint = sign_hint(
@@ -270,8 +285,8 @@ async def _meet(
         members = node.members()
         for opened in await trio.to_thread.run_sync(read):
             if opened.peer in members:
-                contacts.learn(opened)
-    await _connect_to_some(node, contacts)
+                node.contacts.learn(opened)
+    await _connect_to_some(node, node.contacts)
 
 
 @contextmanager
