@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 FIND_S = 3.0
 CONNECT_S = 10.0
+ASKED_S = 6.0
+"""Seconds for the first members to say whether they can dial this machine."""
 PEERS_AT_ONCE = 16
 PINGS = 3
 ANSWER_S = 60.0
@@ -47,6 +49,7 @@ class PeerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         relay: The member that relays.
         round_trip_ms: The shortest of a few round trips of a small message.
         problem: Why there is no way, or no answer.
+        code: The code of that error, and ``hint`` what to do about it.
     """
 
     peer: _Text
@@ -54,6 +57,8 @@ class PeerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     relay: _Text | None = None
     round_trip_ms: float | None = None
     problem: _Text = ""
+    code: _Text = ""
+    hint: _Text = ""
 
 
 class NetworkReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -74,6 +79,9 @@ class NetworkReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 async def report_network(node: Node) -> NetworkReport:
     """Connect to every member that this one can reach, and say how."""
+    if node.host.connected_peers():
+        with trio.move_on_after(ASKED_S):
+            await node.traversal.asked.wait()
     others = node.members() - {node.peer_id}
     announced = await node.discovery.find(others, deadline_s=FIND_S)
     limiter = trio.CapacityLimiter(PEERS_AT_ONCE)
@@ -102,7 +110,9 @@ async def _report_peer(node: Node, peer: PeerId, addresses: tuple[str, ...]) -> 
         await node.host.connect(peer, addresses, deadline_s=CONNECT_S)
         trips_s = [await node.host.round_trip_s(peer) for _ in range(PINGS)]
     except PeerUnreachable as error:
-        return PeerReport(peer=peer, problem=str(error))
+        return PeerReport(
+            peer=peer, problem=str(error)[:1000], code=error.code, hint=error.hint[:1000]
+        )
     path = node.host.path(peer)
     if path is None:
         return PeerReport(peer=peer, problem="the connection was lost at once")

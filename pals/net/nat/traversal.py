@@ -85,6 +85,8 @@ class Traversal:
         self.relay = RelayService(host, allowed=options.allow_relay, limits=options.limits)
         self._user = RelayUser(host, wanted=options.use_relay, nursery=nursery)
         self._meeter = Meeter(host, self.state.punching_endpoints, nursery)
+        self.asked = trio.Event()
+        """Set once the first members were asked how they see this machine."""
         self._changed = trio.Event()
         self._locks: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
         self._failed_s: dict[PeerId, float] = {}
@@ -245,6 +247,7 @@ class Traversal:
                 nursery.start_soon(ask, member)
         if members:
             self._tell()
+            self.asked.set()
         if self.state.reach == "private":
             for member in set(members) - self._staying:
                 self._nursery.start_soon(self._stay, member)
