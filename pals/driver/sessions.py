@@ -368,6 +368,10 @@ class SessionClient:
             tail = session.chain.tail.peer
             self._send_control(tail, Ack(session=session.session, position=told))
 
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether a session is open that goes by way of ``peer``."""
+        return any(peer in session.peers for session in self._sessions.values())
+
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         for session in [s for s in self._sessions.values() if peer in s.peers]:
             self._blame(session, peer)

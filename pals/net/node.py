@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 HINT_INTERVAL_S = 120.0
 BOOTSTRAP_DEADLINE_S = 5.0
+LEAVE_RELAY_S = 1.0
 MAX_BOOTSTRAP_PEERS = 8
 
 
@@ -56,6 +57,8 @@ class Role(Protocol):
     def on_control(self, peer: PeerId, message: Control) -> None: ...
 
     def on_rows(self, peer: PeerId, arrival: Arrival) -> None: ...
+
+    def needs(self, peer: PeerId) -> bool: ...
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None: ...
 
@@ -126,6 +129,9 @@ class _Dispatch:
                 return
         raise InvalidFrame(peer=peer, problem=f"rows of kind {frame.shape.kind.name.lower()}")
 
+    def needs(self, peer: PeerId) -> bool:
+        return any(role.needs(peer) for role in self.roles)
+
     def on_link_lost(self, peer: PeerId, problem: str) -> None:
         for role in self.roles:
             role.on_peer_lost(peer, problem)
@@ -151,6 +157,10 @@ class Node:
 
     def add_role(self, role: Role) -> None:
         self._dispatch.roles.append(role)
+
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether anything would be lost now with the links to ``peer``."""
+        return self._dispatch.needs(peer)
 
     def members(self) -> frozenset[PeerId]:
         """Return the members that may be talked to now, this machine included."""
@@ -214,6 +224,7 @@ async def _start(
     )
     nursery.start_soon(_poll, node, client, options)
     nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
+    traversal.on_upgrade.append(lambda peer: nursery.start_soon(leave_relay, node, peer))
     await nursery.start(serve_reports, node)
     await _meet(node, client, options)
     nursery.start_soon(_keep_meeting, node, client, options)
@@ -249,6 +260,16 @@ def _cut_everybody(node: Node) -> None:
 def _cut(node: Node, peer: PeerId, problem: str) -> None:
     node.links.drop(peer, problem)
     node.nursery.start_soon(node.host.drop_peer, peer)
+
+
+async def leave_relay(node: Node, peer: PeerId) -> None:
+    """Have the next session with ``peer`` take the direct connection that was made.
+
+    A link stays on the connection that it began on, so it is ended between two sessions.
+    """
+    while node.needs(peer):  # noqa: ASYNC110 # nothing tells that a role's last session ended
+        await trio.sleep(LEAVE_RELAY_S)
+    node.links.drop(peer, "a direct connection takes the place of the relayed one")
 
 
 async def _end_membership(options: NodeOptions) -> None:
