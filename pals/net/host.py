@@ -213,15 +213,14 @@ class Host:
             return
         raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s} s")
 
-    async def connect_directly(self, peer: PeerId, addresses: Sequence[str] = ()) -> None:
-        """Connect to a member at ``addresses`` and those that are known, and by no detour.
+    async def connect_directly(self, peer: PeerId) -> None:
+        """Connect to a member at the addresses that are known, and by no detour.
 
         Raises:
             PeerUnreachable: It is no member, or no known address answers in time.
         """
-        target = _libp2p_id(peer)
         try:
-            await self._swarm.dial_peer(target, _usable(target, addresses), detour=False)
+            await self._swarm.dial_peer(_libp2p_id(peer), detour=False)
         except BaseLibp2pError as error:
             raise _unreachable(peer, error) from error
 

@@ -25,12 +25,12 @@ from pals.net.nat.addresses import Endpoint, endpoints_in
 from pals.net.nat.conversation import (
     end_stream,
     read_expected,
-    read_message,
     send_message,
 )
 from pals.net.nat.limits import PeerAllowances
 from pals.net.nat.messages import (
     MAX_OFFERED,
+    MAX_PROBLEM_CHARS,
     MEET_PROTOCOL,
     MET_PROTOCOL,
     Go,
@@ -48,10 +48,13 @@ _log = logging.getLogger(__name__)
 FIND_DEADLINE_S = 1.5
 PUNCH_S = 3.0
 """A lost SYN is sent again after 1 s."""
-RETRY_S = 0.1
+RETRY_S = 0.25
 MAX_PLACES = 8
 MEETINGS_PER_S = 1 / 5
 MEETINGS_AT_ONCE = 8
+CALLS_PER_S = 2.0
+CALLS_AT_ONCE = 32
+"""Of one meeting member, whoever it says calls."""
 
 Endpoints = Callable[[Sequence[Endpoint]], Sequence[Endpoint]]
 """Where a peer may find this machine, given how the meeting member sees it."""
@@ -96,19 +99,27 @@ class MeetingService:
             await send_message(source, Refused("not directly connected to it"))
             return
         await send_message(source, Here(observed=_told(own), relays=self._relays()))
-        with suppress(PeerUnreachable):  # it met at another place, or did not need to
-            await self._introduce(source, peer, other)
+        try:
+            await self._introduce(source, peer)
+        except PeerUnreachable as error:
+            problem = str(error.fields["problem"])[:MAX_PROBLEM_CHARS]
+            with suppress(PeerUnreachable):  # it met at another place, or did not need to
+                await send_message(source, Refused(problem))
 
-    async def _introduce(self, source: Stream, peer: PeerId, observed: Sequence[Endpoint]) -> None:
+    async def _introduce(self, source: Stream, peer: PeerId) -> None:
+        """Tell each where the other may be found, at addresses that it was seen at."""
         offer = await read_expected(source, Offer)
         if not self._meetings.try_take(source.peer_id, trio.current_time()):
             await send_message(source, Refused("too many meetings"))
             return
         target = await self._host.open_stream(peer, MET_PROTOCOL, connected_only=True)
         try:
-            met = Met(source=source.peer_id, observed=_told(observed), addresses=offer.addresses)
+            own, other = self._host.observed(source.peer_id), self._host.observed(peer)
+            addresses = _seen(offer.addresses, own)
+            met = Met(source=source.peer_id, observed=_told(other), addresses=addresses)
             await send_message(target, met)
-            await send_message(source, await read_message(target))
+            answer = await read_expected(target, Offer)
+            await send_message(source, Offer(addresses=_seen(answer.addresses, other)))
             await send_message(target, await read_expected(source, Go))
         finally:
             with trio.move_on_after(1.0, shield=True):
@@ -129,6 +140,7 @@ class Meeter:
         self._endpoints = endpoints
         self._nursery = nursery
         self._called = PeerAllowances(rate=MEETINGS_PER_S, burst=MEETINGS_AT_ONCE)
+        self._calls = PeerAllowances(rate=CALLS_PER_S, burst=CALLS_AT_ONCE)
         self._waiting: dict[PeerId, trio.Event] = {}
 
     def start(self) -> None:
@@ -190,16 +202,17 @@ class Meeter:
 
     async def _dial_all(self, peer: PeerId, endpoints: Sequence[Endpoint]) -> bool:
         """Dial for a while, and return whether a direct connection came, either way."""
-        connected = self._waiting.setdefault(peer, trio.Event())
         try:
             with trio.move_on_after(PUNCH_S):
                 async with trio.open_nursery() as nursery:
                     for endpoint in endpoints:
                         nursery.start_soon(self._dial_as_initiator, peer, endpoint)
-                    await connected.wait()
+                    while not self._host.observed(peer):
+                        self._waiting[peer] = trio.Event()
+                        await self._waiting[peer].wait()
                     nursery.cancel_scope.cancel()
         finally:
-            del self._waiting[peer]
+            self._waiting.pop(peer, None)
         return bool(self._host.observed(peer))
 
     async def _dial_as_initiator(self, peer: PeerId, endpoint: Endpoint) -> None:
@@ -218,19 +231,23 @@ class Meeter:
         if not self._host.is_member(source):
             await send_message(stream, Refused("the caller is not a member"))
             return
-        if not self._called.try_take(source, trio.current_time()):
+        now_s = trio.current_time()
+        if not (
+            self._calls.try_take(stream.peer_id, now_s) and self._called.try_take(source, now_s)
+        ):
             await send_message(stream, Refused("called too often"))
             return
         own = self._endpoints(endpoints_in(met.observed))
         await send_message(stream, Offer(addresses=_told(own)))
         await read_expected(stream, Go)
-        self._nursery.start_soon(self._dial_plainly, source, met.addresses)
         for endpoint in endpoints_in(met.addresses):
+            self._nursery.start_soon(self._dial_plainly, source, endpoint)
             self._nursery.start_soon(self._answer, endpoint)
 
-    async def _dial_plainly(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        with suppress(PeerUnreachable):
-            await self._host.connect_directly(peer, addresses)
+    async def _dial_plainly(self, peer: PeerId, endpoint: Endpoint) -> None:
+        """Dial an endpoint of the caller, which may be behind no NAT, from another port."""
+        with trio.move_on_after(PUNCH_S), suppress(OSError, PeerUnreachable):
+            await self._host.secure_outbound(await dial_endpoint(endpoint), peer)
 
     async def _answer(self, endpoint: Endpoint) -> None:
         """Dial an endpoint of the caller for a while, and serve what comes of it."""
@@ -250,6 +267,12 @@ class Meeter:
                 except OSError as error:
                     _log.debug("punching to %s: %s", endpoint, error)
             await trio.sleep(RETRY_S)
+
+
+def _seen(addresses: Sequence[str], observed: Sequence[Endpoint]) -> tuple[str, ...]:
+    """Leave out what would have a member dial somebody else than the peer it meets."""
+    ips = {endpoint.ip for endpoint in observed}
+    return _told([endpoint for endpoint in endpoints_in(addresses) if endpoint.ip in ips])
 
 
 def _told(endpoints: Sequence[Endpoint]) -> tuple[str, ...]:

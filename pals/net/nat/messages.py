@@ -34,6 +34,7 @@ STAY_PROTOCOL = "/pals/stay/1"
 MAX_MESSAGE_BYTES = 1024
 MAX_PORTS = 3
 MAX_OFFERED = 4
+MAX_PROBLEM_CHARS = 200
 MAX_SHOWN = 200
 """Characters of a refusal that may repeat what the peer sent."""
 LENGTH = struct.Struct(">H")
@@ -43,7 +44,7 @@ _Address = Annotated[str, msgspec.Meta(min_length=1, max_length=100, pattern=r"^
 _Addresses = Annotated[tuple[_Address, ...], msgspec.Meta(max_length=MAX_OFFERED)]
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 _Ports = Annotated[tuple[_Port, ...], msgspec.Meta(max_length=MAX_PORTS)]
-_Text = Annotated[str, msgspec.Meta(max_length=200)]
+_Text = Annotated[str, msgspec.Meta(max_length=MAX_PROBLEM_CHARS)]
 
 
 class Message(

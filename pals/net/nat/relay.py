@@ -18,6 +18,7 @@ from pals.net.host import Host, Stream
 from pals.net.nat.conversation import end_stream, read_expected, send_message
 from pals.net.nat.limits import Circuit, CircuitBook, RelayLimits
 from pals.net.nat.messages import (
+    MAX_PROBLEM_CHARS,
     RELAY_PROTOCOL,
     RELAYED_PROTOCOL,
     Refused,
@@ -59,7 +60,7 @@ class RelayService:
                 await send_message(source, Taken())
                 await self._carry(circuit, source, target)
         except (RelayRefused, PeerUnreachable) as error:
-            await send_message(source, Refused(str(error.fields["problem"])[:200]))
+            await send_message(source, Refused(str(error.fields["problem"])[:MAX_PROBLEM_CHARS]))
 
     @asynccontextmanager
     async def _open(self, source: Stream, peer: PeerId) -> AsyncGenerator[tuple[Circuit, Stream]]:
