@@ -375,6 +375,10 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     listen: str = "/ip4/0.0.0.0/tcp/0"
     peers: tuple[str, ...] = ()
     prefill_codec: PrefillCodec = "raw"
+    announce: tuple[str, ...] = ()
+    upnp: bool = True
+    allow_relay: bool = False
+    use_relay: bool = False
     poll_interval_s: _Seconds = 27.0
     step_deadline_s: _Seconds = 30.0
     wait_for_peers_s: _SecondsOrNone = 30.0

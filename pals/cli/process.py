@@ -132,6 +132,28 @@ class ServerOptions:
             "some loss; `raw` when left out."
         ),
     ] = None
+    announce: Annotated[
+        tuple[str, ...],
+        Parameter(
+            negative="",
+            help="Multiaddr at which a port forward leads here, such as "
+            "`/ip4/203.0.113.7/tcp/4001`; may be repeated.",
+        ),
+    ] = ()
+    upnp: Annotated[
+        bool | None, Parameter(help="Whether to ask the router to forward the listening port.")
+    ] = None
+    allow_relay: Annotated[
+        bool | None,
+        Parameter(
+            help="Whether to carry connections of members that cannot reach each other; "
+            "only their sizes can be seen here."
+        ),
+    ] = None
+    use_relay: Annotated[
+        bool | None,
+        Parameter(help="Whether to go through such a member where nothing else works."),
+    ] = None
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
     verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
     config_dir: ConfigDir = None
@@ -148,8 +170,16 @@ class ServerOptions:
             listen=self.listen or settings.node.listen,
             peers=self.peer or settings.node.peers,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,
+            announce=self.announce or settings.node.announce,
+            upnp=_either(self.upnp, settings.node.upnp),
+            allow_relay=_either(self.allow_relay, settings.node.allow_relay),
+            use_relay=_either(self.use_relay, settings.node.use_relay),
         )
         return msgspec.structs.replace(settings, node=node)
+
+
+def _either(option: bool | None, setting: bool) -> bool:
+    return setting if option is None else option
 
 
 _AtLeastOne = validators.Number(gte=1)

@@ -185,6 +185,10 @@ class SessionClient:
         else:
             self._opener.acknowledge(attempt)
 
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether a session is open that goes by way of ``peer``."""
+        return bool(self._opener.attempts_over(peer))
+
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         self._questions.on_peer_lost(peer)
         attempts = self._opener.attempts_over(peer)

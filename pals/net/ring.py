@@ -197,6 +197,10 @@ class SessionTable:
             del self._sessions[session.session]
             self._free_slots.append(session.slot)
 
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether any session cannot go on without ``peer``."""
+        return any(peer in session.peers for session in self._sessions.values())
+
     def remove_peer(self, peer: PeerId) -> list[ShardSession]:
         """Free and return the sessions that cannot go on without ``peer``."""
         return self._remove_all(s for s in self._sessions.values() if peer in s.peers)

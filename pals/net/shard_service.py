@@ -184,6 +184,10 @@ class ShardService:
             case _:
                 pass
 
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether a session is open that goes by way of ``peer``."""
+        return self._table.needs(peer)
+
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         """Fail the sessions that cannot go on without ``peer``."""
         for session in self._table.remove_peer(peer):
