@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import numpy as np
 import trio
 from openai import APIError, OpenAI
 
@@ -19,6 +19,14 @@ from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
 from pals.config import Profile
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
+from tests.checkpoints import (
+    EOS_ID,
+    VOCAB_SIZE,
+    llama_shapes,
+    make_llama_checkpoint,
+    random_weights,
+    write_weights,
+)
 from tests.integration.backends import running_backend
 from tests.integration.processes import Pals, Running
 
@@ -126,6 +134,26 @@ def open_process_swarm(
         service.close()
 
 
+def make_endless_checkpoint(folder: Path, *, num_layers: int) -> Path:
+    """Write a tiny model whose greedy answers never end by themselves."""
+    make_llama_checkpoint(folder, num_layers=num_layers)
+    shapes = llama_shapes(
+        num_layers=num_layers,
+        hidden_size=64,
+        intermediate_size=96,
+        q_size=64,
+        kv_size=32,
+        vocab_size=VOCAB_SIZE,
+        tied=True,
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    weights = random_weights(shapes, seed=0, dtype=np.float32)
+    weights["model.embed_tokens.weight"][EOS_ID] = 0  # so is its logit: never the highest
+    write_weights(folder, weights)
+    return folder
+
+
 class StreamReader:
     """Reads one streamed answer in a thread, noting when each piece of text came."""
 
@@ -166,12 +194,9 @@ class StreamReader:
             raise self.error
         return self.text
 
-    def silence_after_s(self, moment_s: float) -> float:
-        """Return how long after a moment the next piece came."""
-        return min(time_s for time_s in self.times_s if time_s > moment_s) - moment_s
-
     @property
     def longest_silence_s(self) -> float:
+        """The longest time between two pieces."""
         pairs = zip(self.times_s, self.times_s[1:], strict=False)
         return max(later - earlier for earlier, later in pairs)
 
@@ -202,9 +227,3 @@ class StreamReader:
             self.pieces.append(piece)
             self.times_s.append(time.monotonic())
             self._changed.notify_all()
-
-
-def end(shard: ShardProcess, number: signal.Signals) -> float:
-    """Signal a shard and return when that was."""
-    shard.running.signal(number)
-    return time.monotonic()
