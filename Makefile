@@ -80,10 +80,10 @@ $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(I
 interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
 
 test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
+	$(BIN)/pytest tests/unit tests/integration tests/chaos -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## the slow tests
-	$(BIN)/pytest tests/unit tests/integration -m slow $(WORKERS)
+	$(BIN)/pytest tests/unit tests/integration tests/chaos -m slow $(WORKERS)
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(BIN)/pytest tests/integration -m large
