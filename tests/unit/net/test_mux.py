@@ -357,7 +357,7 @@ def test_a_window_returns_to_the_budget_with_its_stream():
 
 
 def test_no_window_is_opened_to_a_peer_that_has_closed_its_side():
-    wire = Wire()
+    wire = Wire(window_bytes=INITIAL_WINDOW_BYTES)
     ours, theirs = wire.open()
     size = INITIAL_WINDOW_BYTES // 2 - 1
     wire.dialler.queue(ours, bytes(size), 0.0)
