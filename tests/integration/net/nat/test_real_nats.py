@@ -153,7 +153,7 @@ def test_a_router_that_speaks_upnp_forwards_the_port_while_the_member_runs(tmp_p
 
 @pytest.mark.slow
 def test_a_relayed_connection_becomes_direct_when_punching_works_later():
-    uses = TraversalOptions(use_relay=True, upgrade_s=0.5)
+    uses = TraversalOptions(upnp=False, use_relay=True, upgrade_s=0.5)
     with (
         lab.open_lab("symmetric", "symmetric") as net,
         lab.start_members((net.public, RELAYS), *((site.host, uses) for site in net.sites)) as (
