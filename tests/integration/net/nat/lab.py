@@ -137,6 +137,19 @@ class Site:
         """
         _run(*_exec(self.router), "nft", "-f", "-", stdin=rules)
 
+    def forward(self, external_port: int) -> str:
+        """Have the router forward a port, as its owner may; return the address to announce."""
+        rules = f"""
+            table ip forwards {{
+                chain in {{
+                    type nat hook prerouting priority -100;
+                    iifname "wan" tcp dport {external_port} dnat to 10.{self.number}.0.2:{PORT}
+                }}
+            }}
+        """
+        _run(*_exec(self.router), "nft", "-f", "-", stdin=rules)
+        return f"/ip4/{self.public_ip}/tcp/{external_port}"
+
     @contextmanager
     def forwarding_ports(self, folder: Path) -> Iterator[None]:
         """Run miniupnpd on the router, which then forwards what its hosts ask for."""
