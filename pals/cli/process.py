@@ -23,6 +23,7 @@ from pals.cli.options import ConfigDir, Tokens, read_size
 from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
 from pals.engine.memory import Memory
 from pals.errors import InvalidConfig
+from pals.net.nat.addresses import read_announced
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.types import (
     Dtype,
@@ -163,14 +164,18 @@ class ServerOptions:
         return Profile(config.config_dir(self.config_dir))
 
     def load_settings(self) -> Settings:
-        """Return the preset with these options over it."""
+        """Return the preset with these options over it.
+
+        Raises:
+            InvalidConfig: The preset is none, or an announced address.
+        """
         settings = config.load_settings(self.preset)
         node = msgspec.structs.replace(
             settings.node,
             listen=self.listen or settings.node.listen,
             peers=self.peer or settings.node.peers,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,
-            announce=self.announce or settings.node.announce,
+            announce=tuple(map(read_announced, self.announce or settings.node.announce)),
             upnp=_either(self.upnp, settings.node.upnp),
             allow_relay=_either(self.allow_relay, settings.node.allow_relay),
             use_relay=_either(self.use_relay, settings.node.use_relay),
