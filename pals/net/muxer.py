@@ -97,12 +97,12 @@ class MuxedStream(IMuxedStream):
         self._connection.pump()
         if not message.is_sent:
             await self._wait_until_sent(message)
+        if self.state.problem:
+            raise MuxedStreamReset(self.state.problem)
 
     async def _wait_until_sent(self, message: Message) -> None:
         try:
-            while not message.is_sent:
-                if self.state.problem:
-                    raise MuxedStreamReset(self.state.problem)
+            while not (message.is_sent or self.state.problem):
                 await self._changed.park()
         finally:
             self._mux.withdraw(self.state, message)
@@ -253,6 +253,7 @@ class MuxedConnection(IMuxedConn):
             self._opened.send_nowait(stream)
         except trio.WouldBlock:
             self.mux.reset(state, "nobody accepts it")
+            self._writer.unpark_all()
 
     # --- what libp2p calls -----------------------------------------------------------
 

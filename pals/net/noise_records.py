@@ -49,21 +49,22 @@ class RecordSealer:
     def seal(self, pieces: Iterable[Buffer]) -> list[bytes]:
         """Return what to send, in order, for the bytes of ``pieces`` one after another."""
         sealed: list[bytes] = []
-        joined = b""
+        small: list[Buffer] = []
+        size = 0
         for piece in pieces:
+            if len(piece) >= OWN_RECORD_BYTES or size + len(piece) > MAX_PLAINTEXT_BYTES:
+                self._seal_small(small, sealed)
+                small, size = [], 0
             if len(piece) >= OWN_RECORD_BYTES:
-                self._flush(joined, sealed)
                 self._seal_large(piece, sealed)
-                joined = b""
-            elif len(joined) + len(piece) > MAX_PLAINTEXT_BYTES:
-                self._flush(joined, sealed)
-                joined = bytes(piece)
             else:
-                joined = joined + piece if joined else bytes(piece)
-        self._flush(joined, sealed)
+                small.append(piece)
+                size += len(piece)
+        self._seal_small(small, sealed)
         return sealed
 
-    def _flush(self, joined: bytes, sealed: list[bytes]) -> None:
+    def _seal_small(self, pieces: Sequence[Buffer], sealed: list[bytes]) -> None:
+        joined = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if joined:
             record = self._cipher.encrypt(_NONCE.pack(self._number), joined, None)
             self._number += 1

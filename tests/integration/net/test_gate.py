@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 from libp2p import new_host
-from libp2p.abc import INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.exceptions import BaseLibp2pError
 from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import info_from_p2p_addr
-from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
-from libp2p.security.secio import transport as secio
 from multiaddr import Multiaddr
 
 from pals.errors import PeerUnreachable
@@ -68,37 +63,6 @@ async def test_a_host_does_not_dial_who_is_no_member():
             with pytest.raises(PeerUnreachable, match="not a live member"):
                 await client.open_stream(server.peer_id, ECHO)
             assert not server.connected_peers()
-
-
-@pytest.mark.parametrize("protocol", ["plaintext", "secio"])
-async def test_stating_a_member_s_id_over_another_transport_is_refused(protocol):
-    """B3: stock offers plaintext, where anybody is whoever they say."""
-    async with open_hosts(2) as (_, (victim, server)):
-        key_pair = create_new_key_pair(identity(1).reveal_seed())
-        assert ID.from_pubkey(key_pair.public_key).to_base58() == victim.peer_id
-        transports = {
-            "plaintext": {PLAINTEXT_PROTOCOL_ID: InsecureTransport(key_pair)},
-            "secio": {secio.ID: secio.Transport(key_pair)},
-        }
-        attacker = new_host(key_pair=key_pair, sec_opt=transports[protocol])
-        async with attacker.run([]):
-            with pytest.raises(BaseLibp2pError):
-                await attacker.get_network().dial_addr(
-                    Multiaddr(server.addresses()[0]), ID.from_base58(server.peer_id)
-                )
-        assert not server.connected_peers()
-
-
-async def test_the_attacker_s_stack_gets_in_with_noise():
-    """The control for the test above: only the transport makes the difference."""
-    async with open_hosts(2) as (_, (_, server)):
-        member = new_host(key_pair=create_new_key_pair(identity(1).reveal_seed()))
-        async with member.run([]):
-            await member.connect(info_from_p2p_addr(Multiaddr(server.addresses()[0])))
-            stream: INetStream = await member.new_stream(ID.from_base58(server.peer_id), [ECHO])
-            await stream.write(b"hello")
-            assert await stream.read(5) == b"hello"
-            await member.close()
 
 
 async def test_one_peer_s_connections_are_limited():

@@ -10,7 +10,7 @@ from libp2p.network.exceptions import SwarmException
 
 from pals.errors import InvalidConfig, PeerUnreachable, PortInUse
 from pals.net.host import Host, HostLimits, open_host
-from tests.integration.net.harness import ECHO, LISTEN, ask_echo, identity, open_hosts, until
+from tests.integration.net.harness import ECHO, ask_echo, identity, open_hosts, until
 
 pytestmark = pytest.mark.trio
 
@@ -36,39 +36,6 @@ async def test_a_stream_carries_bytes_both_ways_and_ends_cleanly():
         assert b.connected_peers() == {a.peer_id}
 
 
-async def test_connections_in_a_host_s_life_are_not_limited():
-    """B1: stock keeps the slot of every accepted connection until the host stops."""
-    limits = HostLimits(max_connections=5)
-    async with open_hosts(2, limits=limits) as (_, (a, b)):
-        for _ in range(15):
-            await a.connect(b.peer_id, b.addresses())
-            await a.drop_peer(b.peer_id)
-            await until(lambda: not b.connected_peers())
-        await a.connect(b.peer_id, b.addresses())
-        assert await ask_echo(a, b) == b"hello"
-
-
-async def test_a_handler_that_raises_ends_its_stream_and_nothing_else():
-    """B2: stock ends the whole host."""
-
-    async def boom(stream):
-        raise RuntimeError("boom")
-
-    async with open_hosts(2) as (_, (a, b)):
-        b.handle("/test/boom/1", boom)
-        await a.connect(b.peer_id, b.addresses())
-        with pytest.raises(PeerUnreachable):
-            await ask(a, b, "/test/boom/1")
-        assert await ask_echo(a, b) == b"hello"
-
-
-async def test_connecting_does_not_wait_for_another_transport(monkeypatch):
-    """B4: stock waits this long after each connection that it has made."""
-    monkeypatch.setattr("libp2p.network.swarm._HAPPY_EYEBALLS_DELAY", 60.0)
-    async with open_hosts(2) as (_, (a, b)):
-        await a.connect(b.peer_id, b.addresses())
-
-
 async def test_a_host_connects_to_nobody_on_its_own_account():
     """Stock dials every peer it has heard of until it has half its limit."""
     async with open_hosts(2) as (_, (a, b)):
@@ -76,23 +43,6 @@ async def test_a_host_connects_to_nobody_on_its_own_account():
         a._swarm.peerstore.add_addrs(b_id, b.libp2p_host.get_addrs(), 3600)
         await a._swarm.auto_connector.maybe_connect()
         assert not a.connected_peers()
-
-
-async def test_all_addresses_are_tried():
-    """B5: stock dials one address for each transport."""
-    async with open_hosts(2) as (_, (a, b)):
-        addresses = [DEAD_ADDRESS, "not an address", "/ip4/127.0.0.1/udp/9/quic-v1", *b.addresses()]
-        await a.connect(b.peer_id, addresses)
-        assert await ask_echo(a, b) == b"hello"
-
-
-async def test_a_peer_that_failed_can_be_reached_as_soon_as_it_runs():
-    """B6: stock blocks a peer that failed for 60 s."""
-    async with open_hosts(2) as (_, (a, b)):
-        with pytest.raises(PeerUnreachable) as caught:
-            await a.connect(b.peer_id, [DEAD_ADDRESS])
-        assert caught.value.fields["peer"] == b.peer_id
-        await a.connect(b.peer_id, b.addresses())
 
 
 async def test_addresses_that_were_made_up_do_not_crowd_out_the_true_ones():
@@ -146,47 +96,6 @@ async def test_no_more_addresses_are_dialled_than_a_dial_may_cost(monkeypatch):
     assert sorted(dialled) == [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 9)]
 
 
-async def test_a_message_arrives_whole_in_more_than_100_short_reads():
-    """B9: stock gives up after 100 short reads."""
-    message = bytes(range(256)) * 4096
-
-    async def send_slowly(stream):
-        for start in range(0, len(message), 8192):
-            await stream.write(message[start : start + 8192])
-
-    async with open_hosts(2) as (_, (a, b)):
-        b.handle("/test/send/1", send_slowly)
-        await a.connect(b.peer_id, b.addresses())
-        stream = await a.open_stream(b.peer_id, "/test/send/1")
-        assert await stream.read_exactly(len(message)) == message
-
-
-async def test_a_cancelled_write_leaves_the_connection_whole():
-    """B10: stock leaves half a frame on the wire, and every stream hangs."""
-    reading = trio.Event()
-    received = []
-
-    async def drain(stream):
-        received.append(len(await stream.read_some(1)))
-        await reading.wait()
-        while data := await stream.read_some(65536):
-            received.append(len(data))
-
-    async with open_hosts(2) as (_, (a, b)):
-        b.handle("/test/drain/1", drain)
-        await a.connect(b.peer_id, b.addresses())
-        stream = await a.open_stream(b.peer_id, "/test/drain/1")
-        size = 16 << 20  # more than the window and the sockets hold: it stops half-way
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(stream.write, bytes(size))
-            await until(lambda: received == [1])
-            nursery.cancel_scope.cancel()
-            reading.set()
-        assert await ask_echo(a, b) == b"hello"
-        await stream.close()
-        await until(lambda: sum(received) == size)
-
-
 async def test_a_stream_that_nobody_reads_costs_that_stream_alone():
     async def never_read(stream):
         await trio.sleep_forever()
@@ -223,19 +132,6 @@ async def test_a_connection_that_nobody_uses_is_closed():
         await stream.close()
         await until(lambda: not a.connected_peers() and not b.connected_peers())
         assert await ask_echo(a, b) == b"hello"
-
-
-async def test_a_host_that_leaves_closes_its_connections():
-    """B11: stock leaves ghost peers behind."""
-    async with open_hosts(1) as (members, (a,)):
-        gone = []
-        a.on_disconnect(gone.append)
-        leaver = identity(9)
-        members.add(leaver.peer_id)
-        async with open_host(leaver, listen=LISTEN, allow=members.allow) as b:
-            await b.connect(a.peer_id, a.addresses())
-        await until(lambda: gone == [leaver.peer_id])
-        assert not a.connected_peers()
 
 
 @pytest.mark.parametrize("waiting", [True, False], ids=["while it reads", "before it reads"])

@@ -3,65 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
 from libp2p.io.exceptions import ConnectionClosedError, IncompleteReadError
-from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.exceptions import RawConnError
-from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.peer.id import ID
 from libp2p.security.exceptions import HandshakeFailure
-from libp2p.security.noise.transport import Transport
 
-from pals.net.noise import MAX_READ_BYTES, NoiseTransport
+from pals.net.noise import MAX_READ_BYTES
 from pals.net.noise_records import MAX_PLAINTEXT_BYTES
+from tests.integration.net.pairs import (
+    DIALLER,
+    LISTENER,
+    LISTENER_ID,
+    ours,
+    raw_pair,
+    sessions,
+    stock,
+)
 
-DIALLER = create_new_key_pair(bytes([1]) * 32)
-LISTENER = create_new_key_pair(bytes([2]) * 32)
-LISTENER_ID = ID.from_pubkey(LISTENER.public_key)
 SIZES = [1, MAX_PLAINTEXT_BYTES - 1, MAX_PLAINTEXT_BYTES, MAX_PLAINTEXT_BYTES + 1, 200_000]
-
-
-def ours(key_pair, *, allow=lambda _: True, write_deadline_s=5.0):
-    return NoiseTransport(key_pair, allow=allow, write_deadline_s=write_deadline_s)
-
-
-def stock(key_pair):
-    return Transport(key_pair, noise_privkey=create_x25519_key_pair().private_key)
-
-
-def raw_pair():
-    left, right = trio.socket.socketpair()
-    return tuple(
-        RawConnection(TrioTCPStream(trio.SocketStream(sock)), initiator)
-        for sock, initiator in ((left, True), (right, False))
-    )
-
-
-@asynccontextmanager
-async def sessions(dialling, listening, raws=None) -> AsyncIterator[tuple]:
-    left, right = raws or raw_pair()
-    ends = {}
-    with trio.fail_after(20):
-        async with trio.open_nursery() as nursery:
-
-            async def listen():
-                ends["listener"] = await listening.secure_inbound(right)
-
-            nursery.start_soon(listen)
-            ends["dialler"] = await dialling.secure_outbound(left, LISTENER_ID)
-        try:
-            yield ends["dialler"], ends["listener"]
-        finally:
-            await left.close()
-            await right.close()
 
 
 async def carry(sender, receiver, data: bytes) -> bytes:
