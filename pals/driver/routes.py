@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ from pals.net.route import Chain, find_chain
 from pals.types import LayerRange, PeerId
 
 FIND_DEADLINE_S = 5.0
-REFRESH_S = 10.0
 REFRESH_INCOMPLETE_S = 1.0
+REFRESH_S = 10.0
+REFRESH_WITH_NEWS_S = 60.0
 FAILED_FOR_S = 15.0
 MAX_FAILED_FOR_S = 300.0
 
@@ -43,28 +43,34 @@ class ServedModel:
 
 
 class RouteTable:
-    """Announcements of the swarm's shards, and the chain that they give."""
+    """The chain that the announcements of the swarm's shards give now.
+
+    What members announce is known without asking; the DHT is asked, and more members are
+    met, while that gives no chain, and now and then.
+    """
 
     def __init__(self, node: Node, model: ServedModel) -> None:
         self._node = node
         self._model = model
-        self._announcements: dict[PeerId, Announcement] = {}
         self._failures: dict[PeerId, tuple[int, float]] = {}
         self._refreshing = trio.Lock()
 
     async def run(self) -> None:
         """Refresh until cancelled: often while no chain is known, seldom then."""
+        discovery = self._node.discovery
+        pause_s = REFRESH_WITH_NEWS_S if discovery.hears_news else REFRESH_S
         while True:
             await self.refresh()
-            await trio.sleep(REFRESH_S if self._is_covered() else REFRESH_INCOMPLETE_S)
+            with trio.move_on_after(pause_s):
+                while self._is_covered():
+                    await discovery.wait_for_change()
+            await trio.sleep(REFRESH_INCOMPLETE_S)
 
     async def refresh(self) -> None:
-        """Ask discovery once for the announcements of all members."""
+        """Ask the DHT once for the announcements of all members."""
         async with self._refreshing:
-            found = await self._node.discovery.find(
-                self._node.members(), deadline_s=FIND_DEADLINE_S
-            )
-            self._announcements.update(found)
+            members = self._node.members()
+            await self._node.discovery.find(members, deadline_s=FIND_DEADLINE_S)
 
     async def find(self, *, without: Set[Offer] = frozenset()) -> Chain:
         """Return the best chain now, after asking again if none is known.
@@ -113,9 +119,8 @@ class RouteTable:
         )
 
     def _usable(self) -> list[Announcement]:
-        members, unix = self._node.members(), time.time()
-        known = self._announcements.items()
-        return [a for peer, a in known if peer in members and a.expires_at > unix]
+        known = self._node.discovery.announcements()
+        return [a for a in known.values() if a.state == "serving"]
 
     def _is_covered(self) -> bool:
         try:

@@ -147,6 +147,7 @@ class MemberSwarm(Swarm):
             WeakValueDictionary()
         )
         self._dials = trio.CapacityLimiter(MAX_DIALS)
+        self.on_connect: list[Callable[[PeerId], None]] = []
         self.on_disconnect: list[Callable[[PeerId], None]] = []
 
     def _muxers(self) -> Muxers:
@@ -272,6 +273,7 @@ class MemberSwarm(Swarm):
                 self.manager.run_task(part.start)
                 await part.event_started.wait()
             self._check(muxed_conn)  # what it may do has changed, or others came first
+            is_first = not self.live_connections(muxed_conn.peer_id)
             self.connections.setdefault(muxed_conn.peer_id, []).append(connection)
             await self.notify_connected(connection)
         except BaseException:
@@ -279,6 +281,9 @@ class MemberSwarm(Swarm):
             with trio.CancelScope(shield=True):
                 await connection.close()
             raise
+        if is_first:
+            for callback in self.on_connect:
+                callback(PeerId(muxed_conn.peer_id.to_base58()))
         return connection
 
     def _check(self, muxed_conn: IMuxedConn) -> None:

@@ -10,6 +10,7 @@ import ipaddress
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -24,9 +25,13 @@ MAX_ADDRESSES = 16
 BRIDGES = ipaddress.ip_network("172.16.0.0/12")
 MAX_TEXT_CHARS = 256
 MAX_LAYERS = 10_000
+MAX_SEQ = 1 << 53
 MANIFEST_BYTES = 32
 LAYER_HASH_BYTES = 16
 _DOMAIN = b"pals/1 announcement\x00"
+
+ShardState = Literal["serving", "draining", "leaving"]
+"""What a shard does: take sessions, finish those it has, or nothing any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,8 @@ class Announcement:
         addresses: Multiaddrs at which it listens, most useful first.
         seq: Grows with every record of this peer; a lower one is older.
         expires_at: Unix time in seconds, at most 5 minutes ahead.
+        state: Whether it takes sessions. A shard that leaves says so in one last record,
+            which is kept until it expires so that no older one comes back.
     """
 
     peer: PeerId
@@ -63,6 +70,7 @@ class Announcement:
     addresses: tuple[str, ...]
     seq: int
     expires_at: float
+    state: ShardState = "serving"
 
 
 class _Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -82,6 +90,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     addresses: tuple[str, ...]
     seq: int
     expires_at: float
+    state: ShardState
 
 
 _decoder = msgspec.msgpack.Decoder(_Body)
@@ -177,6 +186,7 @@ def _encode(a: Announcement) -> bytes:
             addresses=a.addresses,
             seq=a.seq,
             expires_at=float(a.expires_at),
+            state=a.state,
         )
     )
 
@@ -201,6 +211,7 @@ def _decode(data: bytes) -> Announcement:
         addresses=body.addresses,
         seq=body.seq,
         expires_at=body.expires_at,
+        state=body.state,
     )
     if _encode(announcement) != data:
         raise _refused("not in canonical form")
@@ -222,6 +233,8 @@ def _check_limits(a: Announcement) -> None:
         raise _refused(f"text that is empty, unprintable or over {MAX_TEXT_CHARS} characters")
     if min(a.free_sessions, a.max_context_tokens, a.seq) < 0:
         raise _refused("a negative count")
+    if a.seq > MAX_SEQ:
+        raise _refused(f"number {a.seq}, more than {MAX_SEQ}")
     if not (math.isfinite(a.step_ms) and a.step_ms >= 0):
         raise _refused(f"a step of {a.step_ms} ms")
 

@@ -1,57 +1,68 @@
-"""Finding shards: the swarm's own Kademlia network, which holds one record per peer.
+"""Finding shards: every member holds the table of who serves what.
 
-The key is ``/pals/<peer id>``, the value a record of `pals.net.announce`, verified when
-it is stored and again when it is read. What is here beside py-libp2p 0.8.1's KadDHT
-works round it: its protocol id ignores every prefix, a read returns the local copy without
-asking anybody, it does not know the peers that are connected, and one silent peer costs
-each operation 10 s. So KadDHT keeps the routing table and serves queries, and the
-look-ups are our own.
+Three sources fill it with the same signed records. Gossip brings each announcement to all
+members within moments, a table request brings a newcomer what was announced before it
+came, and the swarm's Kademlia network answers when neither does. Whoever stops answering
+is dropped by those that notice and then, after a notice and a question, by all others.
 """
-
-# pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
-# Reason: parts of libp2p ship no types, and it queries one peer only privately.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, suppress
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import trio
-from libp2p.custom_types import TProtocol
-from libp2p.kad_dht import common, kad_dht, peer_routing, provider_store, value_store
-from libp2p.kad_dht.kad_dht import DHTMode, KadDHT
-from libp2p.kad_dht.utils import sort_peer_ids_by_distance
-from libp2p.peer.id import ID
-from libp2p.records.validator import NamespacedValidator, Validator
-from libp2p.tools.anyio_service import background_trio_service
 
-from pals.errors import InvalidRecord
-from pals.net.announce import Announcement, newest, open_announcement
+from pals.errors import InvalidRecord, PalsError
+from pals.net.announce import Announcement, open_announcement
+from pals.net.exchange import TableExchange
+from pals.net.gossip import Gossip
 from pals.net.host import Host
+from pals.net.kademlia import Kademlia
+from pals.net.rates import RateLimit
+from pals.net.suspicion import REFUTE_S, Notice, Suspicions, decode_notice, encode_notice
+from pals.net.table import LiveTable
 from pals.types import PeerId, SwarmId, short_id
 
-NAMESPACE = "pals"
-LOOKUPS_AT_ONCE = 16
-ANNOUNCE_DEADLINE_S = 10.0
-QUERY_DEADLINE_S = 3.0
-QUERIES_AT_ONCE = 10
-REPLICAS = 20
-SILENCE_S = 30.0
-INBOUND_QUERIES = 64
-FOLLOW_INTERVAL_S = 1.0
+_log = logging.getLogger(__name__)
 
-_MODULES: tuple[ModuleType, ...] = (common, kad_dht, peer_routing, provider_store, value_store)
+SYNC_INTERVAL_S = 10.0
+PROBE_S = 1.5
+PROBES_AT_ONCE = 32
+PING = "/ipfs/ping/1.0.0"
+PING_BYTES = 32
+NEWS_PER_S = 2.0
+"""Of one member; a shard announces once a minute and when something changes."""
+NEWS_BURST = 32.0
+_ANNOUNCEMENT, _NOTICE = b"\x01", b"\x02"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """From where the table comes beside Kademlia, which is always there.
+
+    Attributes:
+        gossip: Hear and pass on what members announce.
+        table_requests: Ask members for their tables, and answer them.
+    """
+
+    gossip: bool = True
+    table_requests: bool = True
+
+
+ALL_SOURCES = Sources()
 
 
 class Discovery:
-    """Announces this machine's shard, and finds those of other members.
+    """Announces this machine's shard, and knows those of other members.
 
     Args:
-        host: The running host; its gate keeps strangers off the DHT too.
-        swarm_id: Names the private protocol.
+        host: The running host; its gate keeps strangers off all of this.
+        swarm_id: Names the private protocol and the topic.
         is_member: Says whether a peer is a live member.
+        sources: From where the table comes.
         now_unix: Unix time in seconds, by which records expire.
     """
 
@@ -61,223 +72,226 @@ class Discovery:
         swarm_id: SwarmId,
         is_member: Callable[[PeerId], bool],
         *,
+        sources: Sources = ALL_SOURCES,
         now_unix: Callable[[], float] = time.time,
     ) -> None:
         self._host = host
-        self._swarm_id = swarm_id
         self._is_member = is_member
         self._now_unix = now_unix
-        self._running: KadDHT | None = None
-        self._lookups = trio.CapacityLimiter(LOOKUPS_AT_ONCE)
-        self._silent_until: dict[ID, float] = {}
+        self._table = LiveTable()
+        self._suspicions = Suspicions()
+        self._news = RateLimit(per_s=NEWS_PER_S, burst=NEWS_BURST)
+        self._probes = trio.CapacityLimiter(PROBES_AT_ONCE)
+        self._changed = trio.Event()
+        self._own_record = b""
+        self._on_doubt: list[Callable[[], None]] = []
+        self._nursery: trio.Nursery | None = None
+        self._kademlia = Kademlia(host, swarm_id, self._open)
+        self._gossip = Gossip(host, swarm_id, self._judge) if sources.gossip else None
+        self._exchange = TableExchange(host, self) if sources.table_requests else None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Take part in the DHT until cancelled; the other methods need this running."""
-        validator = _AnnouncementValidator(self._open)
-        with _private_protocol(self._swarm_id):
-            self._running = dht = _make_dht(self._host, validator)
-            self._host.on_disconnect(self._forget)
-            async with background_trio_service(dht):
-                task_status.started()
-                while True:
-                    await self._learn_connected()
-                    await trio.sleep(FOLLOW_INTERVAL_S)
+        """Take part until cancelled; the other methods need this running."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._kademlia.run)
+            self._nursery = nursery
+            self._host.on_connect(self._on_connected)
+            self._host.on_disconnect(self._on_disconnected)
+            if self._gossip is not None:
+                nursery.start_soon(self._gossip.run)
+            for peer in self._host.connected_peers():
+                self._on_connected(peer)
+            task_status.started()
+            try:
+                await self._keep_in_step()
+            finally:
+                self._nursery = None
+
+    # --- what members announce -------------------------------------------------------
 
     async def announce(self, record: bytes) -> None:
-        """Store this machine's signed record at the members closest to its key.
+        """Tell the swarm this machine's signed record, and store it in the DHT.
 
-        It stays until it expires, so announce again well before that.
+        It holds until it expires, so announce again well before that.
 
         Raises:
-            InvalidRecord: The record does not verify, or is older than one stored before.
+            InvalidRecord: The record does not verify, or is older than one announced before.
         """
-        peer = self._open(record).peer
-        if not self._keep(peer, record):
-            raise InvalidRecord(kind="announcement", problem="older than the one announced before")
-        key = _key(peer).encode()
-        with trio.move_on_after(ANNOUNCE_DEADLINE_S):
-            closest = await self._walk(key, lambda _: None)
-            async with trio.open_nursery() as nursery:
-                for target in closest[:REPLICAS]:
-                    nursery.start_soon(self._store_at, target, key, record)
+        self._own_record = record
+        announcement = self._open(record)
+        if announcement.seq < self._table.last_seq(announcement.peer):
+            raise InvalidRecord(kind="announcement", problem="older than the one before")
+        if self._gossip is not None:
+            await self._gossip.publish(_ANNOUNCEMENT + record)
+        await self._kademlia.put(record)
+
+    def announcements(self) -> dict[PeerId, Announcement]:
+        """Return what is known of members that serve or drain now."""
+        listed = self._table.announcements(self._now_unix())
+        return {peer: a for peer, a in listed.items() if self._is_member(peer)}
 
     async def find(
         self, peers: Iterable[PeerId], *, deadline_s: float
     ) -> dict[PeerId, Announcement]:
-        """Return what those of ``peers`` that announce anything announce now.
+        """Ask the DHT about ``peers``, and return what those of them announce now.
 
         Never raises because of what peers say or fail to say: those that are silent are
         left out, and what was found by ``deadline_s`` seconds is returned.
         """
         wanted = frozenset(peers)
+        await self._kademlia.find(wanted, deadline_s=deadline_s)
+        return {peer: a for peer, a in self.announcements().items() if peer in wanted}
 
-        async def look_up(peer: PeerId) -> None:
-            async with self._lookups:
-                await self._walk(_key(peer).encode(), lambda value: self._keep(peer, value))
-
-        with trio.move_on_after(deadline_s):
-            async with trio.open_nursery() as nursery:
-                for peer in wanted:
-                    nursery.start_soon(look_up, peer)
-        held = ((peer, self._held(peer)) for peer in wanted)
-        return {peer: announcement for peer, announcement in held if announcement is not None}
-
-    def _held(self, peer: PeerId) -> Announcement | None:
-        """Return the valid announcement of ``peer`` in this machine's own store, if any."""
-        stored = self._dht.value_store.get(_key(peer).encode())
-        return self._open_of(peer, stored.value) if stored is not None else None
-
-    def _open_of(self, peer: PeerId, record: bytes) -> Announcement | None:
-        try:
-            announcement = self._open(record)
-        except InvalidRecord:
-            return None
-        return announcement if announcement.peer == peer else None
-
-    def _keep(self, peer: PeerId, record: bytes) -> bool:
-        """Store a record unless it is invalid or older than the one held."""
-        offered, held = self._open_of(peer, record), self._held(peer)
-        if offered is None or (held is not None and newest([offered, held]) != 0):
-            return False
-        self._dht.value_store.put(_key(peer).encode(), record)
-        return True
-
-    # --- the network -----------------------------------------------------------------
-
-    async def _walk(self, key: bytes, on_value: Callable[[bytes], object]) -> list[ID]:
-        """Ask the members closest to ``key`` for its value, and those whom they name.
-
-        KadDHT's own look-up waits for silent peers anew each time; this one gives
-        ``on_value`` each value when it comes, and passes over who was silent lately.
-
-        Returns:
-            Those that answered, closest to ``key`` first.
-        """
-        known = {*self._dht.routing_table.find_local_closest_peers(key, REPLICAS)}
-        known |= {ID.from_base58(peer) for peer in self._host.connected_peers()}
-        asked: set[ID] = set()
-        answered: list[ID] = []
-
-        async def ask(peer: ID) -> None:
-            answer = await self._query(peer, key)
-            if answer is not None:
-                answered.append(peer)
-                known.update(answer[1])
-                if answer[0] is not None:
-                    on_value(answer[0])
-
-        while batch := self._closest(known, key, asked):
-            asked.update(batch)
-            async with trio.open_nursery() as nursery:
-                for peer in batch:
-                    nursery.start_soon(ask, peer)
-        return sort_peer_ids_by_distance(key, answered)
-
-    def _closest(self, known: set[ID], key: bytes, asked: set[ID]) -> list[ID]:
-        """Return whom to ask next: a few of the ``REPLICAS`` closest members known."""
-        now = trio.current_time()
-        usable = [
-            peer
-            for peer in known
-            if peer != self._dht.local_peer_id
-            and self._silent_until.get(peer, now) <= now
-            and self._is_member(PeerId(peer.to_base58()))
-        ]
-        closest = sort_peer_ids_by_distance(key, usable)[:REPLICAS]
-        return [peer for peer in closest if peer not in asked][:QUERIES_AT_ONCE]
-
-    async def _query(self, peer: ID, key: bytes) -> tuple[bytes | None, list[ID]] | None:
-        """Return what ``peer`` holds under ``key`` and whom it names, or ``None``."""
-        with trio.move_on_after(QUERY_DEADLINE_S):
-            answer = await self._dht.value_store._get_from_peer(peer, key, return_closer_peers=True)
-            assert isinstance(answer, tuple)
-            value, closer = answer
-            assert value is None or isinstance(value, bytes)
-            return value, closer
-        self._silent_until[peer] = trio.current_time() + SILENCE_S
-        return None
-
-    async def _store_at(self, peer: ID, key: bytes, record: bytes) -> None:
-        with trio.move_on_after(QUERY_DEADLINE_S):
-            await self._dht.value_store._store_at_peer(peer, key, record)
-
-    def _open(self, record: bytes) -> Announcement:
-        return open_announcement(record, now_unix=self._now_unix(), is_member=self._is_member)
+    async def wait_for_change(self) -> None:
+        """Wait until some announcement comes, changes, goes or may have expired."""
+        await self._changed.wait()
 
     @property
-    def _dht(self) -> KadDHT:
-        assert self._running is not None, "Discovery.run is not running"
-        return self._running
+    def hears_news(self) -> bool:
+        """Whether announcements come by themselves, without asking the DHT."""
+        return self._gossip is not None or self._exchange is not None
 
-    async def _learn_connected(self) -> None:
-        table = self._dht.routing_table
-        for peer in map(ID.from_base58, self._host.connected_peers()):
-            if not table.peer_in_table(peer):
-                await self._dht.add_peer(peer, skip_server_mode_check=True)
+    def last_seq(self, peer: PeerId) -> int:
+        """Return the highest number of a record of ``peer`` that was seen; -1 for none."""
+        return self._table.last_seq(peer)
 
-    def _forget(self, peer: PeerId) -> None:
-        self._dht.routing_table.remove_peer(ID.from_base58(peer))
+    # --- who is gone -----------------------------------------------------------------
 
+    def on_doubt(self, callback: Callable[[], None]) -> None:
+        """Call back when members may think wrongly of this machine, and it should announce.
 
-class _AnnouncementValidator(Validator):
-    """What KadDHT asks before it stores a value and after it fetched one."""
+        One said that this machine is gone, or a record of it is newer than its own.
+        """
+        self._on_doubt.append(callback)
 
-    def __init__(self, open_record: Callable[[bytes], Announcement]) -> None:
-        self._open = open_record
+    def report_lost(self, peer: PeerId) -> None:
+        """Ask a member that failed whether it is there; if not, drop it and tell others."""
+        announcement = self._table.get(peer, self._now_unix())
+        if announcement is not None and self._nursery is not None:
+            self._nursery.start_soon(self._examine, announcement, True)
 
-    def validate(self, key: str, value: bytes) -> None:
-        """Raise `InvalidRecord` unless ``value`` is a valid record under its own key."""
-        announcement = self._open(value)
-        if key != _key(announcement.peer):
-            raise InvalidRecord(kind="announcement", problem=f"stored under {key!r}")
+    def _on_disconnected(self, peer: PeerId) -> None:
+        if self._is_member(peer):  # else it is not listed, nor may it be asked
+            self.report_lost(peer)
 
-    def select(self, key: str, values: list[bytes]) -> int:
-        """Return the index of the newest valid value; the first if none is valid."""
-        valid: list[tuple[int, Announcement]] = []
-        for index, value in enumerate(values):
-            with suppress(InvalidRecord):
-                valid.append((index, self._open(value)))
-        return valid[newest([a for _, a in valid])][0] if valid else 0
+    def _on_connected(self, peer: PeerId) -> None:
+        if self._table.revive(peer):
+            self._tell_change()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._greet, peer)
 
+    async def _greet(self, peer: PeerId) -> None:
+        if self._exchange is not None:
+            await self._exchange.ask(peer)
+        await self._kademlia.learn_connected()
 
-def _key(peer: PeerId) -> str:
-    return f"/{NAMESPACE}/{peer}"
+    def _on_notice(self, notice: Notice) -> bool:
+        """Follow a notice, and return whether others are to have it too."""
+        peer = PeerId(notice.peer)
+        announcement = self._table.get(peer, self._now_unix())
+        listed = None if announcement is None else announcement.seq
+        now = trio.current_time()
+        if not self._suspicions.accept(peer, notice.seq, listed_seq=listed, now=now):
+            return False
+        if peer == self._host.peer_id:
+            self._defend()
+        elif announcement is not None and self._nursery is not None:
+            self._nursery.start_soon(self._examine, announcement, False)
+        return True
 
+    async def _examine(self, doubted: Announcement, noticed_here: bool) -> None:
+        """Drop a member unless it announces or answers; tell what was noticed here."""
+        if not noticed_here:
+            await trio.sleep(REFUTE_S)
+        if self._table.last_seq(doubted.peer) != doubted.seq or await self._answers(doubted):
+            return
+        if self._table.drop(doubted.peer, doubted.seq):
+            _log.info("peer %s does not answer", short_id(doubted.peer))
+            self._tell_change()
+            if noticed_here and self._gossip is not None:
+                notice = Notice(doubted.peer, doubted.seq)
+                await self._gossip.publish(_NOTICE + encode_notice(notice))
 
-def _make_dht(host: Host, validator: Validator) -> KadDHT:
-    dht = KadDHT(
-        host.libp2p_host,
-        DHTMode.SERVER,
-        validator=NamespacedValidator({NAMESPACE: validator}, strict_validation=True),
-        validator_changed=True,
-        strict_validation=True,
-        enable_providers=False,
-        # Members often share one subnet, and each was invited: no Sybils to spread out.
-        max_peers_per_subnet=0,
-    )
-    # Stock resets every query beyond 12 at once; the host limits streams per peer.
-    dht._inbound_limiter = trio.CapacityLimiter(INBOUND_QUERIES)
-    return dht
+    async def _answers(self, announcement: Announcement) -> bool:
+        """Return whether a member answers a ping, over a new connection if need be."""
+        peer = announcement.peer
+        async with self._probes:
+            with trio.move_on_after(PROBE_S):
+                try:
+                    if peer not in self._host.connected_peers():
+                        await self._host.connect(peer, announcement.addresses, deadline_s=PROBE_S)
+                    stream = await self._host.open_stream(peer, PING)
+                    await stream.write(bytes(PING_BYTES))
+                    await stream.read_exactly(PING_BYTES)
+                    await stream.close()
+                except PalsError:
+                    return False
+                return True
+        return False
 
+    # --- records ---------------------------------------------------------------------
 
-_protocols_in_use: list[TProtocol] = []
+    def _open(self, record: bytes) -> Announcement:
+        """Verify a record from anywhere; whatever is news goes into the table."""
+        now_unix = self._now_unix()
+        announcement = open_announcement(record, now_unix=now_unix, is_member=self._is_member)
+        if self._table.take(announcement, record, now_unix):
+            self._tell_change()
+            if announcement.peer == self._host.peer_id and record != self._own_record:
+                self._defend()
+        return announcement
 
+    def _judge(self, origin: PeerId, message: bytes) -> bool:
+        """Take a message of ``origin``, and return whether others are to have it too."""
+        if origin == self._host.peer_id:
+            return True
+        if not self._news.allows(origin, trio.current_time()):
+            return False
+        kind, data = message[:1], message[1:]
+        try:
+            if kind == _NOTICE:
+                return self._on_notice(decode_notice(data))
+            announcement = self._open(data) if kind == _ANNOUNCEMENT else None
+        except InvalidRecord as error:
+            _log.info("news of peer %s: %s", short_id(origin), error)
+            return False
+        if announcement is None or announcement.peer != origin:
+            return False
+        return announcement.seq >= self._table.last_seq(origin)
 
-@contextmanager
-def _private_protocol(swarm_id: SwarmId) -> Generator[None]:
-    """Give KadDHT the swarm's own protocol id and a short query deadline.
+    def known(self) -> Mapping[PeerId, int]:
+        """Return the number of each peer's record, for a table request."""
+        return self._table.known()
 
-    ``KadDHT(protocol_prefix=…)`` changes nothing on the wire in 0.8.1: its modules read
-    these as globals. So all hosts of one process are of one swarm.
-    """
-    protocol = TProtocol(f"/pals/{short_id(swarm_id)}/kad/1.0.0")
-    assert set(_protocols_in_use) <= {protocol}, "one process serves one swarm"
-    for module in _MODULES:
-        for name, value in (("PROTOCOL_ID", protocol), ("QUERY_TIMEOUT", QUERY_DEADLINE_S)):
-            if hasattr(module, name):
-                setattr(module, name, value)
-    _protocols_in_use.append(protocol)
-    try:
-        yield
-    finally:
-        _protocols_in_use.remove(protocol)
+    def newer_than(self, known: Mapping[str, int]) -> list[bytes]:
+        """Return the records that a member lacks who holds those of ``known``."""
+        return self._table.newer_than(known, self._now_unix())
+
+    def offer(self, record: bytes) -> None:
+        """Take a record that a member sent with its table, if it is valid."""
+        try:
+            self._open(record)
+        except InvalidRecord as error:
+            _log.debug("a record of a table: %s", error)
+
+    def _defend(self) -> None:
+        for callback in self._on_doubt:
+            callback()
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _keep_in_step(self) -> None:
+        """Ask one connected member after another for what was missed."""
+        last = PeerId("")
+        while True:
+            await trio.sleep(SYNC_INTERVAL_S)
+            self._table.purge(self._now_unix())
+            self._suspicions.purge(trio.current_time())
+            self._news.purge(trio.current_time())
+            self._tell_change()
+            connected = sorted(self._host.connected_peers())
+            if connected and self._exchange is not None:
+                last = next((peer for peer in connected if peer > last), connected[0])
+                await self._exchange.ask(last)

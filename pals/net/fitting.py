@@ -89,4 +89,5 @@ async def run_fitting_shard(node: Node, shard: FittingShard, *, on_ready: OnRead
     others = node.members() - {node.peer_id}
     announced = await node.discovery.find(others, deadline_s=LOOK_DEADLINE_S)
     found = [announced[peer] for peer in sorted(announced)]
+    found = [a for a in found if a.state == "serving"]
     await run_shard(node, lambda: shard.load(found), on_ready=on_ready)

@@ -199,6 +199,10 @@ class Host:
         peers = self._swarm.connections
         return frozenset(PeerId(p.to_base58()) for p in peers if self._swarm.live_connections(p))
 
+    def on_connect(self, callback: Callable[[PeerId], None]) -> None:
+        """Call back when there is a first connection to a peer; it must not block or raise."""
+        self._swarm.on_connect.append(callback)
+
     def on_disconnect(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when the last connection to a peer ends; it must not block or raise."""
         self._swarm.on_disconnect.append(callback)

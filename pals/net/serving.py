@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import trio
 
 from pals.engine.worker import ComputeThread, StepResult, StepRunner
-from pals.errors import InvalidRecord, LayersOutsideModel
+from pals.errors import LayersOutsideModel
 from pals.models.config import ModelConfig
 from pals.net.announce import (
     LAYER_HASH_BYTES,
     MAX_ADDRESSES,
     Announcement,
-    sign_announcement,
     useful_first,
 )
+from pals.net.announcer import Announcer
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
 from pals.types import EngineLimits, LayerRange, ShardSpec
 
-ANNOUNCE_INTERVAL_S = 60.0
-ANNOUNCE_SOON_S = 2.0
-ANNOUNCE_SOON_TIMES = 5
-ANNOUNCEMENT_LIFETIME_S = 180.0
 OWN_RECORD_DEADLINE_S = 3.0
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +144,7 @@ async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: On
     Raises:
         ModelError: The model cannot be loaded.
     """
+    node.nursery.start_soon(_look_up_own_record, node)
     shard = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
     table = SessionTable(
         local=node.peer_id,
@@ -164,9 +159,16 @@ async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: On
         service.attach(compute)
         node.add_role(service)
         node.nursery.start_soon(service.expire_sessions)
-        await _announce_forever(node, shard, service, on_ready)
+        describe = partial(_describe, node, shard, service)
+        announcer = Announcer(node.discovery, node.options.identity, describe)
+        await announcer.run(partial(on_ready, node, shard))
     finally:
         compute.close()
+
+
+async def _look_up_own_record(node: Node) -> None:
+    """Learn the number that a process before reached; its clock may have been ahead."""
+    await node.discovery.find((node.peer_id,), deadline_s=OWN_RECORD_DEADLINE_S)
 
 
 def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
@@ -183,60 +185,7 @@ def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
     return compute
 
 
-@dataclass(slots=True)
-class Sequence:
-    """Numbers the records of one peer; they grow even when the wall clock steps back.
-
-    Attributes:
-        last: The highest number that was used, by this process or one before.
-    """
-
-    last: int = 0
-
-    def next(self, now_unix: float) -> int:
-        """Return a number above every one before, by default the time in milliseconds."""
-        self.last = max(self.last + 1, int(now_unix * 1000))
-        return self.last
-
-
-async def _announce_forever(
-    node: Node, shard: ServedShard, service: ShardService, on_ready: OnReady
-) -> None:
-    """Announce often at first, while the members find each other, and then steadily."""
-    sequence, count = Sequence(), 0
-    while True:
-        if await _announce(node, shard, service, sequence):
-            if count == 0:
-                on_ready(node, shard)
-            count += 1
-        soon = count < ANNOUNCE_SOON_TIMES
-        await trio.sleep(ANNOUNCE_SOON_S if soon else ANNOUNCE_INTERVAL_S)
-
-
-async def _announce(
-    node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
-) -> bool:
-    """Announce once and return whether it was accepted here.
-
-    An expired member list or a clock that was changed refuses a record for a while; the
-    sessions that run are not to end with it.
-    """
-    own = (await node.discovery.find((node.peer_id,), deadline_s=OWN_RECORD_DEADLINE_S)).values()
-    sequence.last = max(sequence.last, *(a.seq for a in own), 0)
-    announcement = _build_announcement(node, shard, service, sequence)
-    record = sign_announcement(node.options.identity, announcement)
-    try:
-        await node.discovery.announce(record)
-    except InvalidRecord as error:
-        _log.warning("this shard could not be announced: %s", error)
-        return False
-    return True
-
-
-def _build_announcement(
-    node: Node, shard: ServedShard, service: ShardService, sequence: Sequence
-) -> Announcement:
-    now = time.time()
+def _describe(node: Node, shard: ServedShard, service: ShardService) -> Announcement:
     return Announcement(
         peer=node.peer_id,
         model_id=shard.model_id,
@@ -249,6 +198,6 @@ def _build_announcement(
         max_context_tokens=shard.limits.max_context_tokens,
         step_ms=service.step_ms,
         addresses=useful_first(node.host.addresses())[:MAX_ADDRESSES],
-        seq=sequence.next(now),
-        expires_at=now + ANNOUNCEMENT_LIFETIME_S,
+        seq=0,
+        expires_at=0.0,
     )

@@ -12,7 +12,7 @@ import trio.testing
 
 from pals.driver.sessions import SessionClient
 from pals.errors import NoChain, PalsError, ShardLost
-from pals.net import membership, serving
+from pals.net import announcer, membership
 from pals.net.announce import MAX_ADDRESSES
 from pals.net.host import Host
 from pals.net.membership import MembershipClient
@@ -31,8 +31,8 @@ async def test_a_clock_that_steps_back_does_not_end_a_shard(
     clock = SimpleNamespace(
         offset_s=0.0, time=lambda: time.time() + clock.offset_s, perf_counter=time.perf_counter
     )
-    monkeypatch.setattr(serving, "time", clock)
-    monkeypatch.setattr(serving, "ANNOUNCE_SOON_S", 0.1)
+    monkeypatch.setattr(announcer, "time", clock)
+    monkeypatch.setattr(announcer, "ANNOUNCE_SOON_S", 0.1)
     async with make_swarm(tmp_path, count=2) as swarm:
         first, second = swarm.peers
         meeting = await start_shard(nursery, swarm, swarm.options(first), "0:3")

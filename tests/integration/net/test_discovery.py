@@ -1,193 +1,318 @@
-"""Discovery over real hosts: what members announce is found, whatever others store."""
+"""Discovery over real hosts: every member has the table, whatever some of them do."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
+import itertools
 
 import pytest
 import trio
 
-from pals.errors import InvalidRecord
-from pals.net._libp2p import parse_address
-from pals.net.announce import Announcement, sign_announcement
-from pals.net.discovery import Discovery
-from pals.net.host import Host
-from pals.types import LayerRange, SwarmId
-from tests.integration.net.harness import Members, identity, open_hosts
+from pals.errors import NoChain, PeerUnreachable
+from pals.net import exchange, gossip, suspicion
+from pals.net.discovery import Sources
+from pals.net.gossip import Gossip
+from pals.net.route import find_chain
+from pals.net.suspicion import Notice, encode_notice
+from pals.types import LayerRange
+from tests.integration.net.harness import until
+from tests.integration.net.swarms import NUM_LAYERS, Member, numbered, open_swarm, record
 
 pytestmark = pytest.mark.trio
 
-SWARM_ID = SwarmId(bytes(range(32)))
-KAD = "/pals/00010203/kad/1.0.0"
-FIND_S = 5.0
+KADEMLIA_ALONE = Sources(gossip=False, table_requests=False)
+TABLES_ALONE = Sources(gossip=False)
+GOSSIP_ALONE = Sources(table_requests=False)
+THIRDS = [LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30)]
+ROUTE_S = 1.0
+NEW_SHARD_S = 2.0
+GONE_S = 5.0
 
 
-class Clock:
-    """Unix time that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
+def seen_by(member: Member) -> dict[str, int]:
+    return {peer: a.seq for peer, a in member.discovery.announcements().items()}
 
 
-@asynccontextmanager
-async def open_discoveries(
-    count: int,
-) -> AsyncIterator[tuple[Members, list[Host], list[Discovery], Clock]]:
-    """Run ``count`` members with discovery; none knows another yet."""
-    clock = Clock()
-    async with open_hosts(count) as (members, hosts), trio.open_nursery() as nursery:
-        discoveries = [Discovery(h, SWARM_ID, members.allow, now_unix=clock) for h in hosts]
-        for discovery in discoveries:
-            await nursery.start(discovery.run)
-        yield members, hosts, discoveries, clock
-        nursery.cancel_scope.cancel()
+def has_chain(member: Member) -> bool:
+    announcements = member.discovery.announcements().values()
+    try:
+        find_chain(announcements, manifest=bytes(32), num_layers=NUM_LAYERS)
+    except NoChain:
+        return False
+    return True
 
 
-async def meet(host: Host, discovery: Discovery, *others: Host) -> None:
-    """Connect to others, and let the DHT know of it at once instead of a second later."""
-    for other in others:
-        await host.connect(other.peer_id, other.addresses())
-    await discovery._learn_connected()
+async def test_without_gossip_and_tables_the_chain_is_found_through_one_that_serves_nothing():
+    async with open_swarm() as swarm:
+        idle, *shards = await swarm.start_many(4, sources=KADEMLIA_ALONE)
+        for shard, layers in zip(shards, THIRDS, strict=True):
+            await shard.meet(idle)
+            await shard.announce(layers=layers)
+        driver = await swarm.start(sources=KADEMLIA_ALONE)
+        await driver.meet(idle)
+        await driver.discovery.find(swarm.members, deadline_s=5.0)
+        assert has_chain(driver)
 
 
-def announcement(number: int, clock: Clock, **changes) -> Announcement:
-    basis = Announcement(
-        peer=identity(number).peer_id,
-        model_id="org/model",
-        manifest=bytes(32),
-        layers=LayerRange(0, 10),
-        num_layers=30,
-        layer_hashes=(bytes(16),) * 10,
-        dtype="bf16",
-        free_sessions=4,
-        max_context_tokens=2048,
-        step_ms=1.0,
-        addresses=(),
-        seq=1,
-        expires_at=clock.now + 300,
-    )
-    changed = replace(basis, **changes)
-    return replace(changed, layer_hashes=(bytes(16),) * len(changed.layers))
+async def test_without_gossip_and_tables_a_newcomer_s_record_is_seen_through_a_third_member():
+    async with open_swarm() as swarm:
+        third, newcomer, driver = await swarm.start_many(3, sources=KADEMLIA_ALONE)
+        await driver.meet(third)
+        await newcomer.meet(third)
+        await newcomer.announce()
+        found = await driver.discovery.find([newcomer.peer_id], deadline_s=5.0)
+        assert list(found) == [newcomer.peer_id]
 
 
-def record(number: int, clock: Clock, **changes) -> bytes:
-    return sign_announcement(identity(number), announcement(number, clock, **changes))
+async def test_a_newcomer_has_the_table_as_soon_as_it_is_connected():
+    async with open_swarm() as swarm:
+        idle, *shards = await swarm.start_many(4, sources=TABLES_ALONE)
+        for shard, layers in zip(shards, THIRDS, strict=True):
+            await shard.meet(idle)
+            await shard.announce(layers=layers)
+        driver = await swarm.start(sources=TABLES_ALONE)
+        await driver.meet(idle)
+        await until(lambda: has_chain(driver), deadline_s=ROUTE_S)
 
 
-async def test_announcements_are_found_through_one_member_that_serves_nothing():
-    async with open_discoveries(5) as (members, hosts, discoveries, clock):
-        idle, *shards = hosts[:4]
-        for n in (1, 2, 3):
-            await meet(hosts[n], discoveries[n], idle)
-        for n in (1, 2, 3):
-            await discoveries[n].announce(record(n + 1, clock, layers=LayerRange(n, n + 1)))
-        await meet(hosts[4], discoveries[4], idle)
-        found = await discoveries[4].find(members, deadline_s=FIND_S)
-        assert {peer: a.layers.start for peer, a in found.items()} == {
-            shard.peer_id: n for n, shard in enumerate(shards, start=1)
-        }
+async def test_an_announcement_reaches_members_that_are_not_connected_to_its_shard():
+    async with open_swarm() as swarm:
+        line = await swarm.start_many(4, sources=GOSSIP_ALONE)
+        for left, right in itertools.pairwise(line):
+            await left.meet(right)
+        await until(lambda: all(is_meshed(member) for member in line))
+        await line[0].announce(seq=7)
+        await until(lambda: seen_by(line[-1]) == {line[0].peer_id: 7}, deadline_s=NEW_SHARD_S)
 
 
-async def test_a_newer_announcement_replaces_the_one_found_before():
-    """Stock would return the copy that the first look-up left behind."""
-    async with open_discoveries(2) as (members, hosts, (a, b), clock):
-        await meet(hosts[0], a, hosts[1])
-        await b.announce(record(2, clock, seq=1))
-        assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 1
-        await b.announce(record(2, clock, seq=2))
-        a._dht.value_store.put(*_stored(record(2, clock, seq=1)))
-        assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 2
+async def test_more_than_ten_announcements_a_second_are_all_passed_on():
+    """The default of py-libp2p forwards ten a second of one neighbour and drops the rest."""
+    async with open_swarm() as swarm:
+        line = await swarm.start_many(3, sources=GOSSIP_ALONE)
+        await line[0].meet(line[1])
+        await line[1].meet(line[2])
+        await until(lambda: all(is_meshed(member) for member in line))
+        news: Gossip = line[0].discovery._gossip
+        heard = []
+        line[2].discovery._gossip._running._judge = lambda _, message: heard.append(message)
+        line[1].discovery._gossip._running._judge = lambda *_: True
+        for number in range(30):
+            await news.publish(bytes([9, number]))
+        await until(lambda: len(heard) == 30)
 
 
-async def test_an_older_announcement_changes_nothing():
-    async with open_discoveries(3) as (members, hosts, (a, b, c), clock):
-        await meet(hosts[0], a, hosts[1], hosts[2])
-        await meet(hosts[1], b, hosts[2])
-        await b.announce(record(2, clock, seq=5))
-        c._dht.value_store.put(*_stored(record(2, clock, seq=4)))
-        assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 5
-        with pytest.raises(InvalidRecord, match="older"):
-            await b.announce(record(2, clock, seq=4))
+async def test_a_peer_that_is_killed_is_gone_from_every_table():
+    async with open_swarm() as swarm:
+        hub, victim, *others = await swarm.start_many(5)
+        await victim.meet(hub)
+        for other in others:
+            await other.meet(hub)
+        await until(lambda: all(is_meshed(member) for member in swarm.running))
+        await victim.announce()
+        await until(lambda: all(seen_by(o) == {victim.peer_id: 1} for o in (hub, *others)))
+        await victim.stop()
+        await until(lambda: all(seen_by(o) == {} for o in (hub, *others)), deadline_s=GONE_S)
 
 
-async def test_what_is_forged_foreign_or_expired_is_not_found():
-    async with open_discoveries(2) as (members, hosts, (a, b), clock):
-        await meet(hosts[0], a, hosts[1])
-        stranger = identity(77)
-        outsider = sign_announcement(stranger, announcement(77, clock, peer=stranger.peer_id))
-        forged = bytearray(record(1, clock))
+async def test_a_peer_that_came_back_is_listed_at_once():
+    async with open_swarm() as swarm:
+        hub, victim, other = await swarm.start_many(3)
+        await victim.meet(hub)
+        await other.meet(hub)
+        await victim.announce(seq=1)
+        await until(lambda: victim.peer_id in seen_by(other))
+        await victim.stop()
+        await until(lambda: seen_by(other) == {}, deadline_s=GONE_S)
+        again = await swarm.start(victim.number)
+        await again.meet(hub)
+        await again.announce(seq=2)
+        await until(lambda: seen_by(other) == {again.peer_id: 2}, deadline_s=NEW_SHARD_S)
+
+
+async def test_copies_of_a_dead_peer_s_record_do_not_bring_it_back():
+    async with open_swarm() as swarm:
+        hub, victim = await swarm.start_many(2)
+        await victim.meet(hub)
+        await victim.announce()
+        copy = record(victim.number)
+        await victim.stop()
+        await until(lambda: seen_by(hub) == {}, deadline_s=GONE_S)
+        hub.discovery.offer(copy)
+        assert seen_by(hub) == {}
+
+
+async def test_lying_that_a_peer_is_gone_removes_it_nowhere(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(suspicion, "PAUSE_S", 0.0)
+    async with open_swarm() as swarm:
+        hub, victim, liar, other = await swarm.start_many(4)
+        for member in (victim, liar, other):
+            await member.meet(hub)
+        await until(lambda: all(is_meshed(member) for member in swarm.running))
+        await victim.announce()
+        await until(lambda: victim.peer_id in seen_by(other))
+        gone = []
+        original = other.discovery._table.drop
+        other.discovery._table.drop = lambda *said: gone.append(said) or original(*said)
+        probed = trio.Event()
+        answers = other.discovery._answers
+
+        async def watch(announcement):
+            answered = await answers(announcement)
+            probed.set()
+            return answered
+
+        other.discovery._answers = watch
+        for _ in range(3):
+            notice = encode_notice(Notice(victim.peer_id, 1))
+            await liar.discovery._gossip.publish(b"\x02" + notice)
+        with trio.fail_after(GONE_S):
+            await probed.wait()
+        assert not gone
+        assert seen_by(other) == seen_by(hub) == {victim.peer_id: 1}
+
+
+async def test_the_accused_is_told_to_announce_anew_and_is_not_even_asked():
+    async with open_swarm() as swarm:
+        hub, victim, liar = await swarm.start_many(3)
+        await victim.meet(hub)
+        await liar.meet(hub)
+        await until(lambda: all(is_meshed(member) for member in swarm.running))
+        await victim.announce()
+        await until(lambda: victim.peer_id in seen_by(liar))
+        accused = trio.Event()
+        victim.discovery.on_doubt(accused.set)
+        await liar.discovery._gossip.publish(b"\x02" + encode_notice(Notice(victim.peer_id, 1)))
+        with trio.fail_after(2):
+            await accused.wait()
+
+
+async def test_a_shard_that_leaves_is_gone_at_once_and_its_older_records_stay_out():
+    async with open_swarm() as swarm:
+        hub, shard, other = await swarm.start_many(3)
+        await shard.meet(hub)
+        await other.meet(hub)
+        await shard.announce(seq=1)
+        await until(lambda: shard.peer_id in seen_by(other))
+        await shard.announce(seq=2, state="leaving")
+        await until(lambda: seen_by(other) == seen_by(hub) == {})
+        other.discovery.offer(record(shard.number, seq=1))
+        assert seen_by(other) == {}
+
+
+async def test_a_record_expires_where_nobody_noticed_anything():
+    async with open_swarm() as swarm:
+        hub, shard = await swarm.start_many(2)
+        await shard.meet(hub)
+        await shard.announce()
+        await until(lambda: shard.peer_id in seen_by(hub))
+        swarm.clock.offset_s = 181.0
+        assert seen_by(hub) == {}
+
+
+async def test_what_is_forged_foreign_expired_or_older_changes_no_table():
+    async with open_swarm() as swarm:
+        hub, shard, liar = await swarm.start_many(3)
+        await shard.meet(hub)
+        await liar.meet(hub)
+        await until(lambda: all(is_meshed(member) for member in swarm.running))
+        await shard.announce(seq=5)
+        await until(lambda: seen_by(liar) == {shard.peer_id: 5})
+        forged = bytearray(record(shard.number, seq=9))
         forged[-1] ^= 1
-        for key, value in {
-            f"/pals/{hosts[0].peer_id}": bytes(forged),
-            f"/pals/{stranger.peer_id}": outsider,
-            f"/pals/{hosts[1].peer_id}": record(1, clock),
-        }.items():
-            b._dht.value_store.put(key.encode(), value)
-        assert await a.find({*members, stranger.peer_id}, deadline_s=FIND_S) == {}
-        await b.announce(record(2, clock, seq=2))
-        assert list(await a.find(members, deadline_s=FIND_S)) == [hosts[1].peer_id]
-        clock.now += 301
-        assert await a.find(members, deadline_s=FIND_S) == {}
+        bad = [
+            bytes(forged),
+            record(77, seq=9),
+            record(shard.number, seq=4),
+            record(liar.number, swarm.clock, expires_at=swarm.clock() - 1),
+            b"",
+            bytes(9000),
+        ]
+        for data in bad:
+            await liar.discovery._gossip.publish(b"\x01" + data)
+        await liar.discovery._gossip.publish(b"\x07" + record(liar.number))
+        await liar.discovery._gossip.publish(b"")
+        await liar.announce(seq=1)
+        await until(lambda: liar.peer_id in seen_by(hub))
+        assert seen_by(hub) == seen_by(shard) == {shard.peer_id: 5, liar.peer_id: 1}
+        assert numbered(77).peer_id not in hub.discovery.known()
+
+
+async def test_a_flood_of_one_member_s_news_is_cut_and_others_are_still_heard():
+    async with open_swarm() as swarm:
+        hub, flooder, shard = await swarm.start_many(3)
+        await flooder.meet(hub)
+        await shard.meet(hub)
+        await until(lambda: all(is_meshed(member) for member in swarm.running))
+        for seq in range(1, 201):
+            await flooder.discovery._gossip.publish(b"\x01" + record(flooder.number, seq=seq))
+        await until(lambda: flooder.peer_id in seen_by(hub))
+        await shard.announce()
+        await until(lambda: shard.peer_id in seen_by(flooder), deadline_s=NEW_SHARD_S)
+        assert seen_by(hub)[flooder.peer_id] < 100
+
+
+async def test_a_message_that_breaks_its_handling_ends_nothing():
+    """A task of the library that fails ends all of its service, and the node with it."""
+    async with open_swarm() as swarm:
+        hub, liar, shard = await swarm.start_many(3)
+        await liar.meet(hub)
+        await shard.meet(hub)
+        await until(lambda: all(is_meshed(member) for member in swarm.running))
+        pubsub = liar.discovery._gossip._running
+        stream = pubsub.peers[hub.host.libp2p_host.get_id()]
+        message = gossip.rpc_pb2.Message(
+            data=b"x",
+            topicIDs=[liar.discovery._gossip._topic],
+            from_id=b"\x12\x20" + bytes(32),
+            seqno=b"1",
+            signature=b"x",
+            key=b"no key",
+        )
+        await pubsub.write_msg(stream, gossip.rpc_pb2.RPC(publish=[message]))
+        await shard.announce()
+        await until(lambda: shard.peer_id in seen_by(hub), deadline_s=NEW_SHARD_S)
+        assert hub.discovery._gossip._running is not None
 
 
 @pytest.mark.parametrize(
-    "key", ["/pals/{other}", "/pk/{own}", "/pals/", "plain", "/pals/{own}/more"]
+    "request_bytes",
+    [b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x02\x81\x01", b"\x00\x00"],
+    ids=["too long", "no msgpack", "no map of peers", "cut"],
 )
-async def test_a_member_cannot_store_under_a_key_that_is_not_its_own(key):
-    async with open_discoveries(2) as (_, hosts, (a, b), clock):
-        await meet(hosts[0], a, hosts[1])
-        key = key.format(own=hosts[0].peer_id, other=hosts[1].peer_id).encode()
-        value = record(1, clock)
-        target = hosts[1].libp2p_host.get_id()
-        assert not await a._dht.value_store._store_at_peer(target, key, value)
-        assert b._dht.value_store.get(key) is None
-        own = f"/pals/{hosts[0].peer_id}".encode()
-        assert await a._dht.value_store._store_at_peer(target, own, value)
+async def test_a_malformed_table_request_is_refused(request_bytes: bytes):
+    async with open_swarm() as swarm:
+        server = await swarm.start()
+        client = await swarm.start(sources=KADEMLIA_ALONE)
+        await client.meet(server)
+        stream = await client.host.open_stream(server.peer_id, exchange.PROTOCOL)
+        await stream.write(request_bytes)
+        await stream.close()
+        with trio.fail_after(3), pytest.raises(PeerUnreachable):
+            await stream.read_exactly(2)
+        stream = await client.host.open_stream(server.peer_id, exchange.PROTOCOL)
+        await stream.write(b"\x00\x00\x00\x01\x80")
+        with trio.fail_after(3):
+            assert await stream.read_exactly(2) == bytes(2)
 
 
-async def test_announcing_what_does_not_verify_is_refused():
-    async with open_discoveries(1) as (_, _, (a,), clock):
-        with pytest.raises(InvalidRecord):
-            await a.announce(record(1, clock, expires_at=clock.now - 1))
+async def test_a_table_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatch):
+    async with open_swarm() as swarm:
+        client, liar = await swarm.start_many(2)
+        one = record(liar.number)
+
+        async def flood(stream) -> None:
+            while True:
+                await stream.write(len(one).to_bytes(2, "big") + one)
+
+        liar.host.handle(exchange.PROTOCOL, flood)
+        await client.meet(liar)
+        assert not await client.discovery._exchange.ask(liar.peer_id)
 
 
-async def test_the_protocol_is_the_swarm_s_own():
-    async with open_discoveries(1) as (_, (host,), _, _):
-        protocols = set(map(str, host.libp2p_host.get_mux().get_protocols()))
-        assert KAD in protocols
-        assert "/ipfs/kad/1.0.0" not in protocols
-
-
-async def test_members_that_never_answer_do_not_hold_up_the_others():
-    async def silent(stream):
-        await trio.sleep_forever()
-
-    async with open_discoveries(4) as (members, hosts, discoveries, clock):
-        driver, server, connected, vanished = hosts
-        connected.handle(KAD, silent)
-        await meet(driver, discoveries[0], server, connected)
-        await discoveries[1].announce(record(2, clock))
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        port = listeners[0].socket.getsockname()[1]  # takes a connection, says nothing
-        silent_address = parse_address(f"/ip4/127.0.0.1/tcp/{port}")
-        driver._swarm.peerstore.add_addr(vanished.libp2p_host.get_id(), silent_address, 3600)
-        await discoveries[0]._dht.add_peer(vanished.libp2p_host.get_id())
-        assert discoveries[0]._dht.routing_table.size() == 3
-        started = trio.current_time()
-        found = await discoveries[0].find(members, deadline_s=6.0)
-        assert list(found) == [server.peer_id]
-        assert trio.current_time() - started < 5.0
-        started = trio.current_time()
-        assert list(await discoveries[0].find(members, deadline_s=6.0)) == [server.peer_id]
-        assert trio.current_time() - started < 1.0
-        await listeners[0].aclose()
-
-
-def _stored(value: bytes) -> tuple[bytes, bytes]:
-    return f"/pals/{identity(2).peer_id}".encode(), value
+def is_meshed(member: Member) -> bool:
+    """Return whether gossip runs and reaches every connected member."""
+    gossip = member.discovery._gossip
+    if gossip is None or gossip._running is None:
+        return False
+    topics = gossip._running.peer_topics.get(gossip._topic, set())
+    meshed = gossip._running.router.mesh.get(gossip._topic, set()) & topics
+    return len(meshed) >= min(4, len(member.host.connected_peers())) > 0

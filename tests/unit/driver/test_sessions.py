@@ -53,12 +53,19 @@ def announcement(peer: PeerId, layers: str, *, free: int = 2) -> Announcement:
 
 
 class FakeDiscovery:
+    """Lists what was announced when the driver came; a look-up finds what came since."""
+
     def __init__(self, announcements: Iterable[Announcement]) -> None:
-        self.announcements = {a.peer: a for a in announcements}
+        self.announced = {a.peer: a for a in announcements}
+        self._listed = dict(self.announced)
+
+    def announcements(self) -> dict[PeerId, Announcement]:
+        return self._listed
 
     async def find(self, peers: Iterable[PeerId], *, deadline_s: float) -> dict[PeerId, Any]:
         assert deadline_s > 0
-        return {p: a for p, a in self.announcements.items() if p in set(peers)}
+        self._listed = {p: a for p, a in self.announced.items() if p in set(peers)}
+        return self._listed
 
 
 class FakeLinks:
@@ -233,7 +240,7 @@ async def test_a_peer_that_came_back_with_other_layers_is_asked_for_these() -> N
     bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
     await bench.routes.refresh()
     bench.links.refusals[A] = ("PALS-SESSION-REFUSED", "the chain does not hold these layers")
-    bench.node.discovery.announcements[A] = announcement(A, "0:4")
+    bench.node.discovery.announced[A] = announcement(A, "0:4")
 
     def forgive(_: PeerId, __: object) -> None:
         bench.links.refusals.clear()

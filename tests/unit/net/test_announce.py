@@ -15,6 +15,7 @@ from pals.net.announce import (
     MAX_ADDRESSES,
     MAX_LIFETIME_S,
     MAX_RECORD_BYTES,
+    MAX_SEQ,
     Announcement,
     newest,
     open_announcement,
@@ -61,6 +62,7 @@ def forge(**changes) -> bytes:
         a.addresses,
         a.seq,
         a.expires_at,
+        a.state,
     ]
     body = msgspec.msgpack.encode(fields)
     return IDENTITY.sign(b"pals/1 announcement\x00" + body) + body
@@ -88,6 +90,7 @@ def test_the_forging_helper_makes_a_valid_record_when_it_changes_nothing():
         {"free_sessions": -1},
         {"max_context_tokens": -1},
         {"seq": -1},
+        {"seq": MAX_SEQ + 1},
         {"step_ms": float("nan")},
         {"step_ms": -1.0},
         {"addresses": ("/ip4/192.0.2.1/tcp/1",) * (MAX_ADDRESSES + 1)},
@@ -97,6 +100,7 @@ def test_the_forging_helper_makes_a_valid_record_when_it_changes_nothing():
         {"expires_at": NOW},
         {"expires_at": NOW + MAX_LIFETIME_S + CLOCK_SKEW_S + 1},
         {"expires_at": float("nan")},
+        {"state": "sleeping"},
     ],
     ids=str,
 )
@@ -118,7 +122,7 @@ def test_a_record_too_large_is_refused_before_it_is_decoded():
 
 def test_a_body_in_another_form_is_refused():
     body = sign_announcement(IDENTITY, ANNOUNCEMENT)[SIGNATURE_BYTES:]
-    loose = b"\xdc\x00\x0e" + body[1:]
+    loose = b"\xdc\x00\x0f" + body[1:]
     signature = IDENTITY.sign(b"pals/1 announcement\x00" + loose)
     with pytest.raises(InvalidRecord, match="canonical"):
         open_now(signature + loose)

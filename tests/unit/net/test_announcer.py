@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pals.net.serving import Sequence
+from pals.net.announcer import Sequence
 
 NOW = 1_900_000_000.0
 
