@@ -33,13 +33,8 @@ from pals import config
 from pals.cli.interrupt import run_until_signal
 from pals.cli.process import HUGE_PAGES, MALLOC_VARIABLE
 from pals.driver.routes import ServedModel
-from pals.driver.sessions import (
-    SampledToken,
-    SessionClient,
-    SessionEvent,
-    SessionRequest,
-    open_sessions,
-)
+from pals.driver.sessions import SessionClient, open_sessions
+from pals.driver.state import SampledToken, SessionEvent, SessionRequest
 from pals.models.hub import resolve_model
 from pals.types import EngineLimits, split_layers
 

@@ -352,6 +352,7 @@ def _damaged(path: Path, problem: str) -> InvalidConfig:
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+_SecondsOrNone = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
 class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -374,9 +375,15 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     listen: str = "/ip4/0.0.0.0/tcp/0"
     peers: tuple[str, ...] = ()
     prefill_codec: PrefillCodec = "raw"
+    announce: tuple[str, ...] = ()
+    upnp: bool = True
+    allow_relay: bool = False
+    use_relay: bool = False
     poll_interval_s: _Seconds = 27.0
     step_deadline_s: _Seconds = 30.0
+    wait_for_peers_s: _SecondsOrNone = 30.0
     session_idle_s: _Seconds = 120.0
+    drain_s: _SecondsOrNone = 20.0
 
 
 class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

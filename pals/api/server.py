@@ -7,9 +7,12 @@ name cannot mean loopback for the check and something else for the bind.
 from __future__ import annotations
 
 import ipaddress
+import math
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 
 import uvicorn
 from litestar.types import ASGIApp
@@ -94,7 +97,16 @@ class HttpServer:
     """Run an ASGI application over one listener with uvicorn.
 
     `run` blocks until `stop` is called from any thread or, on the main thread, until
-    SIGINT or SIGTERM; requests in flight get `GRACEFUL_SHUTDOWN_S` to end.
+    SIGINT or SIGTERM; requests in flight get `GRACEFUL_SHUTDOWN_S` to end, and on SIGTERM
+    as long as ``drain_s`` says. A second signal ends them at once.
+
+    Args:
+        app: What answers.
+        listener: Where.
+        on_ready: Called with the URL when it listens.
+        limits: Of connections.
+        drain_s: Longest wait for requests in flight after SIGTERM.
+        on_terminate: Called once on SIGTERM, from the signal handler.
     """
 
     def __init__(
@@ -104,11 +116,15 @@ class HttpServer:
         *,
         on_ready: Callable[[str], None] | None = None,
         limits: ConnectionLimits | None = None,
+        drain_s: float = GRACEFUL_SHUTDOWN_S,
+        on_terminate: Callable[[], None] = lambda: None,
     ) -> None:
         self._listener = listener
         self._server = _Server(
             _uvicorn_config(app, limits or ConnectionLimits()),
             on_ready=lambda: on_ready(listener.url) if on_ready else None,
+            drain_s=drain_s,
+            on_terminate=on_terminate,
         )
 
     def run(self) -> None:
@@ -120,9 +136,27 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        on_ready: Callable[[], None],
+        drain_s: float,
+        on_terminate: Callable[[], None],
+    ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._drain_s = drain_s
+        self._on_terminate = on_terminate
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests on the first signal, and end those that run on the second."""
+        if self.should_exit:
+            self.force_exit = True
+        elif sig == signal.SIGTERM:
+            self.config.timeout_graceful_shutdown = math.ceil(self._drain_s)
+            self._on_terminate()
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

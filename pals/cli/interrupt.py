@@ -1,7 +1,8 @@
 """An orderly end on Ctrl-C, SIGTERM and SIGHUP.
 
 Ctrl-C ends a command with status 130. SIGTERM and SIGHUP ask a server to stop, and one
-that did as it was asked ends with 0.
+that did as it was asked ends with 0. A server that others depend on first hands over what
+it serves; a second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -18,24 +19,36 @@ import trio
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def _cancel_at_once() -> bool:
+    return False
+
+
 @dataclass(slots=True)
 class _Watch:
+    on_signal: Callable[[], bool]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     received: signal.Signals | None = None
 
     async def run(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
             self.received = self.received or signal.Signals(number)
-            self.scope.cancel()
+            if not self.on_signal():
+                self.scope.cancel()
 
 
-async def run_until_signal(body: Callable[[], Awaitable[None]]) -> signal.Signals | None:
+async def run_until_signal(
+    body: Callable[[], Awaitable[None]], *, on_signal: Callable[[], bool] = _cancel_at_once
+) -> signal.Signals | None:
     """Run ``body``, cancel it on a signal, and return the first one that came.
 
     Signals are still taken while ``body`` cleans up, so that a second one cannot break
     that off.
+
+    Args:
+        body: What runs.
+        on_signal: Called on each signal; returns True when ``body`` then ends by itself.
     """
-    watch = _Watch()
+    watch = _Watch(on_signal)
     with trio.open_signal_receiver(*WATCHED) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch.run, signals)

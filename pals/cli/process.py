@@ -8,11 +8,11 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Protocol
 
 import msgspec
 from cyclopts import Parameter, validators
@@ -36,7 +36,7 @@ from pals.types import (
 
 if TYPE_CHECKING:
     from pals.net.node import Node, NodeOptions
-    from pals.net.serving import ServedShard
+    from pals.net.serving import Drain, ServedShard
 
 MALLOC_VARIABLE = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -132,6 +132,28 @@ class ServerOptions:
             "some loss; `raw` when left out."
         ),
     ] = None
+    announce: Annotated[
+        tuple[str, ...],
+        Parameter(
+            negative="",
+            help="Multiaddr at which a port forward leads here, such as "
+            "`/ip4/203.0.113.7/tcp/4001`; may be repeated.",
+        ),
+    ] = ()
+    upnp: Annotated[
+        bool | None, Parameter(help="Whether to ask the router to forward the listening port.")
+    ] = None
+    allow_relay: Annotated[
+        bool | None,
+        Parameter(
+            help="Whether to carry connections of members that cannot reach each other; "
+            "only their sizes can be seen here."
+        ),
+    ] = None
+    use_relay: Annotated[
+        bool | None,
+        Parameter(help="Whether to go through such a member where nothing else works."),
+    ] = None
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
     verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
     config_dir: ConfigDir = None
@@ -148,8 +170,16 @@ class ServerOptions:
             listen=self.listen or settings.node.listen,
             peers=self.peer or settings.node.peers,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,
+            announce=self.announce or settings.node.announce,
+            upnp=_either(self.upnp, settings.node.upnp),
+            allow_relay=_either(self.allow_relay, settings.node.allow_relay),
+            use_relay=_either(self.use_relay, settings.node.use_relay),
         )
         return msgspec.structs.replace(settings, node=node)
+
+
+def _either(option: bool | None, setting: bool) -> bool:
+    return setting if option is None else option
 
 
 _AtLeastOne = validators.Number(gte=1)
@@ -210,7 +240,7 @@ class ShardOptions:
 
     def make_role(
         self, model: str, layers: LayerRange | None, settings: ShardSettings, *, json: bool
-    ) -> Callable[[Node], Awaitable[None]]:
+    ) -> ServedRole:
         """Return what serves a shard on a node; jax is imported when it loads.
 
         Args:
@@ -249,6 +279,12 @@ class ShardOptions:
         return partial(run_shard, load=load, on_ready=on_ready)
 
 
+class ServedRole(Protocol):
+    """Serves a shard on a node until cancelled or, when asked to, until it has left."""
+
+    def __call__(self, node: Node, *, drain: Drain | None = None) -> Awaitable[None]: ...
+
+
 NO_SERVER_OPTIONS = ServerOptions()
 NO_SHARD_OPTIONS = ShardOptions()
 
@@ -270,6 +306,14 @@ def announce_shard(json: bool, node: Node, served: ServedShard) -> None:
     console.out(f"serving layers {served.layers} of {served.model_id} as peer {node.peer_id}")
     for address in addresses:
         console.out(f"address {address}")
+
+
+def announce_leaving(sessions: int) -> None:
+    """Say what a server that was asked to stop still waits for."""
+    if sessions:
+        console.note(
+            f"leaving: {sessions} sessions move to other shards; a second signal ends it now"
+        )
 
 
 def configure_logging(*, verbose: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,8 +22,10 @@ from pals.cli.process import (
     NO_SERVER_OPTIONS,
     NO_SHARD_OPTIONS,
     Member,
+    ServedRole,
     ServerOptions,
     ShardOptions,
+    announce_leaving,
     configure_logging,
     load_member,
     node_options,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from pals.net.node import Node
 
 AUTO = "auto"
+LEAVE_MARGIN_S = 2.0
 
 
 def serve(
@@ -50,6 +54,7 @@ def serve(
     port: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=65535))] = None,
     api_key: str | None = None,
     layers: str | None = None,
+    wait_for_peers: Annotated[float | None, Parameter(validator=validators.Number(gte=0))] = None,
     shard_options: ShardOptions = NO_SHARD_OPTIONS,
     options: ServerOptions = NO_SERVER_OPTIONS,
     json: Json = False,
@@ -63,6 +68,8 @@ def serve(
         api_key: Key that clients must send; `PALS_API_KEY` keeps it out of the process list.
         layers: Also serve this range of layers to the swarm, such as `0:10`; `auto` chooses
             as many as fit, those that nobody serves first.
+        wait_for_peers: Seconds that an answer waits for a peer when nobody serves the next
+            layers any more; a new request waits 5 of them at most.
         shard_options: Options of the shard, with `--layers`.
         options: Options of the member.
         json: Print one JSON document a line on standard output.
@@ -72,7 +79,7 @@ def serve(
         _move_key_to_environment(api_key)
     key = config.take_environment(config.API_KEY_VARIABLE)
     layer_range = None if layers in (None, AUTO) else LayerRange.parse(layers)
-    settings = options.load_settings()
+    settings = _with_patience(options.load_settings(), wait_for_peers)
     bind = msgspec.structs.replace(
         settings.serve,
         host=host or settings.serve.host,
@@ -89,6 +96,13 @@ def serve(
     listener = listen(bind.host, bind.port, api_key=key)
     with exiting_on_termination(), member.profile.lock(), listener.socket:
         _serve(member, settings, model, listener, key, also=also, json=json)
+
+
+def _with_patience(settings: Settings, wait_for_peers_s: float | None) -> Settings:
+    if wait_for_peers_s is None:
+        return settings
+    node = msgspec.structs.replace(settings.node, wait_for_peers_s=wait_for_peers_s)
+    return msgspec.structs.replace(settings, node=node)
 
 
 def _move_key_to_environment(api_key: str) -> NoReturn:
@@ -120,7 +134,7 @@ def _serve(
     listener: Listener,
     api_key: str | None,
     *,
-    also: Callable[[Node], Awaitable[None]] | None,
+    also: ServedRole | None,
     json: bool,
 ) -> None:
     from pals.driver.bridge import TrioThread
@@ -130,26 +144,73 @@ def _serve(
     snapshot = resolve_model(model)
     served = _served_model(snapshot)
     servers: list[HttpServer] = []
+    shard = None if also is None else _LeavingShard(also)
 
     def stop_servers() -> None:
         for server in servers:
             server.stop()
 
     network = TrioThread(
-        partial(open_sessions, node_options(member, settings), served, serve=also),
+        partial(open_sessions, node_options(member, settings), served, serve=shard),
         on_crash=stop_servers,
     )
+
+    def leave() -> None:
+        if shard is not None:
+            shard.leave(network)
+
     try:
         client = network.start()
-        driver = _build_driver(network, client, served, snapshot, settings)
+        driver = _build_driver(network, client, served, snapshot)
         gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
         app = build_openai_app(driver, gate=gate)
-        servers.append(HttpServer(app, listener, on_ready=partial(_announce_ready, json, served)))
-        servers[0].run()
+        server = HttpServer(
+            app,
+            listener,
+            on_ready=partial(_announce_ready, json, served),
+            drain_s=settings.node.drain_s,
+            on_terminate=leave,
+        )
+        servers.append(server)
+        server.run()
     finally:
+        if shard is not None:
+            shard.wait_until_left(settings.node.drain_s)
         network.stop()
     if network.error is not None:
         raise network.error
+
+
+class _LeavingShard:
+    """The shard that a driver's node serves too: on SIGTERM it leaves in order."""
+
+    def __init__(self, role: ServedRole) -> None:
+        from pals.net.serving import Drain
+
+        self._role = role
+        self._drain = Drain(on_leave=announce_leaving)
+        self._is_leaving = threading.Event()
+        self._has_left = threading.Event()
+
+    async def __call__(self, node: Node) -> None:
+        try:
+            await self._role(node, drain=self._drain)
+        finally:
+            self._has_left.set()
+
+    def leave(self, network: TrioThread[SessionClient]) -> None:
+        """Begin to leave; called on the main thread."""
+        self._is_leaving.set()
+        network.post(self._begin)
+
+    def _begin(self) -> None:
+        if not self._drain.request():  # it serves nothing yet, so nobody waits for it
+            self._has_left.set()
+
+    def wait_until_left(self, deadline_s: float) -> None:
+        """Wait for it when it was asked to leave; called on the main thread."""
+        if self._is_leaving.is_set():
+            self._has_left.wait(deadline_s + LEAVE_MARGIN_S)
 
 
 def _served_model(snapshot: Snapshot) -> ServedModel:
@@ -168,7 +229,6 @@ def _build_driver(
     client: SessionClient,
     served: ServedModel,
     snapshot: Snapshot,
-    settings: Settings,
 ) -> LocalDriver:
     from pals.driver.local import LocalDriver
     from pals.text.child import TextChild
@@ -184,7 +244,6 @@ def _build_driver(
         tokenizer,
         ChatTemplate.load(snapshot.path, child),
         eos_token_ids=tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids),
-        step_deadline_s=settings.node.step_deadline_s,
     )
 
 

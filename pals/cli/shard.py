@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,10 @@ from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
     NO_SHARD_OPTIONS,
+    ServedRole,
     ServerOptions,
     ShardOptions,
+    announce_leaving,
     configure_logging,
     load_member,
     node_options,
@@ -22,7 +23,7 @@ from pals.cli.process import (
 from pals.types import LayerRange
 
 if TYPE_CHECKING:
-    from pals.net.node import Node, NodeOptions
+    from pals.net.node import NodeOptions
 
 
 def shard(
@@ -55,7 +56,9 @@ def shard(
         trio.run(_serve, node_options(member, settings), role)
 
 
-async def _serve(options: NodeOptions, role: Callable[[Node], Awaitable[None]]) -> None:
-    from pals.net.serving import serve_role
+async def _serve(options: NodeOptions, role: ServedRole) -> None:
+    from pals.net.serving import Drain, serve_role
 
-    raise_interrupt(await run_until_signal(partial(serve_role, options, role)))
+    drain = Drain(on_leave=announce_leaving)
+    serve = partial(serve_role, options, partial(role, drain=drain))
+    raise_interrupt(await run_until_signal(serve, on_signal=drain.request))

@@ -11,21 +11,14 @@ from functools import partial
 from pals.driver.bridge import TrioThread, post_to
 from pals.driver.interface import FinishReason, GenerateParams, HopReport, Message, TextDelta
 from pals.driver.routes import ServedModel
-from pals.driver.sessions import (
-    ClientSession,
-    SampledToken,
-    SessionClient,
-    SessionEvent,
-    SessionRequest,
-)
-from pals.errors import PalsError, StepTimeout
+from pals.driver.sessions import SessionClient
+from pals.driver.state import ClientSession, SampledToken, SessionEvent, SessionRequest
+from pals.errors import PalsError
 from pals.text.detokenize import StreamDetokenizer
 from pals.text.stop import StopStrings
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from pals.types import short_id
-
-PREFILL_TOKENS_PER_DEADLINE = 512
 
 
 class LocalDriver:
@@ -37,8 +30,6 @@ class LocalDriver:
         tokenizer: The model's tokenizer.
         template: The model's chat template.
         eos_token_ids: Ids that end an answer.
-        step_deadline_s: Longest wait for one token; the first may take as long for
-            each `PREFILL_TOKENS_PER_DEADLINE` tokens of the prompt.
     """
 
     def __init__(
@@ -50,7 +41,6 @@ class LocalDriver:
         template: ChatTemplate,
         *,
         eos_token_ids: Iterable[int],
-        step_deadline_s: float,
     ) -> None:
         self._network = network
         self._client = client
@@ -58,7 +48,6 @@ class LocalDriver:
         self._tokenizer = tokenizer
         self._template = template
         self._eos_token_ids = tuple(sorted(eos_token_ids))
-        self._step_deadline_s = step_deadline_s
         self.created = int(time.time())
 
     @property
@@ -88,7 +77,6 @@ class LocalDriver:
             events,
             text=_TextStream(self._tokenizer, params.stop, self._eos_token_ids),
             prompt_tokens=len(prompt),
-            step_deadline_s=self._step_deadline_s,
         )
 
     async def report(self) -> list[HopReport]:
@@ -146,14 +134,12 @@ class LocalCompletion:
         *,
         text: _TextStream,
         prompt_tokens: int,
-        step_deadline_s: float,
     ) -> None:
         self._network = network
         self._client = client
         self._session = session
         self._events = events
         self._text = text
-        self._step_deadline_s = step_deadline_s
         self._completion_tokens = 0
         self.prompt_tokens = prompt_tokens
 
@@ -168,27 +154,19 @@ class LocalCompletion:
 
     async def __aiter__(self) -> AsyncIterator[TextDelta]:
         try:
-            deadline_s = self._step_deadline_s * (
-                1 + self.prompt_tokens // PREFILL_TOKENS_PER_DEADLINE
-            )
             while True:
-                delta = await self._next(deadline_s)
+                delta = await self._next()
                 yield delta
                 if delta.finish_reason is not None:
                     return
-                deadline_s = self._step_deadline_s
         finally:
             await self.aclose()
 
     async def aclose(self) -> None:
         self._network.post(partial(self._client.close, self._session))
 
-    async def _next(self, deadline_s: float) -> TextDelta:
-        try:
-            event = await asyncio.wait_for(self._events.get(), deadline_s)
-        except TimeoutError:
-            await self._network.call(partial(self._client.give_up, self._session))
-            raise StepTimeout(deadline_s=deadline_s, chain=self._session.chain) from None
+    async def _next(self) -> TextDelta:
+        event = await self._events.get()
         if isinstance(event, PalsError):
             raise event
         assert isinstance(event, SampledToken)

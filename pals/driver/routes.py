@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Set
 from dataclasses import dataclass
 
 import trio
 
+from pals.driver.recovery import Offer
+from pals.driver.suspects import Suspects
 from pals.errors import NoChain
 from pals.net.announce import Announcement
 from pals.net.node import Node
 from pals.net.route import Chain, find_chain
-from pals.types import LayerRange, PeerId
+from pals.types import ActivationDtype, PeerId
 
 FIND_DEADLINE_S = 5.0
 REFRESH_INCOMPLETE_S = 1.0
 REFRESH_S = 10.0
 REFRESH_WITH_NEWS_S = 60.0
-FAILED_FOR_S = 15.0
-MAX_FAILED_FOR_S = 300.0
-
-
-Offer = tuple[PeerId, LayerRange]
-"""What one peer serves; a peer that came back with other layers makes another offer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,19 +48,32 @@ class RouteTable:
     def __init__(self, node: Node, model: ServedModel) -> None:
         self._node = node
         self._model = model
-        self._failures: dict[PeerId, tuple[int, float]] = {}
+        self._suspects = Suspects()
         self._refreshing = trio.Lock()
+        self._doubtful = trio.Event()
 
     async def run(self) -> None:
-        """Refresh until cancelled: often while no chain is known, seldom then."""
+        """Refresh until cancelled: often while no healthy chain is known, seldom then."""
         discovery = self._node.discovery
         pause_s = REFRESH_WITH_NEWS_S if discovery.hears_news else REFRESH_S
         while True:
             await self.refresh()
             with trio.move_on_after(pause_s):
-                while self._is_covered():
-                    await discovery.wait_for_change()
+                while self._is_healthy():
+                    await self._wait_for_news()
             await trio.sleep(REFRESH_INCOMPLETE_S)
+
+    async def _wait_for_news(self) -> None:
+        """Wait until an announcement or a failure may change which chain is best."""
+        self._doubtful = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def wait(for_news: Callable[[], Awaitable[None]]) -> None:
+                await for_news()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait, self._node.discovery.wait_for_change)
+            nursery.start_soon(wait, self._doubtful.wait)
 
     async def refresh(self) -> None:
         """Ask the DHT once for the announcements of all members."""
@@ -75,9 +84,6 @@ class RouteTable:
     async def find(self, *, without: Set[Offer] = frozenset()) -> Chain:
         """Return the best chain now, after asking again if none is known.
 
-        Peers that failed lately are used only when nothing else completes a chain: it
-        may have been their connection that failed.
-
         Args:
             without: Offers that must not be used.
 
@@ -85,46 +91,74 @@ class RouteTable:
             NoChain: The missing layers are served by nobody reachable.
         """
         try:
-            return self._chain(without)
+            return self.choose(without=without)
         except NoChain:
             await self.refresh()
-            return self._chain(without)
+            return self.choose(without=without)
+
+    def choose(
+        self,
+        *,
+        without: Set[Offer] = frozenset(),
+        dtype: ActivationDtype | None = None,
+        context_tokens: int = 0,
+    ) -> Chain:
+        """Return the best chain of those known now.
+
+        Peers that failed lately are used only where nobody else serves their layers: it
+        may have been their connection that failed.
+
+        Args:
+            without: Offers that must not be used.
+            dtype: The activations that the chain must run in; ``None`` takes any.
+            context_tokens: Tokens that a session must be able to reach on every hop.
+
+        Raises:
+            NoChain: The missing layers are served by nobody reachable.
+        """
+        now = trio.current_time()
+        usable = [
+            a
+            for a in self._usable()
+            if (a.peer, a.layers) not in without and a.max_context_tokens >= context_tokens
+        ]
+        return find_chain(
+            usable,
+            manifest=self._model.manifest,
+            num_layers=self._model.num_layers,
+            dtype=dtype,
+            model=self._model.model_id,
+            failures={a.peer: self._suspects.failures(a, now) for a in usable},
+        )
 
     def mark_failed(self, peer: PeerId) -> None:
-        """Use ``peer`` last for a while, longer each time: its announcement outlives it."""
-        count = self._failures.get(peer, (0, 0.0))[0] + 1
-        pause_s = min(FAILED_FOR_S * 2.0 ** (count - 1), MAX_FAILED_FOR_S)
-        self._failures[peer] = (count, trio.current_time() + pause_s)
+        """Use ``peer`` last, until it gives an answer or announces itself after a while."""
+        self._suspects.mark_failed(
+            peer, seq=self._node.discovery.last_seq(peer), now=trio.current_time()
+        )
+        self._doubtful.set()
+
+    def mark_leaving(self, peer: PeerId) -> None:
+        """Use ``peer`` no more, until it announces itself again."""
+        self._suspects.mark_leaving(peer, seq=self._node.discovery.last_seq(peer))
+        self._doubtful.set()
 
     def mark_good(self, peers: Iterable[PeerId]) -> None:
         """Forget what was held against peers: they gave an answer."""
-        for peer in peers:
-            self._failures.pop(peer, None)
-
-    def _chain(self, without: Set[Offer]) -> Chain:
-        usable = [a for a in self._usable() if (a.peer, a.layers) not in without]
-        now = trio.current_time()
-        trusted = [a for a in usable if self._failures.get(a.peer, (0, now))[1] <= now]
-        try:
-            return self._find(trusted)
-        except NoChain:
-            return self._find(usable)
-
-    def _find(self, announcements: Sequence[Announcement]) -> Chain:
-        return find_chain(
-            announcements,
-            manifest=self._model.manifest,
-            num_layers=self._model.num_layers,
-            model=self._model.model_id,
-        )
+        self._suspects.mark_good(peers)
 
     def _usable(self) -> list[Announcement]:
-        known = self._node.discovery.announcements()
-        return [a for a in known.values() if a.state == "serving"]
+        return [
+            a
+            for a in self._node.discovery.announcements().values()
+            if a.state == "serving" and not self._suspects.is_leaving(a)
+        ]
 
-    def _is_covered(self) -> bool:
+    def _is_healthy(self) -> bool:
+        """Return whether a chain is known without a peer that failed lately."""
         try:
-            self._chain(frozenset())
+            chain = self.choose()
         except NoChain:
             return False
-        return True
+        now = trio.current_time()
+        return not any(self._suspects.failures(hop, now) for hop in chain.hops)

@@ -1,167 +1,94 @@
 """Sessions of one driver over chains of shards, on the trio thread.
 
 The driver opens a session at every shard in parallel, sends the prompt to the head,
-and then only listens: the tail sends each token here and to the head in one go.
+and then only listens: the tail sends each token here and to the head in one go. When a
+shard fails, leaves or falls silent, another chain is given prompt and answer as its
+prompt, and goes on at the same position: the sink sees a pause and nothing else.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import trio
 
 from pals.driver.interface import HopReport
-from pals.driver.routes import Offer, RouteTable, ServedModel
-from pals.errors import (
-    CapacityError,
-    ContextTooLong,
-    InvalidFrame,
-    NoChain,
-    PalsError,
-    PeerError,
-    PeerUnreachable,
-    ProtocolError,
-    SessionRefused,
-    ShardBusy,
-    ShardFull,
-    ShardLost,
-    StepTimeout,
-)
-from pals.net.announce import Announcement
+from pals.driver.opening import ChainOpener, send_control
+from pals.driver.questions import Questions, build_reports
+from pals.driver.recovery import Patience
+from pals.driver.routes import RouteTable, ServedModel
+from pals.driver.state import Attempt, ClientSession, SessionRequest, Sink
+from pals.driver.supervisor import Supervisor
+from pals.errors import InvalidFrame, ShardLost
 from pals.net.control import (
-    Ack,
-    Close,
     Control,
+    Draining,
     Failed,
-    Hop,
-    Open,
     Opened,
     Refused,
     Stats,
     StatsRequest,
-    encode_control,
     session_of,
 )
-from pals.net.flow import AckPolicy, window_tokens
+from pals.net.flow import window_tokens
 from pals.net.host import ungrouped_errors
-from pals.net.links import Arrival, Links
+from pals.net.links import Arrival
 from pals.net.node import Node, NodeOptions, open_node
-from pals.net.route import Chain
 from pals.net.wire import (
-    CONTROL_SHAPE,
     FLAG_LAST,
-    MAX_ROW_TOKENS,
-    NO_ROWS,
     FrameShape,
     Kind,
     Lane,
-    Outgoing,
     Row,
-    Rows,
-    buffer_of,
     sampled_shape,
     tokens_shape,
 )
-from pals.types import LayerRange, PeerId, SessionId, short_id
+from pals.types import PeerId, short_id
 
-_log = logging.getLogger(__name__)
-
-OPEN_DEADLINE_S = 15.0
 STATS_DEADLINE_S = 5.0
-PROBE_DEADLINE_S = 1.0
-MAX_AVOIDED = 64
-"""Offers that may fail one request before it fails itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionRequest:
-    """One sequence to generate.
-
-    Attributes:
-        prompt: Token ids, at least one.
-        max_new_tokens: Most tokens to sample; None takes what the context has left.
-        stop_token_ids: Ids after which the tail stops.
-        temperature: 0 is greedy.
-        top_p: Smallest probability mass to sample from.
-        seed: Start of the random stream, below 2**32.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int | None
-    stop_token_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A token of the answer; ``last`` when the tail has stopped by itself."""
-
-    token: int
-    last: bool
-
-
-SessionEvent = SampledToken | PalsError
-Sink = Callable[[SessionEvent], None]
-
-
-@dataclass(slots=True, kw_only=True)
-class ClientSession:
-    """One session as its driver sees it."""
-
-    session: SessionId
-    chain: Chain
-    sink: Sink
-    next_position: int
-    remaining_tokens: int
-    acks: AckPolicy
-    unanswered: set[PeerId]
-    answered: trio.Event = field(default_factory=trio.Event)
-    error: PalsError | None = None
-    failed: set[PeerId] = field(default_factory=set[PeerId])
-
-    @property
-    def peers(self) -> frozenset[PeerId]:
-        return frozenset(hop.peer for hop in self.chain.hops)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Question:
-    """A request for timings that waits for its answers."""
-
-    unanswered: set[PeerId]
-    stats: dict[PeerId, Stats] = field(default_factory=dict[PeerId, Stats])
-    answered: trio.Event = field(default_factory=trio.Event)
-
-    def take(self, peer: PeerId, stats: Stats) -> None:
-        if peer in self.unanswered:
-            self.unanswered.discard(peer)
-            self.stats[peer] = stats
-        if not self.unanswered:
-            self.answered.set()
+BLAMELESS = ("PALS-SESSION-IDLE", InvalidFrame.code)
+"""Ends of a session that say nothing against the shard that reports them."""
 
 
 class SessionClient:
-    """The driver's role on the network."""
+    """The driver's role on the network.
+
+    Args:
+        node: The member that drives.
+        model: What it drives.
+        routes: Who serves it.
+        nursery: Runs the supervisors of sessions.
+        patience: How long to wait for peers and tokens.
+    """
 
     input_kind = Kind.SAMPLED
 
-    def __init__(self, node: Node, model: ServedModel, routes: RouteTable) -> None:
+    def __init__(
+        self,
+        node: Node,
+        model: ServedModel,
+        routes: RouteTable,
+        *,
+        nursery: trio.Nursery,
+        patience: Patience,
+    ) -> None:
         self._node = node
-        self._links: Links = node.links
-        self._model = model
         self._routes = routes
-        self._sessions: dict[SessionId, ClientSession] = {}
-        self._questions: list[_Question] = []
-        self._last_chain: Chain | None = None
-        self._tokens = tokens_shape(model.manifest)
+        self._nursery = nursery
+        self._questions = Questions(lambda peer: send_control(node.links, peer, StatsRequest()))
         self._sampled = sampled_shape(model.manifest, model.num_layers)
+        self._opener = ChainOpener(
+            node.links,
+            routes,
+            self._questions,
+            tokens=tokens_shape(model.manifest),
+            window=window_tokens(self._sampled),
+        )
+        self._supervisor = Supervisor(
+            self._opener, routes, self._questions, model, patience=patience
+        )
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -173,7 +100,8 @@ class SessionClient:
     async def open(self, request: SessionRequest, sink: Sink) -> ClientSession:
         """Start a session and send its prompt; ``sink`` is then called with each event.
 
-        A chain that cannot be reached is given up for another, while there is one.
+        A chain that cannot be reached is given up for another, while there is one; when
+        there is none, the request waits for peers for a while (`Patience`).
 
         Raises:
             ContextTooLong: Prompt and answer do not fit the chain's context.
@@ -183,140 +111,29 @@ class SessionClient:
             PeerError: A shard could not be reached or did not answer.
             ProtocolError: A shard speaks another wire version, or has another secret.
         """
-        avoided: set[Offer] = set()
-        failure: PalsError | None = None
-        while len(avoided) <= MAX_AVOIDED:
-            chain = await self._find_chain(avoided, failure)
-            session = self._build(request, chain, sink)
-            try:
-                await self._open_chain(session, request)
-            except (PeerError, ProtocolError, CapacityError) as error:
-                self.close(session)
-                _log.info("chain %s: %s", chain, error)
-                failed = session.failed or session.peers
-                avoided |= {(h.peer, h.layers) for h in chain.hops if h.peer in failed}
-                failure = error
-            except BaseException:
-                self.close(session)
-                raise
-            else:
-                self._last_chain = chain
-                name, tokens = short_id(session.session), len(request.prompt)
-                _log.info("session %s: %d prompt tokens over %s", name, tokens, chain)
-                return session
-        assert failure is not None
-        raise failure
-
-    async def _find_chain(self, avoided: Set[Offer], failure: PalsError | None) -> Chain:
-        """Return a chain without the offers that failed this request already.
-
-        When there is none, the error says why the last one failed; a peer that is simply
-        gone is told as the layers that are missing.
-        """
+        session = ClientSession(request=request, sink=sink)
         try:
-            return await self._routes.find(without=avoided)
-        except NoChain as no_chain:
-            if failure is None or isinstance(failure, PeerUnreachable | ShardLost):
-                raise
-            raise failure from no_chain
+            await self._supervisor.begin(session)
+        except BaseException:
+            self.close(session)
+            raise
+        self._nursery.start_soon(self._supervisor.run, session)
+        return session
 
     def close(self, session: ClientSession) -> None:
         """Free the session on every shard; may be called twice."""
-        if self._sessions.pop(session.session, None) is not None:
-            for peer in session.peers:
-                self._send_control(peer, Close(session=session.session))
-
-    async def give_up(self, session: ClientSession) -> None:
-        """Close a session whose tokens stopped coming, and use its silent shards last."""
-        self.close(session)
-        stats = await self._ask_for_stats(session.chain, deadline_s=PROBE_DEADLINE_S)
-        silent = session.peers - stats.keys()
-        for peer in silent or session.peers:
-            self._routes.mark_failed(peer)
+        session.ended = True
+        session.scope.cancel()
+        self._opener.drop_all(session)
 
     async def report(self) -> list[HopReport]:
         """Ask the shards of the last used chain how long their steps take."""
-        chain = self._last_chain
+        chain = self._supervisor.last_chain
         if chain is None:
             return []
-        return _build_reports(chain, await self._ask_for_stats(chain, deadline_s=STATS_DEADLINE_S))
-
-    async def _ask_for_stats(self, chain: Chain, *, deadline_s: float) -> dict[PeerId, Stats]:
-        """Return the timings of those shards that answer in time."""
-        question = _Question(unanswered={hop.peer for hop in chain.hops})
-        self._questions.append(question)
-        try:
-            for hop in chain.hops:
-                self._send_control(hop.peer, StatsRequest())
-            with trio.move_on_after(deadline_s):
-                await question.answered.wait()
-        finally:
-            self._questions.remove(question)
-        return question.stats
-
-    # --- opening ---------------------------------------------------------------------
-
-    def _build(self, request: SessionRequest, chain: Chain, sink: Sink) -> ClientSession:
-        prompt_tokens = len(request.prompt)
-        limit = min(chain.max_context_tokens, self._model.max_position_embeddings)
-        wanted = request.max_new_tokens or max(1, limit - prompt_tokens)
-        if prompt_tokens + wanted > limit:
-            total = prompt_tokens + wanted
-            raise ContextTooLong(limit=limit, total=total, prompt=prompt_tokens, completion=wanted)
-        session = ClientSession(
-            session=SessionId(os.urandom(16)),
-            chain=chain,
-            sink=sink,
-            next_position=prompt_tokens,
-            remaining_tokens=wanted,
-            acks=AckPolicy(window_tokens(self._sampled), prompt_tokens, prompt_tokens),
-            unanswered={hop.peer for hop in chain.hops},
-        )
-        self._sessions[session.session] = session
-        return session
-
-    async def _open_chain(self, session: ClientSession, request: SessionRequest) -> None:
-        await self._link_all(session)
-        message = _build_open(session, request)
-        for peer in session.peers:
-            self._links.send(peer, Lane.CONTROL, _control_frame(message))
-        with trio.move_on_after(OPEN_DEADLINE_S):
-            await session.answered.wait()
-        if session.error is not None:
-            raise session.error
-        if session.unanswered:
-            for peer in session.unanswered:
-                self._blame(session, peer)
-            raise StepTimeout(deadline_s=OPEN_DEADLINE_S, chain=session.chain)
-        self._send_prompt(session, request.prompt)
-
-    async def _link_all(self, session: ClientSession) -> None:
-        errors: list[PalsError] = []
-
-        async def link(hop: Announcement) -> None:
-            try:
-                await self._links.ensure(hop.peer, hop.addresses)
-            except PalsError as error:
-                self._blame(session, hop.peer)
-                errors.append(error)
-
-        async with trio.open_nursery() as nursery:
-            for hop in session.chain.hops:
-                nursery.start_soon(link, hop)
-        if errors:
-            raise errors[0]
-
-    def _blame(self, session: ClientSession, peer: PeerId) -> None:
-        """Leave ``peer`` out of this request's next chain, and use it last for a while."""
-        session.failed.add(peer)
-        self._routes.mark_failed(peer)
-
-    def _send_prompt(self, session: ClientSession, prompt: Sequence[int]) -> None:
-        for start in range(0, len(prompt), MAX_ROW_TOKENS):
-            part = np.asarray(prompt[start : start + MAX_ROW_TOKENS], dtype="<i4")
-            row = Row(session.session, start, len(part))
-            outgoing = Outgoing(self._tokens, Rows.of(row), (buffer_of(part),))
-            self._links.send(session.chain.head.peer, Lane.PREFILL, outgoing)
+        peers = (hop.peer for hop in chain.hops)
+        answers = await self._questions.ask(peers, deadline_s=STATS_DEADLINE_S)
+        return build_reports(chain, answers.stats)
 
     # --- role ------------------------------------------------------------------------
 
@@ -325,13 +142,17 @@ class SessionClient:
 
     def on_control(self, peer: PeerId, message: Control) -> None:
         """Take an answer of a shard; messages about sessions that are over are ignored."""
-        if isinstance(message, Stats):
-            for question in self._questions:
-                question.take(peer, message)
-        elif isinstance(message, Opened | Refused | Failed):
-            session = self._sessions.get(session_of(message))
-            if session is not None and peer in session.peers:
-                self._on_answer(peer, session, message)
+        match message:
+            case Stats():
+                self._questions.on_stats(peer, message)
+            case Draining():
+                self._on_draining(peer)
+            case Opened() | Refused() | Failed():
+                attempt = self._opener.find(session_of(message))
+                if attempt is not None and peer in attempt.peers:
+                    self._on_answer(peer, attempt, message)
+            case _:
+                pass
 
     def on_rows(self, peer: PeerId, arrival: Arrival) -> None:
         """Pass sampled tokens to their sessions.
@@ -343,120 +164,68 @@ class SessionClient:
         if len(tokens) != len(arrival.frame.rows):
             raise InvalidFrame(peer=peer, problem="rows of more than one sampled token")
         for row, token in zip(arrival.frame.rows, tokens, strict=True):
-            session = self._sessions.get(row.session)
-            if session is not None:  # else it is what the tail overshoots after a close
-                self._take_token(peer, session, row, int(token))
+            attempt = self._opener.find(row.session)
+            if attempt is not None:  # else it is what the tail overshoots after a close
+                self._take_token(peer, attempt, row, int(token))
 
-    def _take_token(self, peer: PeerId, session: ClientSession, row: Row, token: int) -> None:
-        if peer != session.chain.tail.peer or row.position != session.next_position:
-            problem = f"a token for position {row.position}, expected {session.next_position}"
+    def _take_token(self, peer: PeerId, attempt: Attempt, row: Row, token: int) -> None:
+        if peer != attempt.chain.tail.peer or row.position != attempt.next_position:
+            problem = f"a token for position {row.position}, expected {attempt.next_position}"
             raise InvalidFrame(peer=peer, problem=problem)
-        session.next_position += 1
-        session.remaining_tokens -= 1
-        last = bool(row.flags & FLAG_LAST) or session.remaining_tokens == 0
+        attempt.next_position += 1
+        session = attempt.owner
+        assert session.clock is not None
+        if session.silent or not session.clock.has_token:
+            self._routes.mark_good(attempt.peers)
+        is_end = attempt.next_position == session.context_tokens
+        last = bool(row.flags & FLAG_LAST) or is_end
+        session.take_token(token, last=last, now=trio.current_time())
         if last:
-            self._routes.mark_good(session.peers)
             self.close(session)
-        session.sink(SampledToken(token, last))
-        if not last:
-            self._acknowledge(session)
+        else:
+            self._opener.acknowledge(attempt)
 
-    def _acknowledge(self, session: ClientSession) -> None:
-        """Let the tail go on when it is told so rarely that it costs nothing."""
-        told = session.acks.take(session.next_position)
-        if told is not None:
-            tail = session.chain.tail.peer
-            self._send_control(tail, Ack(session=session.session, position=told))
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether a session is open that goes by way of ``peer``."""
+        return bool(self._opener.attempts_over(peer))
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
-        for session in [s for s in self._sessions.values() if peer in s.peers]:
-            self._blame(session, peer)
-            lost = ShardLost(peer=short_id(peer), layers=_layers_of(session, peer), problem=problem)
-            self._fail(session, lost)
+        self._questions.on_peer_lost(peer)
+        attempts = self._opener.attempts_over(peer)
+        if attempts:
+            self._routes.mark_failed(peer)
+        for attempt in attempts:
+            attempt.failed.add(peer)
+            attempt.fail(_lost(attempt, peer, problem))
 
     def _on_answer(
-        self, peer: PeerId, session: ClientSession, message: Opened | Refused | Failed
+        self, peer: PeerId, attempt: Attempt, message: Opened | Refused | Failed
     ) -> None:
-        if isinstance(message, Opened):
-            session.unanswered.discard(peer)
-            if not session.unanswered:
-                session.answered.set()
-            return
-        name, problem = short_id(peer), message.problem
-        session.failed.add(peer)
-        if isinstance(message, Failed):
-            layers = _layers_of(session, peer)
-            self._fail(session, ShardLost(peer=name, layers=layers, problem=problem))
-        elif message.code == ShardFull.code:
-            self._fail(session, ShardBusy(peer=name, problem=problem))
-        else:
-            self._fail(session, SessionRefused(peer=name, problem=problem))
+        match message:
+            case Opened():
+                attempt.note_opened(peer)
+            case Refused():
+                self._opener.take_refusal(attempt, peer, message)
+            case Failed():
+                self._on_failed(peer, attempt, message)
 
-    def _fail(self, session: ClientSession, error: PalsError) -> None:
-        """End a session with an error, told to whoever waits for it."""
-        if session.answered.is_set():
-            self.close(session)
-            session.sink(error)
-        else:
-            session.error = error
-            session.answered.set()
+    def _on_failed(self, peer: PeerId, attempt: Attempt, message: Failed) -> None:
+        if message.peer:
+            attempt.broken_link = peer, PeerId(message.peer)
+        elif message.code not in BLAMELESS:
+            self._opener.blame(attempt, peer)
+        attempt.fail(_lost(attempt, peer, message.problem))
 
-    def _send_control(self, peer: PeerId, message: Control) -> None:
-        try:
-            self._links.send(peer, Lane.CONTROL, _control_frame(message))
-        except PalsError as error:  # a peer that is gone has freed the session by itself
-            _log.debug("no message to %s: %s", short_id(peer), error)
+    def _on_draining(self, peer: PeerId) -> None:
+        self._routes.mark_leaving(peer)
+        for attempt in self._opener.attempts_over(peer):
+            attempt.leaving.add(peer)
+            attempt.owner.wake()
 
 
-def _layers_of(session: ClientSession, peer: PeerId) -> LayerRange:
-    return next(hop.layers for hop in session.chain.hops if hop.peer == peer)
-
-
-def _control_frame(message: Control) -> Outgoing:
-    return Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
-
-
-def _build_open(session: ClientSession, request: SessionRequest) -> Open:
-    hops = tuple(
-        Hop(peer=h.peer, start=h.layers.start, stop=h.layers.stop, addresses=h.addresses)
-        for h in session.chain.hops
-    )
-    return Open(
-        session=session.session,
-        chain=hops,
-        prompt_tokens=len(request.prompt),
-        max_new_tokens=session.remaining_tokens,
-        stop_token_ids=request.stop_token_ids,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-    )
-
-
-def _build_reports(chain: Chain, stats: dict[PeerId, Stats]) -> list[HopReport]:
-    """Return the shards' timings, with a share of the time that no shard spent.
-
-    Two machines have no common clock, so the time on the wire is what is left of a turn
-    of the ring, in equal parts for its hops.
-    """
-    known = [stats[hop.peer] for hop in chain.hops if hop.peer in stats]
-    spent_ms = sum(s.step_ms + s.queue_ms + s.handover_ms + s.codec_ms for s in known)
-    turn_ms = max((s.turn_ms for s in known), default=0.0)
-    wire_ms = max(0.0, turn_ms - spent_ms) / len(chain.hops) if known else 0.0
-    return [
-        HopReport(
-            peer=hop.peer,
-            layers=str(hop.layers),
-            steps=stats[hop.peer].steps,
-            step_ms=stats[hop.peer].step_ms,
-            queue_ms=stats[hop.peer].queue_ms,
-            handover_ms=stats[hop.peer].handover_ms,
-            codec_ms=stats[hop.peer].codec_ms,
-            wire_ms=wire_ms,
-        )
-        for hop in chain.hops
-        if hop.peer in stats
-    ]
+def _lost(attempt: Attempt, peer: PeerId, problem: str) -> ShardLost:
+    layers = attempt.layers_of(peer)
+    return ShardLost(peer=short_id(peer), layers=layers, problem=problem)
 
 
 @asynccontextmanager
@@ -478,10 +247,14 @@ async def open_sessions(
         RosterUnavailable: There is no verified member list.
         PortInUse: The listening address is taken.
     """
+    patience = Patience(
+        step_deadline_s=options.settings.step_deadline_s,
+        wait_for_peers_s=options.settings.wait_for_peers_s,
+    )
     with ungrouped_errors():
         async with open_node(options) as node, trio.open_nursery() as nursery:
             routes = RouteTable(node, model)
-            client = SessionClient(node, model, routes)
+            client = SessionClient(node, model, routes, nursery=nursery, patience=patience)
             node.add_role(client)
             nursery.start_soon(routes.run)
             if serve is not None:

@@ -29,6 +29,34 @@ class PeerUnreachable(PeerError):
     hint_template = "check that it runs, and its address and firewall"
 
 
+class NoPath(PeerUnreachable):
+    """A member that runs can be neither dialled, nor punched through to, nor relayed to.
+
+    ``dialled``, ``punched`` and ``relayed`` say why each of them failed.
+    """
+
+    code = "PALS-NO-PATH"
+    message = (
+        "peer {peer} runs, but there is no way to it: dialling: {dialled}; "
+        "hole punching: {punched}; relay: {relayed}"
+    )
+    hint_template = (
+        "forward a port and name it with `--announce`, or start both machines with "
+        "`--use-relay` and a member that both reach with `--allow-relay`"
+    )
+
+
+class RelayRefused(PeerError):
+    """A member does not relay, or no more than it does already."""
+
+    code = "PALS-RELAY-REFUSED"
+    message = "peer {relay} does not relay to {peer}: {problem}"
+    hint_template = (
+        "a member relays when it was started with `--allow-relay`, to and from those "
+        "with `--use-relay`"
+    )
+
+
 class ShardLost(PeerError):
     """A shard of a running session went away."""
 
@@ -111,6 +139,14 @@ class ShardBusy(CapacityError):
     code = "PALS-SHARD-BUSY"
     message = "peer {peer} takes no more sessions now: {problem}"
     hint_template = "try again in a moment, or start another shard"
+
+
+class ShardDraining(PeerError):
+    """A shard that is about to stop, and takes no new sessions."""
+
+    code = "PALS-SHARD-DRAINING"
+    message = "peer {peer} is leaving and takes no new sessions"
+    hint_template = "send the request again when another peer serves its layers"
 
 
 class QueueFull(CapacityError):

@@ -20,9 +20,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 from weakref import WeakValueDictionary
 
@@ -47,6 +48,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 from multiaddr.utils import get_network_addrs
 
+from pals.errors import PeerUnreachable
 from pals.net.mux import MuxLimits
 from pals.net.mux_stream import ReceiveBudget
 from pals.net.muxer import MUX_PROTOCOL, MuxedConnection, MuxedStream
@@ -103,6 +105,22 @@ class HostLimits:
         )
 
 
+DETOUR_AFTER_S = 1.0
+"""Seconds that a dial has for itself before another way is tried beside it."""
+DETOUR_S = 7.0
+"""Seconds more that a dial takes where there is another way."""
+
+Detour = Callable[[PeerId, tuple[PeerId, ...]], Awaitable[None]]
+"""Connects to a peer that may not be dialled, given members that it may be met at.
+
+Raises `PeerUnreachable` when it cannot.
+"""
+
+
+class DetourFailed(SwarmException):
+    """Neither a dial nor the detour reached a peer; ``__cause__`` is the typed error."""
+
+
 class _NeverConnects(AutoConnector):
     """Stands in for the part of a swarm that dials peers on its own account."""
 
@@ -148,6 +166,8 @@ class MemberSwarm(Swarm):
         )
         self._dials = trio.CapacityLimiter(MAX_DIALS)
         self.on_connect: list[Callable[[PeerId], None]] = []
+        self.detour: Detour | None = None
+        self.on_connection: list[Callable[[PeerId], None]] = []
         self.on_disconnect: list[Callable[[PeerId], None]] = []
 
     def _muxers(self) -> Muxers:
@@ -175,27 +195,77 @@ class MemberSwarm(Swarm):
 
     # --- dialling --------------------------------------------------------------------
 
-    async def dial_peer(self, peer_id: ID, named: Sequence[Multiaddr] = ()) -> list[INetConn]:
+    async def dial_peer(
+        self,
+        peer_id: ID,
+        named: Sequence[Multiaddr] = (),
+        meeting: tuple[PeerId, ...] = (),
+        *,
+        detour: bool = True,
+    ) -> list[INetConn]:
         """Return the connections to a member, dialling all its addresses at once.
 
         Replaces the stock method, which is what every part of libp2p calls to dial. Each
         set of ``named`` addresses is dialled without waiting for another: a dial of
         addresses that somebody made up must not hold back that of the true ones.
 
+        Args:
+            peer_id: The member.
+            named: Addresses of it, beside those that are known.
+            meeting: Members that the detour may meet it at.
+            detour: Whether to try the detour.
+
         Raises:
+            DetourFailed: No address answers in time, and the detour found no way either.
             SwarmException: The peer is no member, or no address answers in time.
         """
         if not self.allow(PeerId(peer_id.to_base58())):
             raise SwarmException(f"{peer_id} is not a live member")
-        with trio.move_on_after(self._limits.handshake_s):
+        way = self.detour if detour else None
+        detour_s = 0.0 if way is None else DETOUR_S
+        with trio.move_on_after(self._limits.handshake_s + detour_s):
             async with self._dial_locks.setdefault((peer_id, *named), trio.Lock()):
                 if not self.live_connections(peer_id):
                     candidates = dict.fromkeys((*named, *self._known_addresses(peer_id)))
-                    await self._dial_addresses(peer_id, tuple(candidates))
+                    around = None
+                    if way is not None:
+                        around = partial(way, PeerId(peer_id.to_base58()), meeting)
+                    await self._reach(peer_id, tuple(candidates), around)
         connections = self.live_connections(peer_id)
         if not connections:
             raise SwarmException(f"no address of {peer_id} answers")
         return connections
+
+    async def _reach(
+        self,
+        peer: ID,
+        addresses: Sequence[Multiaddr],
+        detour: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        """Dial a peer; when that takes long or fails, try the detour beside it."""
+        dialled, failure = trio.Event(), None
+        async with trio.open_nursery() as nursery:
+
+            async def go_round(detour: Callable[[], Awaitable[None]]) -> None:
+                nonlocal failure
+                with trio.move_on_after(DETOUR_AFTER_S):
+                    await dialled.wait()
+                try:
+                    await detour()
+                except PeerUnreachable as error:
+                    failure = error
+                else:
+                    nursery.cancel_scope.cancel()
+
+            if detour is not None:
+                nursery.start_soon(go_round, detour)
+            with trio.move_on_after(self._limits.handshake_s):
+                await self._dial_addresses(peer, addresses)
+            if self.live_connections(peer):
+                nursery.cancel_scope.cancel()
+            dialled.set()
+        if failure is not None and not self.live_connections(peer):
+            raise DetourFailed(str(failure)) from failure
 
     def _known_addresses(self, peer: ID) -> list[Multiaddr]:
         try:
@@ -284,6 +354,8 @@ class MemberSwarm(Swarm):
         if is_first:
             for callback in self.on_connect:
                 callback(PeerId(muxed_conn.peer_id.to_base58()))
+        for callback in self.on_connection:
+            callback(PeerId(muxed_conn.peer_id.to_base58()))
         return connection
 
     def _check(self, muxed_conn: IMuxedConn) -> None:
@@ -361,6 +433,15 @@ def bytes_of(stream: INetStream, *, write_s: float) -> MuxedStream | YamuxBytes:
     if isinstance(stream.muxed_stream, MuxedStream):
         return stream.muxed_stream
     return YamuxBytes(stream, write_s=write_s)
+
+
+def raw_of(connection: INetConn) -> IRawConnection:
+    """Return the socket or circuit under a connection of this swarm."""
+    assert isinstance(connection, SwarmConn)
+    muxed_conn = connection.muxed_conn
+    assert isinstance(muxed_conn, MuxedConnection | BoundedYamux)
+    assert isinstance(muxed_conn.secured_conn, NoiseSession)
+    return muxed_conn.secured_conn.raw
 
 
 def build_host(seed: bytes, *, allow: Allow, limits: HostLimits) -> tuple[BasicHost, MemberSwarm]:

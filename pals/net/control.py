@@ -60,11 +60,15 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Shard to driver: the session is not taken."""
+    """Shard to driver: the session is not taken.
+
+    ``peer`` is the hop that cannot be reached, when that is why.
+    """
 
     session: _Session
     code: _Name
     problem: _Text
+    peer: _Name = ""
 
 
 class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -74,11 +78,22 @@ class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Shard to driver: the session ended here, and why."""
+    """Shard to driver: the session ended here, and why.
+
+    ``peer`` is the neighbour that was lost, when that is why.
+    """
 
     session: _Session
     code: _Name
     problem: _Text
+    peer: _Name = ""
+
+
+class Draining(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Shard to the drivers of its sessions: it is about to stop, so move them elsewhere.
+
+    It serves them on for a while, and takes no new ones.
+    """
 
 
 class Ack(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -112,7 +127,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
     turn_ms: _Milliseconds
 
 
-Control = Open | Opened | Refused | Close | Failed | Ack | StatsRequest | Stats
+Control = Open | Opened | Refused | Close | Failed | Draining | Ack | StatsRequest | Stats
 
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
 

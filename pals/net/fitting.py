@@ -11,6 +11,7 @@ from pals.net.announce import Announcement
 from pals.net.node import Node
 from pals.net.placement import choose_range, explain_choice
 from pals.net.serving import (
+    Drain,
     OnReady,
     Report,
     ServedShard,
@@ -79,8 +80,10 @@ class FittingShard:
         return chosen
 
 
-async def run_fitting_shard(node: Node, shard: FittingShard, *, on_ready: OnReady) -> None:
-    """Look what the swarm serves, choose, load, and serve until cancelled.
+async def run_fitting_shard(
+    node: Node, shard: FittingShard, *, on_ready: OnReady, drain: Drain | None = None
+) -> None:
+    """Look what the swarm serves, choose, load, and serve as `run_shard` does.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -90,4 +93,4 @@ async def run_fitting_shard(node: Node, shard: FittingShard, *, on_ready: OnRead
     announced = await node.discovery.find(others, deadline_s=LOOK_DEADLINE_S)
     found = [announced[peer] for peer in sorted(announced)]
     found = [a for a in found if a.state == "serving"]
-    await run_shard(node, lambda: shard.load(found), on_ready=on_ready)
+    await run_shard(node, lambda: shard.load(found), on_ready=on_ready, drain=drain)

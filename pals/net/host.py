@@ -8,16 +8,20 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import cast
 
 import trio
-from libp2p.abc import INetStream
+from libp2p.abc import INetConn, INetStream, IRawConnection
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.host.basic_host import BasicHost
+from libp2p.host.ping import ID as PING_PROTOCOL
+from libp2p.host.ping import PING_LENGTH
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
@@ -25,14 +29,19 @@ from multiaddr.exceptions import Error as MultiaddrError
 from pals.errors import InvalidConfig, PalsError, PeerUnreachable, PortInUse
 from pals.net._libp2p import (
     MAX_ADDRESSES_PER_DIAL,
+    Detour,
+    DetourFailed,
     HostLimits,
     MemberSwarm,
     build_host,
     bytes_of,
     host_and_port,
     parse_address,
+    raw_of,
 )
 from pals.net.mux_stream import Buffer
+from pals.net.nat.addresses import Endpoint, endpoints_in, meeting_peers
+from pals.net.raw import Path, abort_raw, dial_endpoint, local_endpoint, path_of, remote_endpoint
 from pals.swarm.identity import Identity
 from pals.types import PeerId
 
@@ -41,6 +50,9 @@ __all__ = ["Host", "HostLimits", "Stream", "StreamHandler", "open_host", "ungrou
 log = logging.getLogger(__name__)
 
 CLOSE_S = 3.0
+CONNECT_S = 8.0
+"""Seconds to reach a member: a dial, hole punching, and a relay after it."""
+PING_DEADLINE_S = 5.0
 MAX_ADDRESSES_READ = 64
 
 
@@ -122,6 +134,8 @@ class Host:
         self._host = host
         self._swarm = swarm
         self._limits = limits
+        self._advertised: tuple[str, ...] | None = None
+        self.advertised = trio.Event()
         self.peer_id = PeerId(host.get_id().to_base58())
 
     @property
@@ -130,8 +144,31 @@ class Host:
         return self._host
 
     def addresses(self) -> tuple[str, ...]:
-        """Return the multiaddrs that others can dial, each with ``/p2p/`` and this id."""
+        """Return the multiaddrs to tell others, each with ``/p2p/`` and this id."""
+        if self._advertised is not None:
+            return self._advertised
         return tuple(map(str, self._host.get_addrs()))
+
+    def advertise(self, addresses: Sequence[str]) -> None:
+        """Tell others ``addresses`` from now on; ``advertised`` is set when they differ.
+
+        Args:
+            addresses: Multiaddrs, most useful first, with or without this peer's id.
+        """
+        own = f"/p2p/{self.peer_id}"
+        named = tuple(a if a.endswith(own) else a + own for a in addresses)
+        if set(named) != set(self.addresses()):
+            self.advertised.set()
+            self.advertised = trio.Event()
+        self._advertised = named
+
+    def listening(self) -> tuple[Endpoint, ...]:
+        """Return the endpoints of this machine's interfaces at which it listens."""
+        return endpoints_in(map(str, self._host.get_addrs()))
+
+    def bound(self) -> tuple[Endpoint, ...]:
+        """Return the endpoints of the listening sockets, which may be unspecified addresses."""
+        return endpoints_in(map(str, self._host.get_transport_addrs()))
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Serve ``protocol``: one call of ``handler`` for each stream a member opens.
@@ -156,7 +193,7 @@ class Host:
         return self._swarm.allow(peer)
 
     async def connect(
-        self, peer: PeerId, addresses: Sequence[str], *, deadline_s: float = 5.0
+        self, peer: PeerId, addresses: Sequence[str], *, deadline_s: float = CONNECT_S
     ) -> None:
         """Connect to a member, trying ``addresses`` and some already known at once.
 
@@ -167,29 +204,185 @@ class Host:
             PeerUnreachable: It is no member, no address is usable, or none answers.
         """
         target = _libp2p_id(peer)
+        meeting = meeting_peers(addresses[:MAX_ADDRESSES_READ], peer)
         with trio.move_on_after(deadline_s):
             try:
-                await self._swarm.dial_peer(target, _usable(target, addresses))
+                await self._swarm.dial_peer(target, _usable(target, addresses), meeting)
             except BaseLibp2pError as error:
-                raise PeerUnreachable(peer=peer, problem=str(error)) from error
+                raise _unreachable(peer, error) from error
             return
         raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s} s")
 
-    async def open_stream(self, peer: PeerId, protocol: str, *, deadline_s: float = 5.0) -> Stream:
+    async def connect_directly(self, peer: PeerId) -> None:
+        """Connect to a member at the addresses that are known, and by no detour.
+
+        Raises:
+            PeerUnreachable: It is no member, or no known address answers in time.
+        """
+        try:
+            await self._swarm.dial_peer(_libp2p_id(peer), detour=False)
+        except BaseLibp2pError as error:
+            raise _unreachable(peer, error) from error
+
+    async def open_stream(
+        self,
+        peer: PeerId,
+        protocol: str,
+        *,
+        deadline_s: float = CONNECT_S,
+        connected_only: bool = False,
+    ) -> Stream:
         """Open a stream to a member, connecting first where needed.
+
+        Args:
+            peer: The member.
+            protocol: What to speak.
+            deadline_s: Seconds for all of it.
+            connected_only: Fail rather than dial.
 
         Raises:
             PeerUnreachable: It cannot be reached or does not serve ``protocol``.
         """
         target = _libp2p_id(peer)
+        if connected_only and not self._swarm.live_connections(target):
+            raise PeerUnreachable(peer=peer, problem="not connected")
         with trio.move_on_after(deadline_s):
             try:
-                await self._swarm.dial_peer(target)
+                await self._swarm.dial_peer(target, detour=not connected_only)
                 stream = await self._host.new_stream(target, [TProtocol(protocol)])
             except BaseLibp2pError as error:
-                raise PeerUnreachable(peer=peer, problem=str(error)) from error
+                raise _unreachable(peer, error) from error
             return Stream(stream, write_s=self._limits.write_s)
         raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s} s")
+
+    # --- other ways than dialling ----------------------------------------------------
+
+    def set_detour(self, detour: Detour | None) -> None:
+        """Ask ``detour`` for a connection wherever dialling fails or takes long."""
+        self._swarm.detour = detour
+
+    async def connect_from_port(self, peer: PeerId) -> None:
+        """Connect to a connected member once more, from the port at which this one listens.
+
+        Raises:
+            PeerUnreachable: It cannot be dialled where it is connected.
+        """
+        ports = {endpoint.port for endpoint in self.bound()}
+        raws = [raw_of(connection) for connection in self._connections(peer)]
+        if any(own.port in ports for own in map(local_endpoint, raws) if own is not None):
+            return
+        pairs = ((source, to) for to in self.observed(peer) for source in self.bound())
+        pair = next((p for p in pairs if p[0].is_ipv6 == p[1].is_ipv6), None)
+        if pair is None:
+            raise PeerUnreachable(peer=peer, problem="no connection to copy")
+        try:
+            with trio.fail_after(self._limits.handshake_s):
+                raw = await dial_endpoint(pair[1], source=pair[0])
+        except (OSError, trio.TooSlowError) as error:
+            raise PeerUnreachable(peer=peer, problem=str(error)) from error
+        await self.secure_outbound(raw, peer)
+
+    async def open_on_each(self, peer: PeerId, protocol: str) -> list[Stream]:
+        """Open a stream on each connection with a peer.
+
+        Raises:
+            PeerUnreachable: One of them is lost, or it does not serve ``protocol``.
+        """
+        streams: list[Stream] = []
+        for connection in self._connections(peer):
+            try:
+                with trio.fail_after(self._limits.handshake_s):
+                    opened = await connection.new_stream()
+                    opened.set_protocol(TProtocol(protocol))
+                    await self._host.multiselect_client.select_one_of(
+                        [TProtocol(protocol)], MultiselectCommunicator(opened)
+                    )
+            except (BaseLibp2pError, trio.TooSlowError) as error:
+                raise PeerUnreachable(peer=peer, problem=str(error)) from error
+            streams.append(Stream(opened, write_s=self._limits.write_s))
+        return streams
+
+    async def secure_outbound(self, raw: IRawConnection, peer: PeerId) -> None:
+        """Make a connection to a member out of a socket or circuit, as its initiator.
+
+        Raises:
+            PeerUnreachable: Somebody else is there, or the handshake failed.
+        """
+        try:
+            with trio.fail_after(self._limits.handshake_s):
+                await self._swarm.upgrade_outbound_raw_conn(raw, _libp2p_id(peer))
+        except BaseException as error:
+            abort_raw(raw)
+            if isinstance(error, BaseLibp2pError | trio.TooSlowError):
+                raise PeerUnreachable(peer=peer, problem=f"no handshake: {error}") from error
+            raise
+
+    async def serve_inbound(self, raw: IRawConnection, remote: str) -> None:
+        """Make a connection out of a socket or circuit, as its responder.
+
+        Returns when the connection has ended, or none came of it.
+
+        Args:
+            raw: The socket or circuit.
+            remote: Multiaddr to name it by.
+        """
+        with suppress(BaseLibp2pError):
+            await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr(remote))
+
+    async def is_at(self, peer: PeerId, endpoint: Endpoint) -> bool:
+        """Dial an endpoint and return whether ``peer`` proves to be there; keep nothing."""
+        try:
+            raw = await dial_endpoint(endpoint)
+        except OSError:
+            return False
+        try:
+            await self._swarm.upgrader.upgrade_security(raw, True, _libp2p_id(peer))
+        except BaseLibp2pError:
+            return False
+        finally:
+            with trio.CancelScope(shield=True):
+                await raw.close()
+        return True
+
+    # --- connections -----------------------------------------------------------------
+
+    def path(self, peer: PeerId) -> Path | None:
+        """Return the best way by which ``peer`` is connected, which new streams take."""
+        paths = [path_of(raw_of(c)) for c in self._connections(peer)]
+        return min(paths, key=lambda path: path.relay is not None, default=None)
+
+    def observed(self, peer: PeerId) -> tuple[Endpoint, ...]:
+        """Return the endpoints that a directly connected peer comes from."""
+        found = (remote_endpoint(raw_of(c)) for c in self._connections(peer))
+        return tuple(endpoint for endpoint in found if endpoint is not None)
+
+    async def round_trip_s(self, peer: PeerId, *, deadline_s: float = PING_DEADLINE_S) -> float:
+        """Return the seconds that one small message takes to a connected peer and back.
+
+        Raises:
+            PeerUnreachable: It is not connected, or does not answer in time.
+        """
+        stream = await self.open_stream(peer, PING_PROTOCOL, connected_only=True)
+        try:
+            with trio.move_on_after(deadline_s):
+                started_s = time.perf_counter()
+                await stream.write(bytes(PING_LENGTH))
+                await stream.read_exactly(PING_LENGTH)
+                return time.perf_counter() - started_s
+            raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s} s")
+        finally:
+            with trio.move_on_after(1.0, shield=True):
+                await stream.reset()
+
+    def _connections(self, peer: PeerId) -> list[INetConn]:
+        return self._swarm.live_connections(_libp2p_id(peer))
+
+    async def drop_idle_relayed(self, peer: PeerId) -> None:
+        """Close relayed connections with ``peer`` that carry no stream."""
+        for connection in self._connections(peer):
+            relayed = path_of(raw_of(connection)).kind == "relayed"
+            if relayed and not connection.get_streams():
+                await connection.close()
 
     async def drop_peer(self, peer: PeerId) -> None:
         """Close every connection to ``peer`` at once, as after its removal."""
@@ -202,6 +395,10 @@ class Host:
     def on_connect(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when there is a first connection to a peer; it must not block or raise."""
         self._swarm.on_connect.append(callback)
+
+    def on_connection(self, callback: Callable[[PeerId], None]) -> None:
+        """Call back at each new connection to a peer; it must not block or raise."""
+        self._swarm.on_connection.append(callback)
 
     def on_disconnect(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when the last connection to a peer ends; it must not block or raise."""
@@ -282,6 +479,12 @@ def _usable(peer: ID, addresses: Sequence[str]) -> list[Multiaddr]:
         except (MultiaddrError, ValueError) as error:
             log.debug("address %r of peer %s is not usable: %s", text, peer, error)
     return list(usable)[:MAX_ADDRESSES_PER_DIAL]
+
+
+def _unreachable(peer: PeerId, error: BaseLibp2pError) -> PeerUnreachable:
+    if isinstance(error, DetourFailed) and isinstance(error.__cause__, PeerUnreachable):
+        return error.__cause__
+    return PeerUnreachable(peer=peer, problem=str(error))
 
 
 def _libp2p_id(peer: PeerId) -> ID:

@@ -27,6 +27,8 @@ from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
 from pals.net.links import Arrival, Links
 from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
+from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
+from pals.net.report import serve_reports
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
@@ -38,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 HINT_INTERVAL_S = 120.0
 BOOTSTRAP_DEADLINE_S = 5.0
+LEAVE_RELAY_S = 1.0
 MAX_BOOTSTRAP_PEERS = 8
 
 
@@ -54,6 +57,8 @@ class Role(Protocol):
     def on_control(self, peer: PeerId, message: Control) -> None: ...
 
     def on_rows(self, peer: PeerId, arrival: Arrival) -> None: ...
+
+    def needs(self, peer: PeerId) -> bool: ...
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None: ...
 
@@ -81,6 +86,15 @@ class NodeOptions:
     @property
     def swarm_id(self) -> SwarmId:
         return SwarmId(bytes.fromhex(self.entry.swarm_id))
+
+    def traversal(self) -> TraversalOptions:
+        """Return how this machine may be reached; raise `InvalidConfig` as it is used."""
+        return TraversalOptions(
+            announced=self.settings.announce,
+            upnp=self.settings.upnp,
+            allow_relay=self.settings.allow_relay,
+            use_relay=self.settings.use_relay,
+        )
 
     def link_secrets(self) -> LinkSecrets:
         return LinkSecrets(
@@ -116,6 +130,9 @@ class _Dispatch:
                 return
         raise InvalidFrame(peer=peer, problem=f"rows of kind {frame.shape.kind.name.lower()}")
 
+    def needs(self, peer: PeerId) -> bool:
+        return any(role.needs(peer) for role in self.roles)
+
     def on_link_lost(self, peer: PeerId, problem: str) -> None:
         for role in self.roles:
             role.on_peer_lost(peer, problem)
@@ -129,6 +146,8 @@ class Node:
     host: Host
     links: Links
     discovery: Discovery
+    traversal: Traversal
+    contacts: Contacts
     allow_list: AllowList
     nursery: trio.Nursery
     _dispatch: _Dispatch
@@ -139,6 +158,10 @@ class Node:
 
     def add_role(self, role: Role) -> None:
         self._dispatch.roles.append(role)
+
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether anything would be lost now with the links to ``peer``."""
+        return self._dispatch.needs(peer)
 
     def members(self) -> frozenset[PeerId]:
         """Return the members that may be talked to now, this machine included."""
@@ -153,6 +176,7 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
         RosterUnavailable: There is no verified member list; nothing is served then.
         NotAMember: This machine is not on the list, or was taken from it meanwhile.
         PortInUse: The listening address is taken.
+        InvalidConfig: An address to listen on or to announce is none.
     """
     allow_list = AllowList()
     client = MembershipClient(options.entry.backend_url)
@@ -166,15 +190,17 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
     with ungrouped_errors():
         async with (
             open_host(options.identity, listen=options.settings.listen, allow=allow) as host,
+            open_traversal(host, options.traversal()) as traversal,
             trio.open_nursery() as nursery,
         ):
-            yield await _start(options, host, nursery, allow_list, client, allow)
+            yield await _start(options, host, traversal, nursery, allow_list, client, allow)
             nursery.cancel_scope.cancel()
 
 
 async def _start(
     options: NodeOptions,
     host: Host,
+    traversal: Traversal,
     nursery: trio.Nursery,
     allow_list: AllowList,
     client: MembershipClient,
@@ -191,15 +217,18 @@ async def _start(
         host=host,
         links=links,
         discovery=discovery,
+        traversal=traversal,
+        contacts=Contacts(_named_peers(options)),
         allow_list=allow_list,
         nursery=nursery,
         _dispatch=dispatch,
     )
     nursery.start_soon(_poll, node, client, options)
     nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
-    contacts = Contacts(_named_peers(options))
-    await _meet(node, client, options, contacts)
-    nursery.start_soon(_keep_meeting, node, client, options, contacts)
+    traversal.on_upgrade.append(lambda peer: nursery.start_soon(leave_relay, node, peer))
+    await nursery.start(serve_reports, node)
+    await _meet(node, client, options)
+    nursery.start_soon(_keep_meeting, node, client, options)
     return node
 
 
@@ -234,6 +263,16 @@ def _cut(node: Node, peer: PeerId, problem: str) -> None:
     node.nursery.start_soon(node.host.drop_peer, peer)
 
 
+async def leave_relay(node: Node, peer: PeerId) -> None:
+    """Have the next session with ``peer`` take the direct connection that was made.
+
+    A link stays on the connection that it began on, so it is ended between two sessions.
+    """
+    while node.needs(peer):  # noqa: ASYNC110 # nothing tells that a role's last session ended
+        await trio.sleep(LEAVE_RELAY_S)
+    node.links.drop(peer, "a direct connection takes the place of the relayed one")
+
+
 async def _end_membership(options: NodeOptions) -> None:
     raise _not_a_member(options)
 
@@ -242,18 +281,15 @@ def _not_a_member(options: NodeOptions) -> NotAMember:
     return NotAMember(peer=short_id(options.identity.peer_id), swarm=options.entry.name)
 
 
-async def _keep_meeting(
-    node: Node, client: MembershipClient, options: NodeOptions, contacts: Contacts
-) -> None:
+async def _keep_meeting(node: Node, client: MembershipClient, options: NodeOptions) -> None:
     """Renew this machine's address hint, and look for members that are not connected."""
     while True:
-        await trio.sleep(HINT_INTERVAL_S)
-        await _meet(node, client, options, contacts)
+        with trio.move_on_after(HINT_INTERVAL_S):
+            await node.host.advertised.wait()
+        await _meet(node, client, options)
 
 
-async def _meet(
-    node: Node, client: MembershipClient, options: NodeOptions, contacts: Contacts
-) -> None:
+async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> None:
     """Say where this machine listens, and connect to a few members."""
     now = int(time.time())
     hint = sign_hint(
@@ -271,8 +307,8 @@ async def _meet(
         members = node.members()
         for opened in await trio.to_thread.run_sync(read):
             if opened.peer in members:
-                contacts.learn(opened)
-    await _connect_to_some(node, contacts)
+                node.contacts.learn(opened)
+    await _connect_to_some(node, node.contacts)
 
 
 @contextmanager

@@ -219,6 +219,11 @@ class NoiseSession(BaseSession):
     async def close(self) -> None:
         await self._raw.close()
 
+    @property
+    def raw(self) -> IRawConnection:
+        """The connection beneath."""
+        return self._raw
+
     def abort(self) -> None:
         """Close the connection at once, without waiting for anything."""
         self._pipe.abort()

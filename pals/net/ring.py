@@ -88,6 +88,10 @@ class SessionTable:
     def free_slots(self) -> int:
         return len(self._free_slots)
 
+    def drivers(self) -> frozenset[PeerId]:
+        """Return the drivers of the sessions that run."""
+        return frozenset(session.driver for session in self._sessions.values())
+
     def open(self, driver: PeerId, message: Open, now: float) -> ShardSession:
         """Take a session and reserve its slot.
 
@@ -192,6 +196,10 @@ class SessionTable:
         if self._sessions.get(session.session) is session:
             del self._sessions[session.session]
             self._free_slots.append(session.slot)
+
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether any session cannot go on without ``peer``."""
+        return any(peer in session.peers for session in self._sessions.values())
 
     def remove_peer(self, peer: PeerId) -> list[ShardSession]:
         """Free and return the sessions that cannot go on without ``peer``."""

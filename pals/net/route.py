@@ -6,12 +6,15 @@ Pure functions over verified announcements.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pals.errors import NoChain
 from pals.net.announce import Announcement
-from pals.types import ActivationDtype, LayerRange, activation_dtype, short_id
+from pals.types import ActivationDtype, LayerRange, PeerId, activation_dtype, short_id
+
+NO_FAILURES: Mapping[PeerId, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,24 +50,25 @@ class _Path:
     """The cheapest way found so far from layer 0 to one boundary.
 
     Attributes:
-        cost: Compared in order: layers nobody serves, gaps, shards without a free
-            session, hops, milliseconds.
+        cost: Compared in order: layers nobody serves, gaps, failures of the shards lately,
+            shards without a free session, hops, milliseconds.
         hops: The shards taken.
         gaps: The ranges that no shard covers.
     """
 
-    cost: tuple[int, int, int, int, float] = (0, 0, 0, 0, 0.0)
+    cost: tuple[int, int, int, int, int, float] = (0, 0, 0, 0, 0, 0.0)
     hops: tuple[Announcement, ...] = ()
     gaps: tuple[LayerRange, ...] = ()
 
-    def through(self, hop: Announcement) -> _Path:
-        layers, gaps, full, count, step_ms = self.cost
-        cost = (layers, gaps, full + (hop.free_sessions == 0), count + 1, step_ms + hop.step_ms)
+    def through(self, hop: Announcement, failures: int) -> _Path:
+        layers, gaps, failed, full, count, step_ms = self.cost
+        full += hop.free_sessions == 0
+        cost = (layers, gaps, failed + failures, full, count + 1, step_ms + hop.step_ms)
         return _Path(cost, (*self.hops, hop), self.gaps)
 
     def across(self, gap: LayerRange) -> _Path:
-        layers, gaps, full, count, step_ms = self.cost
-        cost = (layers + len(gap), gaps + 1, full, count, step_ms)
+        layers, gaps, failed, full, count, step_ms = self.cost
+        cost = (layers + len(gap), gaps + 1, failed, full, count, step_ms)
         return _Path(cost, self.hops, (*self.gaps, gap))
 
 
@@ -75,13 +79,15 @@ def find_chain(
     num_layers: int,
     dtype: ActivationDtype | None = None,
     model: str | None = None,
+    failures: Mapping[PeerId, int] = NO_FAILURES,
 ) -> Chain:
     """Return the best chain of whole shards of one model and one dtype of activations.
 
     Shards whose layers come from other bytes than those of most holders are left out.
-    Shards hold fixed ranges, so each hop begins where the one before it ends. A chain
-    whose shards all have a free session wins; then the one with the fewest hops, then
-    the one with the lowest predicted time of a step.
+    Shards hold fixed ranges, so each hop begins where the one before it ends. The chain
+    with the fewest failures wins, so that a suspect is only used where nobody else serves
+    its layers; then one whose shards all have a free session, then the one with the fewest
+    hops, then the one with the lowest predicted time of a step.
 
     Args:
         announcements: Verified announcements of any models.
@@ -89,6 +95,7 @@ def find_chain(
         num_layers: Layers of the model.
         dtype: The activations to run in; ``None`` takes whichever gives the best chain.
         model: The model's name for the error; by default the one that is announced.
+        failures: How often peers failed lately; those left out did not.
 
     Raises:
         NoChain: No such chain exists; ``missing`` names the fewest layers that, once
@@ -100,10 +107,10 @@ def find_chain(
         if dtype in (None, activation_dtype(a.dtype)):
             by_dtype[activation_dtype(a.dtype)].append(a)
             model = model or a.model_id
-    candidates = [_cheapest(shards, num_layers) for _, shards in sorted(by_dtype.items())]
+    candidates = [_cheapest(shards, num_layers, failures) for _, shards in sorted(by_dtype.items())]
     best = min(candidates, key=lambda path: path.cost, default=None)
     if best is None:
-        best = _cheapest([], num_layers)
+        best = _cheapest([], num_layers, failures)
     if best.gaps:
         missing = ",".join(str(gap) for gap in best.gaps)
         raise NoChain(model=model or manifest.hex(), missing=missing)
@@ -128,7 +135,9 @@ def _hashes(shard: Announcement) -> Iterable[tuple[int, bytes]]:
     return enumerate(shard.layer_hashes, start=shard.layers.start)
 
 
-def _cheapest(shards: Sequence[Announcement], num_layers: int) -> _Path:
+def _cheapest(
+    shards: Sequence[Announcement], num_layers: int, failures: Mapping[PeerId, int]
+) -> _Path:
     """Return the cheapest path from 0 to ``num_layers``, over gaps where it must.
 
     Dijkstra's algorithm; every edge leads to a higher layer, so the boundaries in
@@ -143,7 +152,7 @@ def _cheapest(shards: Sequence[Announcement], num_layers: int) -> _Path:
     for i, start in enumerate(boundaries):
         path = best[start]
         for shard in starting[start]:
-            _keep_cheaper(best, shard.layers.stop, path.through(shard))
+            _keep_cheaper(best, shard.layers.stop, path.through(shard, failures.get(shard.peer, 0)))
         for stop in boundaries[i + 1 :]:
             _keep_cheaper(best, stop, path.across(LayerRange(start, stop)))
     return best[num_layers]

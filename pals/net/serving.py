@@ -120,6 +120,31 @@ OnReady = Callable[[Node, ServedShard], None]
 """Called once a shard is announced."""
 
 
+class Drain:
+    """Asks a shard to leave in order: its sessions move, and it ends.
+
+    Args:
+        on_leave: Called with the number of sessions when it begins to leave.
+    """
+
+    def __init__(self, on_leave: Callable[[int], None] = lambda _: None) -> None:
+        self.on_leave = on_leave
+        self._is_awaited = False
+        self._requested = trio.Event()
+
+    def request(self) -> bool:
+        """Ask for it, on the trio thread; return False when no shard is served yet, or twice."""
+        if not self._is_awaited or self._requested.is_set():
+            return False
+        self._requested.set()
+        return True
+
+    async def wait(self) -> None:
+        """Wait until somebody asks."""
+        self._is_awaited = True
+        await self._requested.wait()
+
+
 async def serve_role(options: NodeOptions, serve: Callable[[Node], Awaitable[None]]) -> None:
     """Run a node that serves until cancelled, such as by `run_shard`.
 
@@ -132,14 +157,17 @@ async def serve_role(options: NodeOptions, serve: Callable[[Node], Awaitable[Non
         await serve(node)
 
 
-async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady) -> None:
-    """Serve a shard on a running node until cancelled.
+async def run_shard(
+    node: Node, load: Callable[[], ServedShard], *, on_ready: OnReady, drain: Drain | None = None
+) -> None:
+    """Serve a shard on a running node until cancelled, or until it has left in order.
 
     Args:
         node: The member that serves.
         load: Loads and compiles the shard, in a thread. The network is up before, so
             that a refused member or a taken port costs no minutes.
         on_ready: Called once the shard is announced.
+        drain: Asks it to leave.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -159,9 +187,7 @@ async def run_shard(node: Node, load: Callable[[], ServedShard], *, on_ready: On
         service.attach(compute)
         node.add_role(service)
         node.nursery.start_soon(service.expire_sessions)
-        describe = partial(_describe, node, shard, service)
-        announcer = Announcer(node.discovery, node.options.identity, describe)
-        await announcer.run(partial(on_ready, node, shard))
+        await _announce_until_left(node, shard, service, on_ready, drain or Drain())
     finally:
         compute.close()
 
@@ -183,6 +209,22 @@ def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
     compute = ComputeThread(runner, deliver, max_queued_bytes=service.max_queued_bytes)
     compute.start()
     return compute
+
+
+async def _announce_until_left(
+    node: Node, shard: ServedShard, service: ShardService, on_ready: OnReady, drain: Drain
+) -> None:
+    describe = partial(_describe, node, shard, service)
+    announcer = Announcer(node.discovery, node.options.identity, describe)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run, partial(on_ready, node, shard))
+        await drain.wait()
+        nursery.cancel_scope.cancel()
+    drain.on_leave(service.sessions)
+    with trio.move_on_after(node.options.settings.drain_s):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.drain)
+            nursery.start_soon(announcer.withdraw)
 
 
 def _describe(node: Node, shard: ServedShard, service: ShardService) -> Announcement:

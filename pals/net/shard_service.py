@@ -18,11 +18,19 @@ import trio
 
 from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
-from pals.errors import InternalStepError, InvalidFrame, PalsError, SessionRefused, ShardLost
+from pals.errors import (
+    InternalStepError,
+    InvalidFrame,
+    PalsError,
+    SessionRefused,
+    ShardDraining,
+    ShardLost,
+)
 from pals.net.control import (
     Ack,
     Close,
     Control,
+    Draining,
     Failed,
     Hop,
     Open,
@@ -106,6 +114,8 @@ class ShardService:
         self._timings = StepTimings()
         self._flows: dict[ShardSession, SessionFlow[WorkItem]] = {}
         self._openings: dict[ShardSession, trio.CancelScope] = {}
+        self._is_draining = False
+        self._idle = trio.Event()
 
     @property
     def layers(self) -> LayerRange:
@@ -117,7 +127,7 @@ class ShardService:
 
     @property
     def free_sessions(self) -> int:
-        return self._table.free_slots
+        return 0 if self._is_draining else self._table.free_slots
 
     @property
     def step_ms(self) -> float:
@@ -139,6 +149,21 @@ class ShardService:
                 self._forget(session)
                 self._report(session, "PALS-SESSION-IDLE", f"idle for {self._table.idle_s} s")
 
+    # --- leaving ---------------------------------------------------------------------
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions run."""
+        return len(self._table)
+
+    async def drain(self) -> None:
+        """Take no more sessions, ask the drivers to move theirs, and wait until none is left."""
+        self._is_draining = True
+        for driver in self._table.drivers():
+            self._send_control(driver, Draining())
+        if len(self._table):
+            await self._idle.wait()
+
     # --- control ---------------------------------------------------------------------
 
     def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
@@ -159,14 +184,21 @@ class ShardService:
             case _:
                 pass
 
+    def needs(self, peer: PeerId) -> bool:
+        """Return whether a session is open that goes by way of ``peer``."""
+        return self._table.needs(peer)
+
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         """Fail the sessions that cannot go on without ``peer``."""
         for session in self._table.remove_peer(peer):
             self._forget(session)
-            self._report(session, ShardLost.code, f"lost peer {short_id(peer)}: {problem}")
+            text = f"lost peer {short_id(peer)}: {problem}"
+            self._report(session, ShardLost.code, text, lost=peer)
 
     def _open(self, driver: PeerId, message: Open) -> None:
         try:
+            if self._is_draining:
+                raise ShardDraining(peer=short_id(self._table.local))
             self._check_members(message)
             session = self._table.open(driver, message, trio.current_time())
         except PalsError as error:
@@ -195,14 +227,17 @@ class ShardService:
             except PalsError as error:
                 self._table.remove(session)
                 self._forget(session)
-                self._refuse(session.driver, session.session, error)
+                self._refuse(session.driver, session.session, error, unreachable=onward.peer)
                 return
             if self._openings.pop(session, None) is None:
                 return  # ended while the link came up, too late for the scope to say so
             self._send_control(session.driver, Opened(session=session.session))
 
-    def _refuse(self, driver: PeerId, session: SessionId, error: PalsError) -> None:
-        refusal = Refused(session=session, code=error.code, problem=str(error)[:512])
+    def _refuse(
+        self, driver: PeerId, session: SessionId, error: PalsError, *, unreachable: str = ""
+    ) -> None:
+        problem = str(error)[:512]
+        refusal = Refused(session=session, code=error.code, problem=problem, peer=unreachable)
         self._send_control(driver, refusal)
 
     def _close(self, driver: PeerId, session_id: SessionId) -> None:
@@ -218,14 +253,16 @@ class ShardService:
             scope.cancel()
         self._flows.pop(session, None)
         self._timings.note_pause(session.session)
+        if self._is_draining and not len(self._table):
+            self._idle.set()
 
-    def _fail(self, session: ShardSession, error: PalsError) -> None:
+    def _fail(self, session: ShardSession, error: PalsError, *, lost: str = "") -> None:
         self._table.remove(session)
         self._forget(session)
-        self._report(session, error.code, str(error))
+        self._report(session, error.code, str(error), lost=lost)
 
-    def _report(self, session: ShardSession, code: str, problem: str) -> None:
-        message = Failed(session=session.session, code=code, problem=problem[:512])
+    def _report(self, session: ShardSession, code: str, problem: str, *, lost: str = "") -> None:
+        message = Failed(session=session.session, code=code, problem=problem[:512], peer=lost)
         self._send_control(session.driver, message)
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
@@ -460,7 +497,7 @@ class ShardService:
             self._links.send(peer, lane, Outgoing(shape, rows, payload))
         except PalsError as error:
             for session, _, _ in parts:
-                self._fail(session, error)
+                self._fail(session, error, lost=peer)
 
 
 def _token_bytes(token: int) -> memoryview:

@@ -16,14 +16,8 @@ from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
 from pals.config import NodeSettings, Profile, SwarmSecret
 from pals.driver.routes import ServedModel
-from pals.driver.sessions import (
-    ClientSession,
-    SampledToken,
-    SessionClient,
-    SessionEvent,
-    SessionRequest,
-    open_sessions,
-)
+from pals.driver.sessions import SessionClient, open_sessions
+from pals.driver.state import ClientSession, SampledToken, SessionEvent, SessionRequest
 from pals.models.snapshot import Snapshot
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import Node, NodeOptions
@@ -67,6 +61,7 @@ class TestSwarm:
         *,
         peers: Sequence[str] = (),
         poll_interval_s: float = 30.0,
+        wait_for_peers_s: float = 0.0,
         make_ephemeral: Callable[[], X25519PrivateKey] = X25519PrivateKey.generate,
     ) -> NodeOptions:
         entry = profile.load_swarm()
@@ -79,6 +74,7 @@ class TestSwarm:
                 listen="/ip4/127.0.0.1/tcp/0",
                 peers=tuple(peers),
                 poll_interval_s=poll_interval_s,
+                wait_for_peers_s=wait_for_peers_s,
             ),
             make_ephemeral=make_ephemeral,
         )

@@ -91,7 +91,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Itera
         tokenizer,
         ChatTemplate.load(checkpoint),
         eos_token_ids=tokenizer.eos_token_ids,
-        step_deadline_s=DEADLINE_S,
     )
     try:
         with running(driver) as url:

@@ -62,6 +62,9 @@ class Hostile:
 
     def on_rows(self, peer: PeerId, arrival: Arrival) -> None: ...
 
+    def needs(self, peer: PeerId) -> bool:
+        return False
+
     def on_peer_lost(self, peer: PeerId, problem: str) -> None: ...
 
     def tell(self, shard: Node, message: Control) -> None:

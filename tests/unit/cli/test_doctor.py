@@ -102,6 +102,7 @@ def test_the_document_lists_every_check_and_the_status_tells_failures(
     assert json.loads(capsys.readouterr().out) == {
         "schema": 1,
         "checks": [{"name": "x", "code": "X", "state": "fail", "text": "t", "hint": "h"}],
+        "network": None,
     }
 
 

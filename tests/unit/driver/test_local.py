@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pals.driver.interface import GenerateParams, Message, TextDelta
 from pals.driver.local import LocalCompletion, LocalDriver, _TextStream
 from pals.driver.routes import ServedModel
-from pals.driver.sessions import SampledToken, SessionRequest, Sink
-from pals.errors import NoChain, ShardLost, StepTimeout
+from pals.driver.state import SampledToken, SessionRequest, Sink
+from pals.errors import NoChain, ShardLost
 from pals.text.tokenizer import Tokenizer
 from tests.unit.text.tokenizers_for_tests import save_byte_level
 
@@ -150,7 +150,6 @@ class FakeClient:
         self.requests: list[SessionRequest] = []
         self.sinks: list[Sink] = []
         self.closed: list[object] = []
-        self.given_up: list[object] = []
         self.refusal: Exception | None = None
         hops = [SimpleNamespace(peer=f"peer-{i}-abcdefgh", layers=f"{i}:{i + 1}") for i in (1, 2)]
         self.session = SimpleNamespace(chain=SimpleNamespace(hops=hops))
@@ -164,9 +163,6 @@ class FakeClient:
 
     def close(self, session: object) -> None:
         self.closed.append(session)
-
-    async def give_up(self, session: object) -> None:
-        self.given_up.append(session)
 
 
 class FakeTemplate:
@@ -182,7 +178,6 @@ class Bench:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.client = FakeClient()
-        self.step_deadline_s = WAIT_S
 
     def driver(self) -> LocalDriver:
         network: Any = FakeNetwork()
@@ -195,7 +190,6 @@ class Bench:
             self.tokenizer,
             template,
             eos_token_ids=[eos_of(self.tokenizer), 3],
-            step_deadline_s=self.step_deadline_s,
         )
 
     async def chat(self, text: str = "hey", **params: Any) -> LocalCompletion:
@@ -322,37 +316,6 @@ def test_failure_on_the_way_is_raised_after_the_text_and_closes_the_session(
     run(main)
     assert [delta.text for delta in shown] == ["o", "k"]
     assert bench.client.closed == [bench.client.session]
-
-
-def test_silence_ends_at_the_deadline_of_a_step_and_closes_the_session(bench: Bench) -> None:
-    bench.step_deadline_s = 0.01
-
-    async def main() -> None:
-        completion = await bench.chat()
-        with pytest.raises(StepTimeout) as caught:
-            await collect(completion)
-        assert caught.value.fields["deadline_s"] == 0.01
-
-    run(main)
-    assert bench.client.given_up == [bench.client.session]
-    assert bench.client.closed == [bench.client.session]
-
-
-def test_first_token_of_a_long_prompt_may_take_longer(bench: Bench) -> None:
-    bench.step_deadline_s = 0.01
-
-    async def main() -> None:
-        completion = await bench.chat("x" * 1024)
-        with pytest.raises(StepTimeout) as caught:
-            await collect(completion)
-        assert caught.value.fields["deadline_s"] == pytest.approx(0.03)
-        completion = await bench.chat("x" * 1024)
-        bench.say(*ids_of(bench.tokenizer, "a"))
-        with pytest.raises(StepTimeout) as caught:
-            await collect(completion)
-        assert caught.value.fields["deadline_s"] == 0.01
-
-    run(main)
 
 
 def test_cancelled_wait_closes_the_session(bench: Bench) -> None:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import trio
 
-from pals.driver.routes import FAILED_FOR_S, RouteTable, ServedModel
-from pals.driver.sessions import SampledToken, SessionClient, SessionEvent, SessionRequest
+from pals.driver.recovery import Patience
+from pals.driver.routes import RouteTable, ServedModel
+from pals.driver.sessions import SessionClient
+from pals.driver.state import SampledToken, SessionEvent, SessionRequest
 from pals.errors import (
     InvalidFrame,
     LinkRefused,
@@ -18,7 +20,6 @@ from pals.errors import (
     PeerUnreachable,
     ShardBusy,
     ShardFull,
-    ShardLost,
     WireVersionMismatch,
 )
 from pals.net.announce import Announcement
@@ -120,11 +121,14 @@ class FakeNode:
 
 
 class Bench:
-    def __init__(self, *announcements: Announcement) -> None:
+    def __init__(self, nursery: trio.Nursery, *announcements: Announcement) -> None:
         self.node: Any = FakeNode(*announcements)
         self.links: FakeLinks = self.node.links
         self.routes = RouteTable(self.node, MODEL)
-        self.client = SessionClient(self.node, MODEL, self.routes)
+        patience = Patience(wait_for_peers_s=0.0)
+        self.client = SessionClient(
+            self.node, MODEL, self.routes, nursery=nursery, patience=patience
+        )
         self.links.client = self.client
         self.events: list[SessionEvent] = []
 
@@ -146,61 +150,68 @@ class Bench:
         self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
 
 
-async def test_a_tail_that_never_stops_is_stopped_at_the_last_token_asked_for() -> None:
-    bench = Bench(announcement(A, "0:4"))
+async def test_a_tail_that_never_stops_is_stopped_at_the_last_token_asked_for(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
     session = await bench.open(count=3)
 
     for position in range(2, 12):
-        bench.sample(A, session.session, position)
+        bench.sample(A, session.attempt.session, position)
 
     assert bench.events == [SampledToken(7, False), SampledToken(7, False), SampledToken(7, True)]
     assert bench.links.closed == [A]
 
 
-async def test_the_tail_s_own_end_frees_the_session_at_once() -> None:
-    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+async def test_the_tail_s_own_end_frees_the_session_at_once(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
     session = await bench.open(count=9)
 
-    bench.sample(B, session.session, 2, flags=FLAG_LAST)
+    bench.sample(B, session.attempt.session, 2, flags=FLAG_LAST)
 
     assert bench.events == [SampledToken(7, True)]
     assert sorted(bench.links.closed) == [A, B]
 
 
-async def test_tokens_from_another_peer_or_position_are_refused() -> None:
-    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+async def test_tokens_from_another_peer_or_position_are_refused(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
     session = await bench.open()
 
     with pytest.raises(InvalidFrame):
-        bench.sample(A, session.session, 2)
+        bench.sample(A, session.attempt.session, 2)
     with pytest.raises(InvalidFrame):
-        bench.sample(B, session.session, 3)
+        bench.sample(B, session.attempt.session, 3)
     assert bench.events == []
 
 
-async def test_a_row_of_several_sampled_tokens_is_refused() -> None:
-    bench = Bench(announcement(A, "0:4"))
+async def test_a_row_of_several_sampled_tokens_is_refused(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
     session = await bench.open()
     payload = memoryview(np.array([7, 8], "<i4").tobytes())
     frame = Frame(
-        Lane.DECODE, sampled_shape(MANIFEST, 4), Rows.of(Row(session.session, 2, 2)), payload
+        Lane.DECODE,
+        sampled_shape(MANIFEST, 4),
+        Rows.of(Row(session.attempt.session, 2, 2)),
+        payload,
     )
 
     with pytest.raises(InvalidFrame):
         bench.client.on_rows(A, Arrival(frame, 0.0, 0.0))
 
 
-async def test_another_chain_is_taken_when_a_shard_cannot_be_reached() -> None:
-    bench = Bench(announcement(A, "0:4"), announcement(B, "0:2"), announcement(C, "2:4"))
+async def test_another_chain_is_taken_when_a_shard_cannot_be_reached(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"), announcement(B, "0:2"), announcement(C, "2:4"))
     bench.links.unreachable[A] = PeerUnreachable(peer=A, problem="gone")
 
     session = await bench.open()
 
-    assert session.peers == {B, C}
+    assert session.attempt.peers == {B, C}
 
 
-async def test_without_another_chain_an_unreachable_shard_is_told_as_missing_layers() -> None:
-    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+async def test_without_another_chain_an_unreachable_shard_is_told_as_missing_layers(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
     bench.links.unreachable[B] = PeerUnreachable(peer=B, problem="gone")
 
     with pytest.raises(NoChain) as caught:
@@ -216,18 +227,22 @@ async def test_without_another_chain_an_unreachable_shard_is_told_as_missing_lay
         LinkRefused(peer=A, problem="the swarm secrets differ"),
     ],
 )
-async def test_without_another_chain_the_reason_of_the_last_one_is_told(error: PalsError) -> None:
-    bench = Bench(announcement(A, "0:4"))
+async def test_without_another_chain_the_reason_of_the_last_one_is_told(
+    error: PalsError, nursery: trio.Nursery
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
     bench.links.unreachable[A] = error
 
     with pytest.raises(type(error)):
         await bench.open()
 
 
-async def test_a_full_shard_is_passed_over_and_told_when_there_is_no_other() -> None:
-    bench = Bench(announcement(A, "0:4"), announcement(B, "0:4"))
+async def test_a_full_shard_is_passed_over_and_told_when_there_is_no_other(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"), announcement(B, "0:4"))
     bench.links.refusals = {A: (ShardFull.code, "all 2 session slots are taken")}
-    assert (await bench.open()).peers == {B}
+    assert (await bench.open()).attempt.peers == {B}
 
     bench.links.refusals[B] = bench.links.refusals[A]
     with pytest.raises(ShardBusy) as caught:
@@ -236,8 +251,10 @@ async def test_a_full_shard_is_passed_over_and_told_when_there_is_no_other() -> 
     assert (caught.value.http_status, caught.value.retryable) == (429, True)
 
 
-async def test_a_peer_that_came_back_with_other_layers_is_asked_for_these() -> None:
-    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+async def test_a_peer_that_came_back_with_other_layers_is_asked_for_these(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
     await bench.routes.refresh()
     bench.links.refusals[A] = ("PALS-SESSION-REFUSED", "the chain does not hold these layers")
     bench.node.discovery.announced[A] = announcement(A, "0:4")
@@ -251,37 +268,10 @@ async def test_a_peer_that_came_back_with_other_layers_is_asked_for_these() -> N
     assert [str(hop.layers) for hop in session.chain.hops] == ["0:4"]
 
 
-async def test_a_peer_whose_link_broke_is_used_again_when_nobody_else_can() -> None:
-    bench = Bench(announcement(A, "0:4"))
-    await bench.open()
-
-    bench.client.on_peer_lost(A, "the stream was cut")
-
-    assert isinstance(bench.events[-1], ShardLost)
-    assert (await bench.open()).peers == {A}
-
-
-async def test_a_silent_shard_is_used_last_after_its_session_was_given_up(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"), announcement(C, "2:4"))
-    first = await bench.open()
-    (silent,) = first.peers - {A}
-    bench.links.silent.add(silent)
-
-    await bench.client.give_up(first)
-    second = await bench.open()
-
-    assert second.peers == {A, *({B, C} - {silent})}
-    await trio.sleep(FAILED_FOR_S + 1)
-    bench.links.silent.clear()
-    assert silent in (await bench.open()).peers
-
-
 async def test_reports_asked_for_together_are_each_whole(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
-    bench = Bench(announcement(A, "0:2"), announcement(B, "2:4"))
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
     await bench.open()
     reports: list[int] = []
 

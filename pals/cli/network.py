@@ -1,0 +1,129 @@
+"""How this machine reaches the other members: the part of `pals doctor` about the network.
+
+A process that runs with the profile is asked, since it holds the connections; else a
+member is run for as long as it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from pals import config
+from pals.cli.checks import Finding
+from pals.cli.process import Member, ServerOptions, node_options
+from pals.config import Profile, SwarmSecret
+from pals.errors import PalsError, PeerUnreachable
+from pals.swarm.identity import load_or_create_identity
+
+if TYPE_CHECKING:
+    from pals.net.node import NodeOptions
+    from pals.net.report import NetworkReport, PeerReport
+
+CODE = "DOCTOR-NETWORK"
+NAME = "network"
+DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What was found out.
+
+    Attributes:
+        finding: The line among the checks.
+        report: How each member is reached; None where nothing could be found out.
+    """
+
+    finding: Finding
+    report: NetworkReport | None
+
+    def document(self) -> dict[str, object] | None:
+        """Return what programs are told of the report."""
+        return None if self.report is None else msgspec.to_builtins(self.report)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return for each other member: its id, the way to it, the round trip, a problem."""
+        peers = () if self.report is None else self.report.peers
+        return [_row(peer) for peer in peers]
+
+
+def examine_network(options: ServerOptions) -> Network | None:
+    """Return how the members are reached, or None when the profile is of no swarm."""
+    profile = options.profile
+    if not profile.swarm_ids():
+        return None
+    try:
+        report = trio.run(_ask, profile) or _run_member(options)
+    except PalsError as error:
+        finding = Finding(state="fail", text=str(error), hint=error.hint)
+        return Network(finding, None)
+    return Network(_judge(report), report)
+
+
+async def _ask(profile: Profile) -> NetworkReport | None:
+    from pals.net.report import ask_running
+
+    return await ask_running(profile.path)
+
+
+def _run_member(options: ServerOptions) -> NetworkReport:
+    """Run a member of the profile until it knows how it reaches the others.
+
+    Raises:
+        NoSwarm: The profile is of none.
+        ProfileInUse: A process runs with the profile, and does not answer.
+        PeerUnreachable: It took too long.
+    """
+    settings = options.load_settings()
+    entry = options.profile.load_swarm()
+    text = config.take_environment(config.SWARM_SECRET_VARIABLE) or entry.swarm_secret
+    member = Member(
+        profile=options.profile,
+        entry=entry,
+        secret=SwarmSecret.parse(text),
+        identity=load_or_create_identity(options.profile),
+    )
+    with member.profile.lock():
+        return trio.run(partial(_report, node_options(member, settings)))
+
+
+async def _report(options: NodeOptions) -> NetworkReport:
+    from pals.net.node import open_node
+    from pals.net.report import report_network
+
+    with trio.move_on_after(DEADLINE_S):
+        async with open_node(options) as node:
+            return await report_network(node)
+    problem = f"the network was not ready within {DEADLINE_S:g} s"
+    raise PeerUnreachable(peer=options.identity.peer_id, problem=problem)
+
+
+def _judge(report: NetworkReport) -> Finding:
+    """Say in a line how this machine is reached, and what is worth mending."""
+    text = {
+        "public": "members can dial this machine",
+        "private": "members cannot dial this machine, and meet it at others",
+        "unknown": "no member outside this network could be asked",
+    }[report.reach]
+    lost = [peer for peer in report.peers if peer.code == "PALS-NO-PATH"]
+    if lost:
+        return Finding(
+            state="warn", text=f"{text}; no way to {len(lost)} of them", hint=lost[0].hint
+        )
+    silent = [peer for peer in report.peers if peer.path is None]
+    if report.peers and len(silent) == len(report.peers):
+        hint = "check that one of them runs, and its address and firewall"
+        return Finding(state="warn", text="no other member answers", hint=hint)
+    return Finding(state="ok", text=text)
+
+
+def _row(peer: PeerReport) -> tuple[str, str, str, str]:
+    way = "none" if peer.path is None else peer.path
+    if peer.relay is not None:
+        way = f"{way} by {peer.relay}"
+    trip = "" if peer.round_trip_ms is None else f"{peer.round_trip_ms:.1f} ms"
+    return peer.peer, way, trip, peer.problem

@@ -1,0 +1,205 @@
+"""One session as its driver sees it: what was asked, what was answered, and by which chain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from pals.driver.recovery import StepClock
+from pals.errors import PalsError
+from pals.net.control import Hop, Open
+from pals.net.flow import AckPolicy
+from pals.net.route import Chain
+from pals.types import LayerRange, PeerId, SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionRequest:
+    """One sequence to generate.
+
+    Attributes:
+        prompt: Token ids, at least one.
+        max_new_tokens: Most tokens to sample; None takes what the context has left.
+        stop_token_ids: Ids after which the tail stops.
+        temperature: 0 is greedy.
+        top_p: Smallest probability mass to sample from.
+        seed: Start of the random stream, below 2**32.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int | None
+    stop_token_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token of the answer; ``last`` when the tail has stopped by itself."""
+
+    token: int
+    last: bool
+
+
+NOT_ASKED = -1
+
+SessionEvent = SampledToken | PalsError
+Sink = Callable[[SessionEvent], None]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Attempt:
+    """A session over one chain, for as long as all of its shards hold.
+
+    Attributes:
+        session: What the shards call it; each attempt has an id of its own.
+        chain: The shards.
+        owner: Whose tokens it makes.
+        next_position: Where its next token stands; `NOT_ASKED` before it has the prompt.
+        unanswered: Shards that have not said that they opened it.
+        answered: Set when all have, or when it failed.
+        error: Why it is over.
+        failed: The peers at fault.
+        broken_link: A shard and the neighbour that it says it lost.
+        leaving: Shards that are about to stop.
+        acks: When the tail is told what was taken; None before it has the prompt.
+    """
+
+    chain: Chain
+    owner: ClientSession
+    session: SessionId = field(default_factory=lambda: SessionId(os.urandom(16)))
+    next_position: int = NOT_ASKED
+    unanswered: set[PeerId] = field(default_factory=set[PeerId])
+    answered: trio.Event = field(default_factory=trio.Event)
+    error: PalsError | None = None
+    failed: set[PeerId] = field(default_factory=set[PeerId])
+    broken_link: tuple[PeerId, PeerId] | None = None
+    leaving: set[PeerId] = field(default_factory=set[PeerId])
+    acks: AckPolicy | None = None
+
+    def __post_init__(self) -> None:
+        self.unanswered = set(self.peers)
+
+    @property
+    def peers(self) -> frozenset[PeerId]:
+        return frozenset(hop.peer for hop in self.chain.hops)
+
+    def layers_of(self, peer: PeerId) -> LayerRange:
+        """Return what one of the shards serves."""
+        return next(hop.layers for hop in self.chain.hops if hop.peer == peer)
+
+    def note_opened(self, peer: PeerId) -> None:
+        """Take that one shard keeps a slot."""
+        self.unanswered.discard(peer)
+        if not self.unanswered:
+            self.answered.set()
+
+    def fail(self, error: PalsError) -> None:
+        """End it, for the first reason that comes."""
+        self.error = self.error or error
+        self.answered.set()
+        self.owner.wake()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ClientSession:
+    """One session, over as many chains as it takes.
+
+    Attributes:
+        request: What was asked.
+        sink: Told every token once, in order, and at most one error.
+        max_new_tokens: Tokens that the answer may have; 0 until the first chain is known.
+        tokens: The answer so far.
+        held: Tokens of the old chain while a new one is asked to go on before them; None
+            when tokens go straight to the sink.
+        current: The attempt that makes its tokens.
+        clock: The deadlines of that attempt.
+        changed: Set when its supervisor has something to look at.
+        scope: Of its supervisor.
+        failures: Attempts that ended since the last token.
+        silent: Shards that did not answer when asked.
+        silent_since: Since when.
+        ended: Nothing more will come.
+    """
+
+    request: SessionRequest
+    sink: Sink
+    max_new_tokens: int = 0
+    tokens: list[int] = field(default_factory=list[int])
+    held: list[int] | None = None
+    current: Attempt | None = None
+    clock: StepClock | None = None
+    changed: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    failures: int = 0
+    silent: frozenset[PeerId] = frozenset()
+    silent_since: float | None = None
+    ended: bool = False
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt of a session that is open."""
+        assert self.current is not None
+        return self.current
+
+    @property
+    def chain(self) -> Chain:
+        return self.attempt.chain
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions that the whole session takes."""
+        return len(self.request.prompt) + self.max_new_tokens
+
+    def history(self) -> tuple[int, ...]:
+        """Return prompt and answer, which is the prompt of whoever goes on."""
+        return (*self.request.prompt, *self.tokens)
+
+    def wake(self) -> None:
+        """Let the supervisor look."""
+        self.changed.set()
+
+    def take_token(self, token: int, *, last: bool, now: float) -> None:
+        """Take the next token, and give it to the sink unless it has to be held."""
+        if self.held is not None and not last:
+            self.held.append(token)
+            return
+        self.release_held(now)
+        self._deliver(token, last=last, now=now)
+
+    def release_held(self, now: float) -> None:
+        """Give the tokens of the old chain to the sink after all."""
+        held, self.held = self.held, None
+        for token in held or ():
+            self._deliver(token, last=False, now=now)
+
+    def _deliver(self, token: int, *, last: bool, now: float) -> None:
+        assert self.clock is not None
+        self.clock.note_token(now)
+        self.tokens.append(token)
+        self.failures = 0
+        self.silent, self.silent_since = frozenset(), None
+        self.ended = self.ended or last
+        self.sink(SampledToken(token, last))
+
+    def build_open(self, attempt: Attempt) -> Open:
+        """Return what the shards of an attempt are asked to go on with."""
+        hops = tuple(
+            Hop(peer=h.peer, start=h.layers.start, stop=h.layers.stop, addresses=h.addresses)
+            for h in attempt.chain.hops
+        )
+        request = self.request
+        return Open(
+            session=attempt.session,
+            chain=hops,
+            prompt_tokens=len(request.prompt) + len(self.tokens),
+            max_new_tokens=self.max_new_tokens - len(self.tokens),
+            stop_token_ids=request.stop_token_ids,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+        )

@@ -1,0 +1,1 @@
+"""Being reached from behind a NAT: addresses, port forwards, hole punching, relays."""
