@@ -14,6 +14,7 @@ from benchmarks.results import Result
 
 BENCHMARKS = {
     "demo": "benchmarks.demo",
+    "failover": "benchmarks.failover",
     "load": "benchmarks.load",
     "ring": "benchmarks.ring",
     "quantize": "benchmarks.quantize",

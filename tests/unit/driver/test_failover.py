@@ -45,7 +45,7 @@ async def play(
     done: list[float] = []
 
     def act(*shards: PeerId) -> bool:
-        victims = [p for p in shards if str(world.shards.announcements[p].layers) == wanted]
+        victims = [p for p in shards if str(world.shards.announced[p].layers) == wanted]
         for victim in victims:
             sign(world.shards, victim)
             done.append(trio.current_time())

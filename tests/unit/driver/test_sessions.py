@@ -63,6 +63,9 @@ class FakeDiscovery:
     def announcements(self) -> dict[PeerId, Announcement]:
         return self._listed
 
+    def last_seq(self, peer: PeerId) -> int:
+        return self.announced[peer].seq if peer in self.announced else -1
+
     async def find(self, peers: Iterable[PeerId], *, deadline_s: float) -> dict[PeerId, Any]:
         assert deadline_s > 0
         self._listed = {p: a for p, a in self.announced.items() if p in set(peers)}

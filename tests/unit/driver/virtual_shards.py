@@ -105,7 +105,8 @@ class VirtualShards:
         self.nursery = nursery
         self.slots = slots
         self.links = self.discovery = self
-        self.announcements: dict[PeerId, Announcement] = {}
+        self.announced: dict[PeerId, Announcement] = {}
+        self.hears_news = False
         self.dead: set[PeerId] = set()
         self.silent: set[PeerId] = set()
         self.removed: set[PeerId] = set()
@@ -124,7 +125,7 @@ class VirtualShards:
     def serve(self, name: str, layers: str, **changes: Any) -> PeerId:
         """Announce a shard, or announce it again."""
         served = LayerRange.parse(layers)
-        known = self.announcements.get(peer(name))
+        known = self.announced.get(peer(name))
         values: dict[str, Any] = {
             "peer": peer(name),
             "model_id": MODEL.model_id,
@@ -140,7 +141,7 @@ class VirtualShards:
             "seq": 1 if known is None else known.seq + 1,
             "expires_at": time.time() + 3600,
         }
-        self.announcements[peer(name)] = Announcement(**(values | changes))
+        self.announced[peer(name)] = Announcement(**(values | changes))
         return peer(name)
 
     def kill(self, victim: PeerId, *, told_first: bool = False) -> None:
@@ -167,7 +168,7 @@ class VirtualShards:
         """Start a process again, which announces itself."""
         for state in (self.dead, self.silent, self.hung, self.removed, self.draining):
             state.discard(peer(name))
-        known = self.announcements[peer(name)]
+        known = self.announced[peer(name)]
         self.serve(name, str(known.layers))
 
     def drain(self, leaver: PeerId) -> None:
@@ -213,12 +214,21 @@ class VirtualShards:
     # --- the node --------------------------------------------------------------------
 
     def members(self) -> frozenset[PeerId]:
-        return frozenset(self.announcements) - self.removed
+        return frozenset(self.announced) - self.removed
+
+    def announcements(self) -> dict[PeerId, Announcement]:
+        return {p: a for p, a in self.announced.items() if p not in self.removed}
+
+    def last_seq(self, peer: PeerId) -> int:
+        return self.announced[peer].seq if peer in self.announced else -1
+
+    async def wait_for_change(self) -> None:
+        await trio.sleep_forever()
 
     async def find(self, peers: Iterable[PeerId], *, deadline_s: float) -> dict[PeerId, Any]:
         await trio.sleep(TRAVEL_S)
         wanted = set(peers)
-        return {p: a for p, a in self.announcements.items() if p in wanted}
+        return {p: a for p, a in self.announced.items() if p in wanted}
 
     async def ensure(self, shard: PeerId, addresses: Sequence[str]) -> None:
         if shard in self.linked:
