@@ -8,26 +8,30 @@ from one token of a session to its next; what of it is neither a step nor a dela
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import msgspec
 import trio
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from benchmarks import ring_members, ring_shard
+from benchmarks import emulator_error, ring_members, ring_shard
 from benchmarks.link_emulator import Conditions, EmulatedLink, LinkEmulator, open_emulator
 from benchmarks.makespan import ideal_makespan_s
 from benchmarks.results import Result, Subject
+from benchmarks.ring_report import (
+    Answer,
+    Round,
+    measure_cipher_ms,
+    summarise_decode,
+    summarise_parts,
+)
 from pals import config
 from pals.cli.interrupt import run_until_signal
 from pals.cli.process import HUGE_PAGES, MALLOC_VARIABLE
-from pals.driver.interface import HopReport
 from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
 from pals.driver.state import SampledToken, SessionEvent, SessionRequest
@@ -42,7 +46,6 @@ DECODE_PROMPT_TOKENS = 32
 LONG_PROMPT_TOKENS = 2048
 LIMITS = EngineLimits(max_sessions=4, max_context_tokens=2304, max_chunk_tokens=256)
 LONG_LINK = Conditions(delay_s=0.05, bytes_per_s=100e6 / 8)
-CIPHER_SAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,7 @@ async def _measure_all(effort: Effort, report: Callable[[Result], None]) -> None
             async with _open_ring(count, None) as ring:
                 await _measure_decode(ring, 0.0, effort, report)
         with open_emulator() as emulator:
+            report(await _measure_emulator(emulator))
             async with _open_ring(count, emulator) as ring:
                 for delay_s in effort.delays_s:
                     if delay_s:
@@ -109,6 +113,18 @@ async def _measure_all(effort: Effort, report: Callable[[Result], None]) -> None
                         await _measure_decode(ring, delay_s, effort, report)
                 ring.shape(LONG_LINK)
                 await _measure_prefill(ring, effort, report)
+
+
+async def _measure_emulator(emulator: LinkEmulator) -> Result:
+    """Return how late its messages come; the rest of a hop's delay is Pals's."""
+    subject = Subject(
+        benchmark=NAME,
+        system="link-emulator",
+        setting={"delay_ms": 1000 * emulator_error.DELAY_S},
+        load=os.getloadavg()[0],
+    )
+    errors_ms = await trio.to_thread.run_sync(emulator_error.measure_error_ms, emulator)
+    return subject.summarise("delay_error_ms", "ms", errors_ms)
 
 
 # --- the ring ------------------------------------------------------------------------
@@ -234,17 +250,6 @@ def _start_shard(job: ring_shard.Job) -> subprocess.Popen[bytes]:
 # --- one session ---------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class Answer:
-    """When the tokens of one session came, after its start."""
-
-    arrivals_s: list[float] = field(default_factory=list)
-
-    @property
-    def turns_s(self) -> list[float]:
-        return [b - a for a, b in zip(self.arrivals_s, self.arrivals_s[1:], strict=False)]
-
-
 async def _ask(client: SessionClient, prompt_tokens: int, max_tokens: int) -> Answer:
     """Run one session to its end."""
     events: list[SessionEvent] = []
@@ -283,47 +288,19 @@ async def _measure_decode(
 ) -> None:
     await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
     await ring.take_steps()
-    answers = [
-        await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
-        for _ in range(effort.rounds)
-    ]
-    steps = await ring.take_steps()
+    rounds: list[Round] = []
+    for _ in range(effort.rounds):
+        answer = await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
+        rounds.append(Round.of(answer, await ring.take_steps()))
     hops = await ring.client.report()
-    shards = len(ring.shards)
-    turns_s = [statistics.median(answer.turns_s) for answer in answers]
-    compute_s = [statistics.median(shard.decode_s) for shard in steps]
-    hop_delay_s = delay_s if shards > 1 else 0.0  # one shard sends its tokens to itself
-    ideal_s = sum(compute_s) + shards * hop_delay_s
     setting = {**ring.subject.setting, "delay_ms": 1000 * delay_s}
+    crypto_ms = measure_cipher_ms(2 * ring.hidden_size)
     subject = replace(ring.subject, setting=setting)
-    spread = [1000 * (turn_s - ideal_s) / shards for turn_s in turns_s]
     for result in (
-        subject.summarise("decode_tokens_per_s", "tokens/s", [1 / t for t in turns_s]),
-        subject.summarise("fraction_of_ideal", "ratio", [ideal_s / t for t in turns_s]),
-        subject.summarise("hop_software_ms", "ms", spread),
-        *_summarise_parts(subject, hops, compute_s, hop_delay_s, ring.hidden_size),
+        *summarise_decode(subject, rounds, delay_s),
+        *summarise_parts(subject, hops, delay_s, crypto_ms),
     ):
         report(result)
-
-
-def _summarise_parts(
-    subject: Subject,
-    hops: Sequence[HopReport],
-    compute_s: Sequence[float],
-    delay_s: float,
-    hidden_size: int,
-) -> list[Result]:
-    """Return the parts of a hop; each shard's median is a sample."""
-    crypto_ms = 1000 * _measure_cipher_s(2 * hidden_size)
-    parts = {
-        "hop_compute_ms": [1000 * seconds for seconds in compute_s],
-        "hop_queue_ms": [hop.queue_ms for hop in hops],
-        "hop_handover_ms": [hop.handover_ms for hop in hops],
-        "hop_crypto_ms": [crypto_ms],
-        "hop_codec_ms": [hop.codec_ms - crypto_ms for hop in hops],
-        "hop_wire_ms": [hop.wire_ms - 1000 * delay_s for hop in hops],
-    }
-    return [subject.summarise(name, "ms", samples) for name, samples in parts.items()]
 
 
 async def _measure_prefill(ring: Ring, effort: Effort, report: Callable[[Result], None]) -> None:
@@ -355,14 +332,3 @@ def _ideal_first_token_s(compute_s: Sequence[Sequence[float]], hidden_size: int)
         compute_s, [chunk_bytes] * len(compute_s[0]), bytes_per_s=LONG_LINK.bytes_per_s
     )
     return makespan_s + (len(compute_s) + 1) * LONG_LINK.delay_s
-
-
-def _measure_cipher_s(size: int) -> float:
-    """Return the seconds of sealing and opening one frame of ``size`` bytes."""
-    cipher, nonce, body, header = AESGCM(bytes(32)), bytes(12), bytes(size), bytes(128)
-    samples: list[float] = []
-    for _ in range(CIPHER_SAMPLES):
-        started_s = time.perf_counter()
-        cipher.decrypt(nonce, cipher.encrypt(nonce, body, header), header)
-        samples.append(time.perf_counter() - started_s)
-    return statistics.median(samples)

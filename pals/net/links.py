@@ -37,7 +37,9 @@ _log = logging.getLogger(__name__)
 LINK_PROTOCOL = "/pals/link"
 LANE_PROTOCOL = "/pals/lane"
 HANDSHAKE_DEADLINE_S = 10.0
-OUTBOX_FRAMES = 256
+OUTBOX_FRAMES = {Lane.CONTROL: 256, Lane.DECODE: 256, Lane.PREFILL: 1024}
+"""A session has one row on its way to a neighbour, but as many chunks as fit its window."""
+LOCAL_FRAMES = 256
 MAX_LINKS_PER_PEER = 4
 READ_BYTES = 1 << 18
 SEAL_SAMPLES = 256
@@ -79,8 +81,8 @@ class _LaneQueue:
     None among them only wakes the writer: the link has something to say itself.
     """
 
-    def __init__(self) -> None:
-        self.send, self.receive = trio.open_memory_channel[Outgoing | None](OUTBOX_FRAMES)
+    def __init__(self, lane: Lane) -> None:
+        self.send, self.receive = trio.open_memory_channel[Outgoing | None](OUTBOX_FRAMES[lane])
 
     def wake(self) -> None:
         with suppress(trio.WouldBlock):  # a full queue has an awake writer
@@ -94,7 +96,7 @@ class _LiveLink:
         self.link_id = keys.address.link
         self.remote = keys.remote
         self.link = link
-        self.outboxes = {lane: _LaneQueue() for lane in Lane}
+        self.outboxes = {lane: _LaneQueue(lane) for lane in Lane}
         self.attached: set[Lane] = set()
         self.problem = ""
         self._scopes: list[trio.CancelScope] = []
@@ -137,7 +139,7 @@ class Links:
         self._dialling: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
         self._added = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._local_send, self._local_receive = trio.open_memory_channel[Arrival](OUTBOX_FRAMES)
+        self._local_send, self._local_receive = trio.open_memory_channel[Arrival](LOCAL_FRAMES)
         self.decode_seal_s: deque[float] = deque(maxlen=SEAL_SAMPLES)
         """Seconds that sealing took, for the last frames of the decode lane."""
 
@@ -172,7 +174,8 @@ class Links:
 
         Raises:
             PeerUnreachable: There is no link with it.
-            QueueFull: It reads too slowly; the link is ended.
+            QueueFull: It reads too slowly. The link is ended, but for a prompt: that one
+                goes on too far ahead of its reader, and is no reason to end the others.
         """
         if peer == self._host.peer_id:
             self._send_local(lane, outgoing)
@@ -183,8 +186,10 @@ class Links:
         try:
             links[0].outboxes[lane].send.send_nowait(outgoing)
         except trio.WouldBlock:
-            links[0].end("it reads too slowly")
-            raise QueueFull(queue=f"{lane.name.lower()} lane", limit=OUTBOX_FRAMES) from None
+            if lane is not Lane.PREFILL:
+                links[0].end("it reads too slowly")
+            name, limit = f"{lane.name.lower()} lane", f"{OUTBOX_FRAMES[lane]} frames"
+            raise QueueFull(queue=name, limit=limit) from None
 
     def drop(self, peer: PeerId, problem: str) -> None:
         """End every link with ``peer``."""
@@ -208,7 +213,7 @@ class Links:
         try:
             self._local_send.send_nowait(Arrival(frame, time.perf_counter(), 0.0))
         except trio.WouldBlock:
-            raise QueueFull(queue="local", limit=OUTBOX_FRAMES) from None
+            raise QueueFull(queue="local", limit=f"{LOCAL_FRAMES} frames") from None
 
     async def _deliver_local(self) -> None:
         async for arrival in self._local_receive:

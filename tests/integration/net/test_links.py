@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from pals.errors import PalsError
+from pals.errors import PalsError, PeerUnreachable, QueueFull
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, Stream
-from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, Arrival, Links
+from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, OUTBOX_FRAMES, Arrival, Links
 from pals.net.wire import CONTROL_SHAPE, NO_ROWS, FrameShape, Lane, Outgoing
 from pals.types import PeerId, SwarmId
 from tests.integration.net.harness import Members, open_hosts, until
@@ -49,10 +49,8 @@ class Side:
         """Make one more link with the other side."""
         await self.links._dial(other.host.peer_id, other.host.addresses())
 
-    def say(self, other: Side, payload: bytes) -> None:
-        self.links.send(
-            other.host.peer_id, Lane.CONTROL, Outgoing(CONTROL_SHAPE, NO_ROWS, (payload,))
-        )
+    def say(self, other: Side, payload: bytes, lane: Lane = Lane.CONTROL) -> None:
+        self.links.send(other.host.peer_id, lane, Outgoing(CONTROL_SHAPE, NO_ROWS, (payload,)))
 
     def count(self, other: Side) -> int:
         return len(self.links._links_with(other.host.peer_id))
@@ -89,6 +87,24 @@ async def test_the_loss_of_one_of_two_links_is_told_and_the_other_is_used() -> N
         one.say(other, b"next")
         await until(lambda: other.events.taken == [b"next"])
         assert (one.events.lost, other.events.lost) == ([other.host.peer_id], [one.host.peer_id])
+
+
+@pytest.mark.parametrize("lane", Lane)
+async def test_a_lane_that_overflows_ends_the_link_unless_it_carries_prompts(lane: Lane) -> None:
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        for _ in range(OUTBOX_FRAMES[lane]):
+            one.say(other, b"x", lane)
+        with pytest.raises(QueueFull):
+            one.say(other, b"x", lane)
+        if lane is Lane.PREFILL:
+            await until(lambda: len(other.events.taken) == OUTBOX_FRAMES[lane])
+            one.say(other, b"next")
+            await until(lambda: other.events.taken[-1] == b"next")
+        else:
+            await until(lambda: one.events.lost == [other.host.peer_id])
+            with pytest.raises(PeerUnreachable):
+                one.say(other, b"next")
 
 
 async def test_handshakes_at_the_same_time_make_no_more_links_than_allowed() -> None:
