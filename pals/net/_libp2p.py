@@ -226,7 +226,7 @@ class MemberSwarm(Swarm):
         with trio.move_on_after(self._limits.handshake_s + detour_s):
             async with self._dial_locks.setdefault((peer_id, *named), trio.Lock()):
                 if not self.live_connections(peer_id):
-                    candidates = dict.fromkeys((*named, *self._known_addresses(peer_id)))
+                    candidates = dict.fromkeys((*named, *self.known_addresses(peer_id)))
                     around = None
                     if way is not None:
                         around = partial(way, PeerId(peer_id.to_base58()), meeting)
@@ -267,7 +267,8 @@ class MemberSwarm(Swarm):
         if failure is not None and not self.live_connections(peer):
             raise DetourFailed(str(failure)) from failure
 
-    def _known_addresses(self, peer: ID) -> list[Multiaddr]:
+    def known_addresses(self, peer: ID) -> list[Multiaddr]:
+        """Return the last addresses that were learnt of ``peer``."""
         try:
             return self.peerstore.addrs(peer)[-MAX_ADDRESSES_PER_DIAL:]
         except PeerStoreError:
