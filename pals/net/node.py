@@ -293,6 +293,3 @@ async def _end_membership(options: NodeOptions) -> None:
 
 def _not_a_member(options: NodeOptions) -> NotAMember:
     return NotAMember(peer=short_id(options.identity.peer_id), swarm=options.entry.name)
-
-
-LEAVE_RELAY_S = 1.0

@@ -93,7 +93,7 @@ async def test_no_more_addresses_are_dialled_than_a_dial_may_cost(monkeypatch):
         monkeypatch.setattr(a._swarm, "dial_addr", dial)
         with pytest.raises(PeerUnreachable):
             await a.connect(b.peer_id, [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 101)])
-    assert sorted(dialled) == [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 9)]
+    assert set(dialled) == {f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 17)}
 
 
 async def test_a_stream_that_nobody_reads_costs_that_stream_alone():
