@@ -56,7 +56,7 @@ async def test_addresses_that_were_made_up_do_not_crowd_out_the_true_ones():
         made_up = [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 17)]
         with pytest.raises(PeerUnreachable):
             await a.connect(b.peer_id, made_up)
-        assert a._swarm._known_addresses(b.libp2p_host.get_id()) == []
+        assert a._swarm.known_addresses(b.libp2p_host.get_id()) == []
         await a.connect(b.peer_id, b.addresses())
         assert a.connected_peers() == {b.peer_id}
 
@@ -67,7 +67,7 @@ async def test_an_address_that_answered_is_known_afterwards():
         await a.drop_peer(b.peer_id)
         await until(lambda: not b.connected_peers())
         await a.connect(b.peer_id, [])
-        known = a._swarm._known_addresses(b.libp2p_host.get_id())
+        known = a._swarm.known_addresses(b.libp2p_host.get_id())
         assert DEAD_ADDRESS not in map(str, known)
 
 
@@ -99,7 +99,7 @@ async def test_no_more_addresses_are_dialled_than_a_dial_may_cost(monkeypatch):
         monkeypatch.setattr(a._swarm, "dial_addr", dial)
         with pytest.raises(PeerUnreachable):
             await a.connect(b.peer_id, [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 101)])
-    assert sorted(dialled) == [f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 9)]
+    assert set(dialled) == {f"/ip4/127.0.0.1/tcp/{port}" for port in range(1, 17)}
 
 
 async def test_a_stream_that_nobody_reads_costs_that_stream_alone():

@@ -122,6 +122,9 @@ class FakeNode:
     def members(self) -> frozenset[PeerId]:
         return frozenset({A, B, C, D, self.peer_id})
 
+    async def meet_more(self) -> None:
+        await trio.lowlevel.checkpoint()
+
 
 class Bench:
     def __init__(self, nursery: trio.Nursery, *announcements: Announcement) -> None:
