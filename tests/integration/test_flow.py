@@ -46,7 +46,7 @@ async def test_a_driver_that_takes_nothing_stops_its_own_session_and_no_other(
     async with make_swarm(tmp_path) as swarm:
         await start_chain(nursery, swarm, "0:3", "3:6")
         async with open_client(swarm) as healthy, open_client(swarm, swarm.peers[2]) as stopped:
-            monkeypatch.setattr(stopped, "_acknowledge", lambda _: None)
+            monkeypatch.setattr(stopped._opener, "acknowledge", lambda _: None)
             answer = await ask(stopped, request(PROMPTS[0], count=COUNT))
             for _ in range(SAMPLED_WINDOW_TOKENS + 2):
                 await answer.next_token()
