@@ -155,6 +155,10 @@ class ServerOptions:
         bool | None,
         Parameter(help="Whether to go through such a member where nothing else works."),
     ] = None
+    mdns: Annotated[
+        bool,
+        Parameter(negative="", help="Tell the local network where this member is, and look there."),
+    ] = False
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
     verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
     config_dir: ConfigDir = None
@@ -174,6 +178,7 @@ class ServerOptions:
             settings.node,
             listen=self.listen or settings.node.listen,
             peers=self.peer or settings.node.peers,
+            mdns=self.mdns or settings.node.mdns,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,
             announce=tuple(map(read_announced, self.announce or settings.node.announce)),
             upnp=_either(self.upnp, settings.node.upnp),

@@ -8,11 +8,13 @@ the backend nor a command-line option to find the swarm.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,6 +26,9 @@ from pals.net.membership import MembershipClient
 from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
 from pals.swarm.identity import Identity
 from pals.types import PeerId, SwarmId, short_id
+
+if TYPE_CHECKING:
+    from pals.net.mdns import Neighbour
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +107,13 @@ class Bootstrap:
         lately = {p for p, failed_at in self._failed_at.items() if now < failed_at + RETRY_S}
         await self._connect(self._strangers() - lately, MAX_BOOTSTRAP_PEERS)
 
+    async def hear(self, neighbour: Neighbour) -> None:
+        """Connect to a member where somebody on the local network says that it is."""
+        peer = neighbour.peer
+        failed_at = self._failed_at.get(peer, -math.inf)
+        if peer in self._strangers() and trio.current_time() >= failed_at + RETRY_S:
+            await self._try_connect(peer, neighbour.addresses)
+
     # --- connecting ------------------------------------------------------------------
 
     async def _keep_meeting(self) -> None:
@@ -141,11 +153,10 @@ class Bootstrap:
             self.contacts.remember(peer, announcement.addresses, at=now)
         async with trio.open_nursery() as nursery:
             for peer in self.contacts.choose(wanted, count):
-                nursery.start_soon(self._try_connect, peer)
+                nursery.start_soon(self._try_connect, peer, self.contacts.addresses(peer))
 
-    async def _try_connect(self, peer: PeerId) -> None:
+    async def _try_connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         try:
-            addresses = self.contacts.addresses(peer)
             await self._host.connect(peer, addresses, deadline_s=DIAL_DEADLINE_S)
         except PalsError as error:
             self.contacts.failed(peer)

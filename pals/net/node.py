@@ -243,7 +243,24 @@ async def _start(
     await nursery.start(serve_reports, node)
     await bootstrap.start()
     nursery.start_soon(bootstrap.run)
+    if settings.mdns:
+        nursery.start_soon(_run_local_network, node, bootstrap)
     return node
+
+
+async def _run_local_network(node: Node, bootstrap: Bootstrap) -> None:
+    """Tell the local network of this member, and meet those that are heard there."""
+    # Its library is loaded by those that ask for it.
+    from pals.net.mdns import LocalNetwork
+
+    host = node.host
+    swarm_id = node.options.swarm_id
+
+    async def changed() -> None:
+        await host.advertised.wait()
+
+    network = LocalNetwork(swarm_id, host.peer_id, host.addresses, changed, bootstrap.hear)
+    await network.run()
 
 
 async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> None:
