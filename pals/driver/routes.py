@@ -137,10 +137,13 @@ class RouteTable:
         )
 
     def mark_failed(self, peer: PeerId) -> None:
-        """Use ``peer`` last, until it gives an answer or announces itself after a while."""
-        self._suspects.mark_failed(
-            peer, seq=self._node.discovery.last_seq(peer), now=trio.current_time()
-        )
+        """Use ``peer`` last, until it gives an answer or announces itself after a while.
+
+        The other members are told when it is gone.
+        """
+        discovery = self._node.discovery
+        self._suspects.mark_failed(peer, seq=discovery.last_seq(peer), now=trio.current_time())
+        discovery.report_lost(peer)
         self._doubtful.set()
 
     def mark_leaving(self, peer: PeerId) -> None:

@@ -63,6 +63,9 @@ class FakeDiscovery:
     def announcements(self) -> dict[PeerId, Announcement]:
         return self._listed
 
+    def report_lost(self, peer: PeerId) -> None:
+        assert peer in self.announced
+
     def last_seq(self, peer: PeerId) -> int:
         return self.announced[peer].seq if peer in self.announced else -1
 

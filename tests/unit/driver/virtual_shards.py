@@ -225,6 +225,9 @@ class VirtualShards:
     async def meet_more(self) -> None:
         await trio.sleep(TRAVEL_S)
 
+    def report_lost(self, shard: PeerId) -> None:
+        """Change nothing: here the announcement of a dead shard outlives it for long."""
+
     async def wait_for_change(self) -> None:
         await trio.sleep_forever()
 
