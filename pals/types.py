@@ -22,6 +22,9 @@ SwarmId = NewType("SwarmId", bytes)
 SessionId = NewType("SessionId", bytes)
 """One sequence's life over a chain, 16 random bytes."""
 
+Buffer = bytes | bytearray | memoryview
+"""Bytes that are read where they lie; a memoryview of them is of items of one byte."""
+
 Dtype = Literal["bf16", "f32", "int8", "int4"]
 """In what a shard keeps its matrices; int8 and int4 compute in bf16, as all but f32 do."""
 

@@ -39,11 +39,10 @@ from pals.net._libp2p import (
     parse_address,
     raw_of,
 )
-from pals.net.mux_stream import Buffer
 from pals.net.nat.addresses import Endpoint, endpoints_in, meeting_peers
 from pals.net.raw import Path, abort_raw, dial_endpoint, local_endpoint, path_of, remote_endpoint
 from pals.swarm.identity import Identity
-from pals.types import PeerId
+from pals.types import Buffer, PeerId
 
 __all__ = ["Host", "HostLimits", "Stream", "StreamHandler", "open_host", "ungrouped_errors"]
 

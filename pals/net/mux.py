@@ -39,7 +39,8 @@ from pals.net.mux_frames import (
     pack_header,
 )
 from pals.net.mux_schedule import Schedule
-from pals.net.mux_stream import Buffer, Message, ReceiveBudget, StreamState
+from pals.net.mux_stream import Message, ReceiveBudget, StreamState
+from pals.types import Buffer
 
 MAX_PAYLOAD_BYTES = 65519
 """Payload of one frame: what one Noise record holds, so that neither is ever split."""

@@ -10,8 +10,6 @@ from pals.net.mux_frames import INITIAL_WINDOW_BYTES
 JOIN_BYTES = 32 << 10
 """A read joins chunks below this size, and returns a larger one without a copy."""
 
-Buffer = bytes | bytearray | memoryview
-
 
 class ReceiveBudget:
     """How many bytes one peer may have sent us unread, over all its connections.

@@ -31,10 +31,11 @@ from pals.net.mux import (
     StreamChanged,
     StreamOpened,
 )
-from pals.net.mux_stream import Buffer, Message, ReceiveBudget, StreamState
+from pals.net.mux_stream import Message, ReceiveBudget, StreamState
 from pals.net.noise import NoiseSession
 from pals.net.noise_records import RecordError
 from pals.net.pipe import PipeBroken
+from pals.types import Buffer
 
 MUX_PROTOCOL = "/pals/mux/1.0.0"
 BATCH_BYTES = 128 << 10

@@ -31,9 +31,9 @@ from libp2p.security.noise.transport import Transport
 from libp2p.security.secure_session import SecureSession
 from multiaddr import Multiaddr
 
-from pals.net.noise_records import Buffer, RecordError, RecordOpener, RecordSealer
+from pals.net.noise_records import RecordError, RecordOpener, RecordSealer
 from pals.net.pipe import PipeBroken, open_pipe
-from pals.types import PeerId
+from pals.types import Buffer, PeerId
 
 MAX_READ_BYTES = 16 << 20
 

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from pals.types import Buffer
+
 TAG_BYTES = 16
 MAX_RECORD_BYTES = 65535
 MAX_PLAINTEXT_BYTES = MAX_RECORD_BYTES - TAG_BYTES
@@ -26,8 +28,6 @@ OWN_RECORD_BYTES = 16 << 10
 RECEIVE_BYTES = 1 << 18
 _LENGTH = struct.Struct(">H")
 _NONCE = struct.Struct("<4xQ")
-
-Buffer = bytes | bytearray | memoryview
 
 
 class RecordError(Exception):

@@ -22,7 +22,7 @@ from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 
-from pals.net.mux_stream import Buffer
+from pals.types import Buffer
 
 UNSENT_BYTES = 128 << 10
 """What the system takes beyond what is on its way, so that little stands before a token."""

@@ -19,8 +19,8 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError, Mux
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 
-from pals.net.mux_stream import Buffer
 from pals.net.noise import NoiseSession
+from pals.types import Buffer
 
 WINDOW_POLL_S = 0.01
 """It announces no window by an event; stock polls as often."""
