@@ -1,4 +1,7 @@
-"""Records what every member of this process writes to its streams, inside Noise."""
+"""Records what every member of this process writes to the streams of its links, inside Noise.
+
+Other streams carry what members tell each other of themselves, signed and not sealed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.net.host import Host, Stream, StreamHandler
-from pals.net.links import LINK_PROTOCOL, Links
+from pals.net.links import LANE_PROTOCOL, LINK_PROTOCOL, Links
 from pals.net.wire import HEADER_BYTES, Kind, Lane, Outgoing
 from pals.swarm.keys import TAG_BYTES
 from pals.types import PeerId
@@ -77,9 +80,10 @@ class Wiretap:
         write, open_stream, handle, send = Stream.write, Host.open_stream, Host.handle, Links.send
 
         async def tapped_write(stream: Stream, data: bytes | bytearray) -> None:
-            end = self._end_of[stream]
-            data = self.tamper(end, bytes(data))
-            end.writes.append(data)
+            end = self._end_of.get(stream)
+            if end is not None:
+                data = self.tamper(end, bytes(data))
+                end.writes.append(data)
             await write(stream, data)
 
         async def tapped_open(host: Host, peer: PeerId, protocol: str, **options: float) -> Stream:
@@ -134,6 +138,8 @@ class Wiretap:
         ]
 
     def _add(self, stream: Stream, local: PeerId, protocol: str, *, is_opener: bool) -> None:
+        if protocol not in (LINK_PROTOCOL, LANE_PROTOCOL):
+            return
         end = StreamEnd(local=local, remote=stream.peer_id, protocol=protocol, is_opener=is_opener)
         self._end_of[stream] = end
         self.ends.append(end)
