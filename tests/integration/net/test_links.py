@@ -48,11 +48,11 @@ class Events:
     lost: list[PeerId] = field(default_factory=list)
 
     def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
-        return (CONTROL_SHAPE,) if lane is Lane.CONTROL else (HIDDEN,)
+        return (CONTROL_SHAPE, HIDDEN)
 
     def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
         payload = bytes(arrival.frame.payload)
-        if arrival.frame.lane is Lane.CONTROL:
+        if arrival.frame.shape == CONTROL_SHAPE:
             self.taken.append(payload)
         else:
             assert arrival.frame.shape == HIDDEN
