@@ -18,6 +18,7 @@ BENCHMARKS = {
     "load": "benchmarks.load",
     "ring": "benchmarks.ring",
     "quantize": "benchmarks.quantize",
+    "codec": "benchmarks.codec",
     "shapes": "benchmarks.shapes",
     "transport": "benchmarks.transport",
 }

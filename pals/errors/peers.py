@@ -82,7 +82,7 @@ class WireVersionMismatch(ProtocolError):
 
 
 class LinkRefused(ProtocolError):
-    """The link handshake failed: another swarm, epoch or secret."""
+    """A link was not keyed, or not in time: another swarm, epoch or secret."""
 
     code = "PALS-LINK-REFUSED"
     message = "link with peer {peer} refused: {problem}"

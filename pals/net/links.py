@@ -83,10 +83,14 @@ class _LaneQueue:
 
     def __init__(self, lane: Lane) -> None:
         self.send, self.receive = trio.open_memory_channel[Outgoing | None](OUTBOX_FRAMES[lane])
+        self.woken = False
 
     def wake(self) -> None:
-        with suppress(trio.WouldBlock):  # a full queue has an awake writer
-            self.send.send_nowait(None)
+        """Let the writer ask the link; while it is busy, once is enough."""
+        if not self.woken:
+            with suppress(trio.WouldBlock):  # a full queue has an awake writer
+                self.send.send_nowait(None)
+                self.woken = True
 
 
 class _LiveLink:
@@ -402,6 +406,7 @@ class Links:
         live.wake_writers()  # the link may have had something to say before the lane was there
         async for outgoing in live.outboxes[lane].receive:
             if outgoing is None:
+                live.outboxes[lane].woken = False
                 data = live.link.take_outgoing(lane)
             else:
                 shape = live.link.wire_shape(lane, outgoing.shape)

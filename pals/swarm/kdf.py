@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import hashes, hmac
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 VERSION = b"pals/1 "
-"""Starts every label, so that a new wire version changes every key."""
+"""Starts every label: the version of the key schedule, with which every key changes."""
 
 
 def extract(salt: bytes, key_material: bytes) -> bytes:

@@ -56,8 +56,8 @@ def link_prk(
     Args:
         epoch_key: What `epoch_prk` returned.
         shared_dh: X25519 of the two ephemeral keys, 32 bytes, not all zero.
-        initiator_share: What the initiator brings: 16 fresh random bytes, then its
-            ephemeral X25519 public key.
+        initiator_share: What the initiator brings: 16 fresh random bytes, its ephemeral
+            X25519 public key, then what else it proposes.
         responder_share: The same of the responder.
         initiator: Peer that dialled, as Noise proved it.
         responder: Peer that was dialled, as Noise proved it.

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Literal, Protocol
 
 from cryptography.exceptions import InvalidTag
@@ -21,11 +22,13 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 Role = Literal["initiator", "responder"]
 
 CONTROL, DECODE, PREFILL = range(3)
-KIND_CONTROL, KIND_TOKENS, KIND_HIDDEN, KIND_SAMPLED = range(4)
+KIND_CONTROL, KIND_TOKENS, KIND_HIDDEN, KIND_SAMPLED, KIND_KEY = range(5)
+KEY_OFFER, KEY_ANSWER, KEY_SWITCH = range(1, 4)
 DTYPE_NONE, DTYPE_INT32, DTYPE_BF16, DTYPE_F32 = range(4)
 FLAG_LAST = 1
 
-_GREETING = struct.Struct(">4s B B 16s Q 16s 32s B")
+_PREFIX = struct.Struct(">4s B B")
+_PROPOSAL = struct.Struct(">16s Q 16s 32s B")
 _HEADER = struct.Struct(">4s B B B B B 16s Q 16s Q 32s H H I")
 _ROW = struct.Struct(">16s I H H")
 _CONFIRMATION_BYTES = 32
@@ -77,12 +80,9 @@ def derive_link_prk(
 
 
 @dataclass(frozen=True, slots=True)
-class Greeting:
-    """A hello, or what of a welcome is alike."""
+class Proposal:
+    """What one side of a key agreement shows the other."""
 
-    magic: bytes
-    version: int
-    status: int
     swarm: bytes
     epoch: int
     nonce: bytes
@@ -94,14 +94,17 @@ class Greeting:
         return self.nonce + self.public_key + bytes([self.codec])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Handshake:
-    """What the two sides of a link told each other in the clear."""
+@dataclass(slots=True, kw_only=True)
+class Agreement:
+    """What two sides told each other on the way to one set of keys.
+
+    The first of a link was in the clear, the later ones were in sealed frames.
+    """
 
     initiator: str
     responder: str
-    hello: Greeting
-    welcome: Greeting
+    offer: Proposal
+    answer: Proposal
     confirmations: tuple[bytes, bytes]
     """The initiator's, then the responder's."""
 
@@ -138,11 +141,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedFrame:
-    """A frame as it was on the wire, and where: ``number`` counts on its lane, one way."""
+    """A frame as it was on the wire, and where.
+
+    ``generation`` counts the keys of its link, ``number`` the frames under one key.
+    """
 
     sender: str
     receiver: str
     lane: int
+    generation: int
     number: int
     aad: bytes
     sealed: bytes
@@ -176,20 +183,20 @@ class OpenFrame:
 
 
 class LinkKeys:
-    """The keys of one link, from the swarm secret and one side's ephemeral private key."""
+    """The keys of one agreement, from the swarm secret and one side's ephemeral private key."""
 
     def __init__(
-        self, handshake: Handshake, swarm_id: bytes, secret: bytes, role: Role, private_key: bytes
+        self, agreement: Agreement, swarm_id: bytes, secret: bytes, role: Role, private_key: bytes
     ) -> None:
-        other = handshake.welcome if role == "initiator" else handshake.hello
+        other = agreement.answer if role == "initiator" else agreement.offer
         own = X25519PrivateKey.from_private_bytes(private_key)
         self.prk = derive_link_prk(
             swarm_id,
-            handshake.hello.epoch,
+            agreement.offer.epoch,
             secret,
             own.exchange(X25519PublicKey.from_public_bytes(other.public_key)),
-            (handshake.hello.share, handshake.welcome.share),
-            (handshake.initiator, handshake.responder),
+            (agreement.offer.share, agreement.answer.share),
+            (agreement.initiator, agreement.responder),
         )
         self.link_id = expand(self.prk, b"link id", length=_LINK_ID_BYTES)
         self.confirmations = (
@@ -219,89 +226,198 @@ class LinkKeys:
         return self._lanes[sender, receiver, lane]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Link:
-    """One recorded link: its handshake and every frame of its three lanes."""
+    """One recorded link: its agreements, the keys of each, and every frame of its lanes."""
 
-    handshake: Handshake
-    keys: LinkKeys
+    agreements: list[Agreement]
+    keys: list[LinkKeys]
     frames: list[SealedFrame]
 
+    def open(self, frame: SealedFrame) -> OpenFrame | None:
+        return self.keys[frame.generation].open(frame)
 
-def read_links(
-    streams: Sequence[RecordedStream],
-    swarm_id: bytes,
-    secret: bytes,
-    private_keys: dict[bytes, bytes],
-) -> list[Link]:
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """All that the second implementation is given.
+
+    Attributes:
+        swarm_id: 32 bytes.
+        epochs: The swarm secret of each epoch.
+        private_keys: Ephemeral private keys by their public keys.
+    """
+
+    swarm_id: bytes
+    epochs: dict[int, bytes]
+    private_keys: dict[bytes, bytes]
+
+    def keys_of(self, agreement: Agreement) -> LinkKeys:
+        private_key = self.private_keys[agreement.offer.public_key]
+        secret = self.epochs[agreement.offer.epoch]
+        return LinkKeys(agreement, self.swarm_id, secret, "initiator", private_key)
+
+
+def read_links(streams: Sequence[RecordedStream], secrets: Secrets) -> list[Link]:
     """Sort recorded bytes into handshakes and frames; nothing may be left over.
 
     Args:
         streams: Every stream of the recording.
-        swarm_id: 32 bytes.
-        secret: The swarm secret.
-        private_keys: Ephemeral private keys by their public keys.
+        secrets: What opens them.
 
     Raises:
         ValueError: Bytes that are no part of a handshake or of a whole frame.
     """
     links: dict[bytes, Link] = {}
     for stream in (s for s in streams if s.protocol == "/pals/link"):
-        handshake, from_opener, from_acceptor = _read_handshake(stream)
-        private_key = private_keys[handshake.hello.public_key]
-        keys = LinkKeys(handshake, swarm_id, secret, "initiator", private_key)
-        frames = _split_both(stream, CONTROL, from_opener, from_acceptor)
-        links[keys.link_id] = Link(handshake, keys, frames)
+        agreement, from_opener, from_acceptor = _read_handshake(stream)
+        keys = secrets.keys_of(agreement)
+        links[keys.link_id] = Link([agreement], [keys], [])
+        _read_control(stream, links[keys.link_id], secrets, from_opener, from_acceptor)
     for stream in (s for s in streams if s.protocol != "/pals/link"):
         if stream.protocol != "/pals/lane" or len(stream.from_opener) <= _LINK_ID_BYTES:
             raise ValueError(f"not a lane: {stream}")
         link_id, lane = stream.from_opener[:_LINK_ID_BYTES], stream.from_opener[_LINK_ID_BYTES]
         rest = stream.from_opener[_LINK_ID_BYTES + 1 :]
-        links[link_id].frames.extend(_split_both(stream, lane, rest, stream.from_acceptor))
+        for sender, receiver, data in (
+            (stream.opener, stream.acceptor, rest),
+            (stream.acceptor, stream.opener, stream.from_acceptor),
+        ):
+            reader = _LaneReader(sender, receiver, lane, data)
+            for frame in iter(reader.read, None):
+                links[link_id].frames.append(frame)
+                if frame.header.kind == KIND_KEY:  # on these lanes it can only be a switch
+                    reader.switch()
     return list(links.values())
 
 
-def _read_handshake(stream: RecordedStream) -> tuple[Handshake, bytes, bytes]:
+def _read_handshake(stream: RecordedStream) -> tuple[Agreement, bytes, bytes]:
     """Return the handshake and what each side wrote after it."""
-    cut = _GREETING.size
+    start = _PREFIX.size
+    cut = start + _PROPOSAL.size
     end = cut + _CONFIRMATION_BYTES
     from_opener, from_acceptor = stream.from_opener, stream.from_acceptor
     if min(len(from_opener), len(from_acceptor)) < end:
         raise ValueError("half a handshake")
-    handshake = Handshake(
+    if {_PREFIX.unpack(data[:start]) for data in (from_opener, from_acceptor)} != {(b"PALS", 2, 0)}:
+        raise ValueError("no handshake of wire version 2")
+    agreement = Agreement(
         initiator=stream.opener,
         responder=stream.acceptor,
-        hello=Greeting(*_GREETING.unpack(from_opener[:cut])),
-        welcome=Greeting(*_GREETING.unpack(from_acceptor[:cut])),
+        offer=Proposal(*_PROPOSAL.unpack(from_opener[start:cut])),
+        answer=Proposal(*_PROPOSAL.unpack(from_acceptor[start:cut])),
         confirmations=(from_opener[cut:end], from_acceptor[cut:end]),
     )
-    return handshake, from_opener[end:], from_acceptor[end:]
+    return agreement, from_opener[end:], from_acceptor[end:]
 
 
-def _split_both(
-    stream: RecordedStream, lane: int, from_opener: bytes, from_acceptor: bytes
-) -> list[SealedFrame]:
-    return [
-        *_split(stream.opener, stream.acceptor, lane, from_opener),
-        *_split(stream.acceptor, stream.opener, lane, from_acceptor),
+def _read_control(
+    stream: RecordedStream, link: Link, secrets: Secrets, from_opener: bytes, from_acceptor: bytes
+) -> None:
+    """Read both directions of a control lane, following its changes of keys.
+
+    A direction is read up to its switch to keys of which the answer, in one of the
+    directions, has not been read yet; then the other has its turn.
+    """
+    readers = [
+        _LaneReader(stream.opener, stream.acceptor, CONTROL, from_opener),
+        _LaneReader(stream.acceptor, stream.opener, CONTROL, from_acceptor),
     ]
+    messages = _KeyMessages()
+    while any(reader.data for reader in readers):
+        before = sum(len(reader.data) for reader in readers)
+        for reader in readers:
+            while len(link.keys) > reader.generation and (frame := reader.read()) is not None:
+                link.frames.append(frame)
+                opened = link.open(frame)
+                if opened is None:
+                    raise ValueError(f"frame {frame.number} of the control lane does not open")
+                if opened.header.kind == KIND_KEY:
+                    _follow(reader, link, secrets, messages, opened.body)
+        if before == sum(len(reader.data) for reader in readers):
+            raise ValueError("a switch to keys that nobody agreed on")
+    for reader in readers:
+        for agreement, content in zip(link.agreements[1:], reader.confirmations, strict=True):
+            if reader.sender == agreement.initiator:
+                agreement.confirmations = (content, agreement.confirmations[1])
+            elif content != agreement.confirmations[1]:
+                raise ValueError("the answer and the switch confirm different keys")
 
 
-def _split(sender: str, receiver: str, lane: int, data: bytes) -> Iterator[SealedFrame]:
-    number = 0
-    while data:
-        aad = data[:HEADER_BYTES]
+def _follow(
+    reader: _LaneReader, link: Link, secrets: Secrets, messages: _KeyMessages, body: bytes
+) -> None:
+    message, content = body[0], body[1:]
+    if message == KEY_SWITCH:
+        reader.switch()
+        reader.confirmations.append(content)
+        return
+    (messages.offers if message == KEY_OFFER else messages.answers)[reader.sender] = content
+    agreement = messages.match()
+    if agreement is not None:
+        link.agreements.append(agreement)
+        link.keys.append(secrets.keys_of(agreement))
+
+
+@dataclass(slots=True)
+class _KeyMessages:
+    """Offers and answers by their senders, of a change of keys that is not complete."""
+
+    offers: dict[str, bytes] = field(default_factory=dict)
+    answers: dict[str, bytes] = field(default_factory=dict)
+
+    def match(self) -> Agreement | None:
+        """Return the agreement once its offer and its answer were read, in whatever order."""
+        for (responder, answer), (initiator, offer) in product(
+            self.answers.items(), self.offers.items()
+        ):
+            if initiator != responder:
+                self.answers.clear()
+                self.offers.clear()  # of two that crossed, the other is forgotten
+                return Agreement(
+                    initiator=initiator,
+                    responder=responder,
+                    offer=Proposal(*_PROPOSAL.unpack(offer)),
+                    answer=Proposal(*_PROPOSAL.unpack(answer[: _PROPOSAL.size])),
+                    confirmations=(b"", answer[_PROPOSAL.size :]),
+                )
+        return None
+
+
+@dataclass(slots=True)
+class _LaneReader:
+    """Cuts one direction of one lane into frames and counts them."""
+
+    sender: str
+    receiver: str
+    lane: int
+    data: bytes
+    generation: int = 0
+    number: int = 0
+    confirmations: list[bytes] = field(default_factory=list)
+
+    def read(self) -> SealedFrame | None:
+        """Return the next frame, or None at the end."""
+        if not self.data:
+            return None
+        aad = self.data[:HEADER_BYTES]
         if len(aad) < HEADER_BYTES:
-            raise ValueError(f"{len(data)} bytes are left over")
+            raise ValueError(f"{len(self.data)} bytes are left over")
         end = HEADER_BYTES + Header(*_HEADER.unpack(aad)).body_bytes + _TAG_BYTES
-        if len(data) < end:
-            raise ValueError(f"{len(data)} bytes of a frame of {end}")
-        yield SealedFrame(
-            sender=sender,
-            receiver=receiver,
-            lane=lane,
-            number=number,
+        if len(self.data) < end:
+            raise ValueError(f"{len(self.data)} bytes of a frame of {end}")
+        frame = SealedFrame(
+            sender=self.sender,
+            receiver=self.receiver,
+            lane=self.lane,
+            generation=self.generation,
+            number=self.number,
             aad=aad,
-            sealed=data[HEADER_BYTES:end],
+            sealed=self.data[HEADER_BYTES:end],
         )
-        number, data = number + 1, data[end:]
+        self.number, self.data = self.number + 1, self.data[end:]
+        return frame
+
+    def switch(self) -> None:
+        """Count on under the next keys."""
+        self.generation, self.number = self.generation + 1, 0

@@ -1,8 +1,9 @@
 """What the links encrypt, tapped below them and inside Noise, at the libp2p stream.
 
-One recorder writes down every byte that any member of a real swarm writes. A second
-implementation of the encryption then opens them all, given the swarm secret and the
-links' ephemeral keys, and not one of them without.
+One recorder writes down every byte that any member of a real swarm writes, before and
+after it enters another epoch of the swarm secret. A second implementation of the
+encryption then opens them all, given the swarm secrets and the links' ephemeral keys, and
+not one of them without.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import trio
 
 from pals import config
 from pals.models.snapshot import Snapshot
+from pals.net.links import Links
 from pals.types import Dtype, PeerId
 from tests.integration import decryptor
 from tests.integration.decryptor import (
@@ -28,13 +30,16 @@ from tests.integration.decryptor import (
     FLAG_LAST,
     KIND_CONTROL,
     KIND_HIDDEN,
+    KIND_KEY,
     KIND_SAMPLED,
     KIND_TOKENS,
     PREFILL,
+    Agreement,
     Link,
     LinkKeys,
     OpenFrame,
     Role,
+    Secrets,
     read_links,
 )
 from tests.integration.net.harness import until
@@ -57,6 +62,7 @@ LAYERS = ("0:1", "1:2", "2:3")
 PROMPTS = (tuple(range(40, 77)), (5, 9, 200, 31))
 ANSWER_TOKENS = 8
 HIDDEN_SIZE = 64
+NEXT_SECRET = bytes(range(100, 132))
 ROLES: tuple[Role, Role] = ("initiator", "responder")
 EPHEMERAL_BITS = range(3, 254, 5)
 """X25519 clamps the bits 0 to 2, 254 and 255 of a private key: those change nothing."""
@@ -69,7 +75,7 @@ class Capture:
     dtype: Dtype
     swarm_id: bytes
     epoch: int
-    secret: bytes
+    secrets: dict[int, bytes]
     manifest: bytes
     driver: PeerId
     shards: tuple[PeerId, ...]
@@ -77,6 +83,7 @@ class Capture:
     tap: Wiretap
     links: list[Link]
     frames: list[OpenFrame]
+    key_frames: list[OpenFrame]
 
     @property
     def recorded(self) -> bytes:
@@ -128,10 +135,22 @@ async def record(folder: Path, dtype: Dtype, tap: Wiretap) -> Capture:
         shards = await start_chain(nursery, swarm, *LAYERS, dtype=dtype, make_ephemeral=make)
         async with open_client(swarm, make_ephemeral=make) as client:
             asked = [await ask(client, request(p, count=ANSWER_TOKENS)) for p in PROMPTS]
+            await asked[0].next_token()
+            members = [client._node.links, *(shard.node.links for shard in shards)]
+            await enter_next_epoch(swarm, members)
             answers = [await answer.all_tokens() for answer in asked]
             await until(tap.all_sent_is_written, deadline_s=DEADLINE_S)
         nursery.cancel_scope.cancel()
     return build_capture(swarm, shards, answers, tap, dtype)
+
+
+async def enter_next_epoch(swarm: TestSwarm, members: Sequence[Links]) -> None:
+    """Tell every member a new secret while it runs, and wait for each end of each link."""
+    epoch = swarm.options(swarm.operator).entry.epoch + 1
+    for links in members:
+        links.rekey(epoch, NEXT_SECRET)
+    ends = [live.link for links in members for live in links._all_links()]
+    await until(lambda: {link.epoch for link in ends} == {epoch}, deadline_s=DEADLINE_S)
 
 
 def build_capture(
@@ -142,22 +161,25 @@ def build_capture(
     dtype: Dtype,
 ) -> Capture:
     options = swarm.options(swarm.operator)
-    swarm_id, secret = bytes(options.swarm_id), options.secret.reveal()
-    links = read_links(tap.streams(), swarm_id, secret, tap.private_keys)
-    opened = [link.keys.open(frame) for link in links for frame in link.frames]
+    epoch = options.entry.epoch
+    epochs = {epoch: options.secret.reveal(), epoch + 1: NEXT_SECRET}
+    swarm_id = bytes(options.swarm_id)
+    links = read_links(tap.streams(), Secrets(swarm_id, epochs, tap.private_keys))
+    opened = [link.open(frame) for link in links for frame in link.frames]
     assert None not in opened
     return Capture(
         dtype=dtype,
         swarm_id=swarm_id,
-        epoch=options.entry.epoch,
-        secret=secret,
+        epoch=epoch,
+        secrets=epochs,
         manifest=Snapshot.open(swarm.checkpoint, "tapped").manifest,
         driver=options.identity.peer_id,
         shards=tuple(shard.node.peer_id for shard in shards),
         answers=tuple(answers),
         tap=tap,
         links=links,
-        frames=[frame for frame in opened if frame is not None],
+        frames=[f for f in opened if f is not None and f.header.kind != KIND_KEY],
+        key_frames=[f for f in opened if f is not None and f.header.kind == KIND_KEY],
     )
 
 
@@ -193,9 +215,11 @@ def test_the_decryptor_derives_the_published_vectors() -> None:
 
 def test_every_byte_is_a_handshake_or_a_frame(capture: Capture) -> None:
     head, middle, tail = capture.shards
-    made = Counter((link.handshake.initiator, link.handshake.responder) for link in capture.links)
+    handshakes = [link.agreements[0] for link in capture.links]
+    made = Counter((handshake.initiator, handshake.responder) for handshake in handshakes)
     handshake_bytes = len(capture.links) * (79 + 111 + 32 + 2 * 17)
-    frame_bytes = sum(len(f.wire.aad) + len(f.wire.sealed) for f in capture.frames)
+    every_frame = capture.frames + capture.key_frames
+    frame_bytes = sum(len(f.wire.aad) + len(f.wire.sealed) for f in every_frame)
 
     assert made == Counter(
         [(capture.driver, shard) for shard in capture.shards]
@@ -204,11 +228,25 @@ def test_every_byte_is_a_handshake_or_a_frame(capture: Capture) -> None:
     assert handshake_bytes + frame_bytes == len(capture.recorded)
 
 
+def test_every_link_enters_the_next_epoch_once_while_frames_go_on(capture: Capture) -> None:
+    for link in capture.links:
+        epochs = [agreement.offer.epoch for agreement in link.agreements]
+        assert epochs == [capture.epoch, capture.epoch + 1]
+        switches = [f.wire for f in capture.key_frames if f.body[0] == decryptor.KEY_SWITCH]
+        own = [f for f in switches if f in link.frames]
+        peers = (link.agreements[0].initiator, link.agreements[0].responder)
+        assert {(f.sender, f.lane) for f in own} == {(p, lane) for p in peers for lane in range(3)}
+        assert len(own) == 2 * 3
+    assert {f.wire.generation for f in capture.frames if f.wire.lane == DECODE} == {0, 1}
+
+
 def test_both_sides_confirm_the_keys_of_the_second_implementation(capture: Capture) -> None:
     for link in capture.links:
-        from_responder = keys_of(capture, link, "responder", capture.secret)
-        assert link.keys.confirmations == link.handshake.confirmations
-        assert from_responder.prk == link.keys.prk
+        for keys, agreement in zip(link.keys, link.agreements, strict=True):
+            secret = capture.secrets[agreement.offer.epoch]
+            from_responder = keys_of(capture, agreement, "responder", secret)
+            assert keys.confirmations == agreement.confirmations
+            assert from_responder.prk == keys.prk
 
 
 def test_headers_name_the_link_and_count_from_zero(capture: Capture) -> None:
@@ -216,10 +254,11 @@ def test_headers_name_the_link_and_count_from_zero(capture: Capture) -> None:
         for frame in link.frames:
             header = frame.header
             assert (header.magic, header.version, header.codec) == (b"PALS", 2, 0)
-            assert (header.swarm, header.epoch) == (capture.swarm_id[:16], capture.epoch)
-            assert (header.link, header.lane) == (link.keys.link_id, frame.lane)
-            assert header.counter == frame.number
-            control = header.kind == KIND_CONTROL
+            epoch = capture.epoch + frame.generation
+            assert (header.swarm, header.epoch) == (capture.swarm_id[:16], epoch)
+            assert header.link == link.keys[frame.generation].link_id
+            assert (header.lane, header.counter) == (frame.lane, frame.number)
+            control = header.kind in (KIND_CONTROL, KIND_KEY)
             assert header.manifest == (bytes(32) if control else capture.manifest)
 
 
@@ -290,11 +329,12 @@ def test_a_hidden_state_costs_its_elements_and_nothing_else(capture: Capture) ->
 
 
 def test_no_key_meets_a_nonce_twice(capture: Capture) -> None:
-    used = Counter((frame.key, frame.nonce) for frame in capture.frames)
+    frames = capture.frames + capture.key_frames
+    used = Counter((frame.key, frame.nonce) for frame in frames)
 
-    assert len(used) == len(capture.frames) > 4 * (ANSWER_TOKENS - 1)
-    assert len({frame.key for frame in capture.frames}) == len(
-        {(f.header.link, f.wire.sender, f.wire.lane) for f in capture.frames}
+    assert len(used) == len(frames) > 4 * (ANSWER_TOKENS - 1)
+    assert len({frame.key for frame in frames}) == len(
+        {(f.header.link, f.wire.sender, f.wire.lane) for f in frames}
     )
 
 
@@ -305,6 +345,10 @@ def test_no_plaintext_is_in_the_recorded_bytes(capture: Capture) -> None:
     recorded = windows([data for end in capture.tap.ends for data in end.writes])
     for frame in capture.frames:
         assert not windows([frame.body]) & recorded
+    for frame in capture.key_frames:
+        # A proposal begins with the swarm and the epoch, which every header shows.
+        named = 1 if frame.body[0] == decryptor.KEY_SWITCH else 1 + 16 + 8
+        assert not windows([frame.body[named:]]) & recorded
 
     plain = b"".join(frame.body for frame in capture.frames)
     for ids in (*PROMPTS, *capture.answers):
@@ -319,10 +363,18 @@ def windows(parts: Sequence[bytes]) -> set[bytes]:
 
 
 def test_no_frame_opens_when_one_bit_of_the_secret_differs(capture: Capture) -> None:
-    for bit in range(0, 8 * len(capture.secret), 5):
-        wrong = flip(capture.secret, bit)
+    for bit in range(0, 256, 5):
         for link in capture.links:
-            assert_shut(link, keys_of(capture, link, "initiator", wrong))
+            for generation, agreement in enumerate(link.agreements):
+                wrong = flip(capture.secrets[agreement.offer.epoch], bit)
+                assert_shut(link, generation, keys_of(capture, agreement, "initiator", wrong))
+
+
+def test_no_frame_opens_with_the_secret_of_the_other_epoch(capture: Capture) -> None:
+    for link in capture.links:
+        for generation, agreement in enumerate(link.agreements):
+            other = capture.secrets[2 * capture.epoch + 1 - agreement.offer.epoch]
+            assert_shut(link, generation, keys_of(capture, agreement, "initiator", other))
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -331,25 +383,41 @@ def test_no_frame_opens_when_one_bit_of_an_ephemeral_key_differs(
 ) -> None:
     for bit in EPHEMERAL_BITS:
         for link in capture.links:
-            assert_shut(link, keys_of(capture, link, role, capture.secret, flipped_bit=bit))
+            for generation, agreement in enumerate(link.agreements):
+                secret = capture.secrets[agreement.offer.epoch]
+                wrong = keys_of(capture, agreement, role, secret, flipped_bit=bit)
+                assert_shut(link, generation, wrong)
 
 
-def assert_shut(link: Link, wrong: LinkKeys) -> None:
-    assert wrong.link_id != link.keys.link_id
-    for got, confirmed in zip(wrong.confirmations, link.handshake.confirmations, strict=True):
-        assert got != confirmed
-    assert [frame for frame in link.frames if wrong.open(frame) is not None] == []
+def test_keys_of_one_generation_open_no_frame_of_the_other(capture: Capture) -> None:
+    for link in capture.links:
+        for frame in link.frames:
+            assert link.keys[1 - frame.generation].open(frame) is None
+
+
+def assert_shut(link: Link, generation: int, wrong: LinkKeys) -> None:
+    assert wrong.link_id != link.keys[generation].link_id
+    confirmed = link.agreements[generation].confirmations
+    for got, wanted in zip(wrong.confirmations, confirmed, strict=True):
+        assert got != wanted
+    frames = [frame for frame in link.frames if frame.generation == generation]
+    assert frames
+    assert [frame for frame in frames if wrong.open(frame) is not None] == []
 
 
 def keys_of(
-    capture: Capture, link: Link, role: Role, secret: bytes, *, flipped_bit: int | None = None
+    capture: Capture,
+    agreement: Agreement,
+    role: Role,
+    secret: bytes,
+    *,
+    flipped_bit: int | None = None,
 ) -> LinkKeys:
-    handshake = link.handshake
-    own = handshake.hello if role == "initiator" else handshake.welcome
+    own = agreement.offer if role == "initiator" else agreement.answer
     private_key = capture.tap.private_keys[own.public_key]
     if flipped_bit is not None:
         private_key = flip(private_key, flipped_bit)
-    return LinkKeys(handshake, capture.swarm_id, secret, role, private_key)
+    return LinkKeys(agreement, capture.swarm_id, secret, role, private_key)
 
 
 def int32_bytes(ids: Sequence[int]) -> bytes:

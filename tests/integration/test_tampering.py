@@ -11,20 +11,17 @@ import pytest
 import trio
 
 from pals import config
-from pals.errors import InvalidFrame, PalsError, ShardLost, WireVersionMismatch
+from pals.errors import InvalidFrame, PalsError, WireVersionMismatch
 from pals.net import handshake as handshake_module
 from pals.net import links as links_module
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host
 from pals.net.links import Arrival, Links
-from pals.net.node import Node
 from pals.net.wire import HEADER_BYTES, FrameShape, Lane
 from pals.swarm.keys import Role
-from pals.types import PeerId, SwarmId, short_id
+from pals.types import PeerId, SwarmId
 from tests.integration.net.harness import open_hosts, until
 from tests.integration.swarm import (
-    DEADLINE_S,
-    Answer,
     ask,
     make_swarm,
     open_client,
@@ -67,7 +64,7 @@ def tap(monkeypatch: pytest.MonkeyPatch, shared_cache: Path) -> Wiretap:
     return made
 
 
-async def test_a_corrupted_frame_ends_its_link_and_session_and_the_next_request_works(
+async def test_a_corrupted_frame_ends_its_link_and_the_session_goes_on_over_another(
     tmp_path: Path, nursery: trio.Nursery, tap: Wiretap, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with make_swarm(tmp_path, num_layers=len(LAYERS)) as swarm:
@@ -79,34 +76,13 @@ async def test_a_corrupted_frame_ends_its_link_and_session_and_the_next_request_
                 caplog.clear()
                 links_before = tap.links_opened()
                 tap.tamper = FlipOneBit(middle.peer_id, tail.peer_id, at=at)
-                answer = await ask(client, WANTED)
-                await assert_is_lost_between(answer, middle, tail)
+                assert await (await ask(client, WANTED)).all_tokens() == untouched
                 (refused,) = logged_errors(caplog, InvalidFrame)
                 assert f"frame from peer {middle.peer_id} refused" in str(refused)
                 assert problem in str(refused)
-                assert answer.tokens == untouched[:CORRUPT_FRAME]
-
-                await until(lambda: not are_linked(middle, tail), deadline_s=DEADLINE_S)
-                assert await (await ask(client, WANTED)).all_tokens() == untouched
                 (fresh,) = [end for end in tap.links_opened() if end not in links_before]
                 assert (fresh.local, fresh.remote) == (middle.peer_id, tail.peer_id)
         nursery.cancel_scope.cancel()
-
-
-async def assert_is_lost_between(answer: Answer, middle: Node, tail: Node) -> None:
-    """Read an answer until it fails; either end of the link may be the first to say so."""
-    with pytest.raises(ShardLost) as caught:
-        await answer.all_tokens()
-    names = {short_id(middle.peer_id): LAYERS[1], short_id(tail.peer_id): LAYERS[2]}
-    peer = caught.value.fields["peer"]
-    (other,) = names.keys() - {peer}
-    assert f"the peer {peer} that serves layers {names[peer]}: " in str(caught.value)
-    assert f"lost peer {other}: " in str(caught.value)
-
-
-def are_linked(one: Node, other: Node) -> bool:
-    """Return whether either still takes their link for live."""
-    return other.peer_id in one.links.linked_peers() or one.peer_id in other.links.linked_peers()
 
 
 def logged_errors(caplog: pytest.LogCaptureFixture, kind: type[PalsError]) -> list[PalsError]:

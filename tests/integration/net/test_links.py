@@ -6,18 +6,37 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import ml_dtypes
+import numpy as np
 import pytest
 import trio
 
-from pals.errors import PalsError, PeerUnreachable, QueueFull
+from pals.errors import LinkRefused, PalsError, PeerUnreachable, QueueFull
+from pals.net import link as link_module
+from pals.net import links as links_module
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, Stream
 from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, OUTBOX_FRAMES, Arrival, Links
-from pals.net.wire import CONTROL_SHAPE, NO_ROWS, FrameShape, Lane, Outgoing
-from pals.types import PeerId, SwarmId
+from pals.net.wire import (
+    CONTROL_SHAPE,
+    NO_ROWS,
+    Codec,
+    FrameShape,
+    Lane,
+    Outgoing,
+    Row,
+    Rows,
+    buffer_of,
+    hidden_shape,
+)
+from pals.types import PeerId, SessionId, SwarmId
 from tests.integration.net.harness import Members, open_hosts, until
 
 pytestmark = pytest.mark.trio
+
+HIDDEN = hidden_shape(bytes(range(32)), 3, "bf16", 64)
+STATES = np.random.default_rng(0).normal(size=(7, 64)).astype(ml_dtypes.bfloat16)
+NEXT_SECRET = b"n" * 32
 
 
 @dataclass(slots=True)
@@ -25,13 +44,19 @@ class Events:
     """Notes what comes and what is lost."""
 
     taken: list[bytes] = field(default_factory=list)
+    states: dict[Lane, list[bytes]] = field(default_factory=lambda: {lane: [] for lane in Lane})
     lost: list[PeerId] = field(default_factory=list)
 
     def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
-        return (CONTROL_SHAPE,)
+        return (CONTROL_SHAPE, HIDDEN)
 
     def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
-        self.taken.append(bytes(arrival.frame.payload))
+        payload = bytes(arrival.frame.payload)
+        if arrival.frame.shape == CONTROL_SHAPE:
+            self.taken.append(payload)
+        else:
+            assert arrival.frame.shape == HIDDEN
+            self.states[arrival.frame.lane].append(payload)
 
     def on_link_lost(self, peer: PeerId, problem: str) -> None:
         self.lost.append(peer)
@@ -52,17 +77,32 @@ class Side:
     def say(self, other: Side, payload: bytes, lane: Lane = Lane.CONTROL) -> None:
         self.links.send(other.host.peer_id, lane, Outgoing(CONTROL_SHAPE, NO_ROWS, (payload,)))
 
+    def send_states(self, other: Side, lane: Lane, states: np.ndarray) -> None:
+        row = Rows.of(Row(SessionId(bytes(16)), 0, len(states)))
+        self.links.send(other.host.peer_id, lane, Outgoing(HIDDEN, row, (buffer_of(states),)))
+
+    def epochs(self, other: Side) -> list[int]:
+        """Return the epoch of each link with the other side."""
+        return [live.link.epoch for live in self.links._links_with(other.host.peer_id)]
+
     def count(self, other: Side) -> int:
         return len(self.links._links_with(other.host.peer_id))
 
 
 @asynccontextmanager
-async def open_sides() -> AsyncIterator[tuple[Members, Side, Side]]:
+async def open_sides(
+    *codecs: Codec,
+) -> AsyncIterator[tuple[Members, Side, Side]]:
+    """Open two sides that propose these codecs, or none."""
     async with open_hosts(2) as (members, hosts), trio.open_nursery() as nursery:
         sides: list[Side] = []
-        for host in hosts:
+        for host, codec in zip(hosts, codecs or (Codec.RAW, Codec.RAW), strict=True):
             secrets = LinkSecrets(
-                swarm_id=SwarmId(bytes(32)), epoch=0, epoch_prk=bytes(32), local=host.peer_id
+                swarm_id=SwarmId(bytes(32)),
+                epoch=0,
+                epoch_prk=bytes(32),
+                local=host.peer_id,
+                prefill_codec=codec,
             )
             events = Events()
             sides.append(Side(host, Links(host, secrets, events), events))
@@ -134,3 +174,97 @@ async def test_former_member_makes_no_link_on_a_connection_that_lives() -> None:
             await hold_link(one, stream)
         assert other.count(one) == 0
         assert one.host.peer_id in other.host.connected_peers()
+
+
+# --- keys ----------------------------------------------------------------------------
+
+
+async def talk(one: Side, other: Side, *, turns: int) -> None:
+    """Send numbered messages both ways, a few at a time, and wait until all are there."""
+    first = [len(side.events.taken) for side in (other, one)]
+    for turn in range(turns):
+        for sender, receiver in ((one, other), (other, one)):
+            sender.say(receiver, b"%d" % turn)
+        await until(lambda n=turn: len(other.events.taken) > first[0] + n - 8)
+    await until(lambda: [len(s.events.taken) for s in (other, one)] == [n + turns for n in first])
+    said = [b"%d" % turn for turn in range(turns)]
+    assert [s.events.taken[n:] for s, n in zip((other, one), first, strict=True)] == [said, said]
+
+
+async def test_links_change_keys_on_their_own_while_frames_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_module, "REKEY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(links_module, "TICK_S", 0.01)
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await until(lambda: other.count(one) == 1)
+        [live] = one.links._links_with(other.host.peer_id)
+        seen: set[bytes] = set()
+        while len(seen) < 5:
+            await talk(one, other, turns=20)
+            seen.add(live.link._keys.address.link)
+        assert (one.events.lost, other.events.lost) == ([], [])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_links_enter_the_next_epoch_and_new_ones_begin_in_it(first: int) -> None:
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await until(lambda: other.count(one) == 1)
+        sides = (one, other)
+        sides[first].links.rekey(1, NEXT_SECRET)
+        await talk(one, other, turns=20)  # the other does not know the epoch yet
+        assert (one.epochs(other), other.epochs(one)) == ([0], [0])
+        sides[1 - first].links.rekey(1, NEXT_SECRET)
+        await until(lambda: one.epochs(other) == other.epochs(one) == [1])
+        await talk(one, other, turns=20)
+        await one.dial(other)
+        await until(lambda: other.epochs(one) == [1, 1])
+        assert (one.events.lost, other.events.lost) == ([], [])
+
+
+async def test_link_with_a_peer_that_does_not_follow_is_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link_module, "REKEY_DEADLINE_S", 0.2)
+    monkeypatch.setattr(links_module, "TICK_S", 0.01)
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await until(lambda: other.count(one) == 1)
+        one.links.rekey(1, NEXT_SECRET)
+        await until(lambda: bool(one.events.lost and other.events.lost))
+        with pytest.raises(LinkRefused, match="another epoch"):
+            await one.dial(other)
+
+
+# --- codec ---------------------------------------------------------------------------
+
+
+async def states_over(lane: Lane, *codecs: Codec) -> np.ndarray:
+    """Send hidden states over a link between sides that propose these codecs."""
+    async with open_sides(*codecs) as (_, one, other):
+        await one.dial(other)
+        one.send_states(other, lane, STATES)
+        await until(lambda: len(other.events.states[lane]) == 1)
+        [payload] = other.events.states[lane]
+        return np.frombuffer(payload, STATES.dtype).reshape(STATES.shape)
+
+
+async def test_prompts_cross_in_int8_when_both_ends_propose_it() -> None:
+    got = await states_over(Lane.PREFILL, Codec.INT8, Codec.INT8)
+    error = np.abs(got.astype(np.float32) - STATES.astype(np.float32))
+    assert 0 < error.max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("lane", "codecs"),
+    [
+        (Lane.DECODE, (Codec.INT8, Codec.INT8)),
+        (Lane.PREFILL, (Codec.INT8, Codec.RAW)),
+        (Lane.PREFILL, (Codec.RAW, Codec.INT8)),
+    ],
+)
+async def test_everything_else_crosses_as_it_is(lane: Lane, codecs: tuple[Codec, Codec]) -> None:
+    got = await states_over(lane, *codecs)
+    assert got.tobytes() == STATES.tobytes()

@@ -85,3 +85,12 @@ async def test_nothing_is_kept_of_peers_that_were_only_named(nursery: trio.Nurse
             await links.ensure(named, ())
     gc.collect()
     assert (len(links._links), len(links._dialling)) == (0, 0)
+
+
+@pytest.mark.trio
+async def test_epoch_that_is_not_later_is_refused() -> None:
+    links = make_links(Events())
+    links.rekey(5, bytes(32))
+    for epoch in (5, 4, 0):
+        with pytest.raises(ValueError, match=f"epoch {epoch} does not follow 5"):
+            links.rekey(epoch, bytes(32))
