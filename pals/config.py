@@ -8,6 +8,7 @@ A profile is one folder (mode 0700)::
     swarms/<hex>/swarm.json   SwarmEntry, 0600: it holds the swarm secret
     swarms/<hex>/operator.key Ed25519 private key, PEM, 0600 (the operator only)
     swarms/<hex>/roster.bin   the last verified roster
+    swarms/<hex>/known_peers.json  members that were reached, and where; 0600
 
 Files are written atomically; a secret that others can read is refused.
 """
@@ -21,7 +22,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ from pals.types import Dtype, GroupSize, PrefillCodec, Quantization
 SECRET_BYTES = 32
 _SWARM_ID = re.compile(r"[0-9a-f]{64}")
 MAX_CONFIG_BYTES = 1 << 20
+MAX_KNOWN_PEERS = 64
+MAX_KNOWN_ADDRESSES = 8
+MAX_PEER_CHARS = 64
+KnownAddress = Annotated[str, msgspec.Meta(max_length=256)]
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
 
@@ -226,6 +231,20 @@ class SwarmEntry(msgspec.Struct, frozen=True, kw_only=True):
         return f"SwarmEntry(swarm_id={self.swarm_id[:8]}…, name={self.name!r})"
 
 
+class KnownPeer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A member that was reached, to be tried first another time.
+
+    Attributes:
+        peer: Its peer id.
+        addresses: Multiaddrs at which it was or said to be.
+        reached_at: Unix seconds when it was last connected.
+    """
+
+    peer: Annotated[str, msgspec.Meta(max_length=MAX_PEER_CHARS)]
+    addresses: Annotated[tuple[KnownAddress, ...], msgspec.Meta(max_length=MAX_KNOWN_ADDRESSES)]
+    reached_at: int
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """A profile folder; methods read and write its files."""
@@ -299,6 +318,32 @@ class Profile:
             raise _damaged(path, f"it names another swarm than its folder: {entry.swarm_id!r}")
         return entry
 
+    def save_known_peers(self, swarm_id: str, peers: Sequence[KnownPeer]) -> None:
+        """Remember members that were reached, the first `MAX_KNOWN_PEERS` of them."""
+        path = self._known_peers_path(swarm_id)
+        data = msgspec.json.encode(peers[:MAX_KNOWN_PEERS])
+        write_private(path, msgspec.json.format(data))
+
+    def load_known_peers(self, swarm_id: str) -> tuple[KnownPeer, ...]:
+        """Return the members that were reached before; none if none are remembered.
+
+        Raises:
+            ProfileExposed: Others can read the file.
+            InvalidConfig: The file is damaged.
+        """
+        path = self._known_peers_path(swarm_id)
+        try:
+            return _known_peers.decode(read_private(path))
+        except ProfileMissing:
+            return ()
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidConfig(
+                source=path, problem=str(error), advice="remove it; it is written anew"
+            ) from error
+
+    def _known_peers_path(self, swarm_id: str) -> Path:
+        return self.swarm_folder(swarm_id) / "known_peers.json"
+
     @contextmanager
     def lock(self) -> Generator[None]:
         """Hold the identity: two processes with one libp2p identity confuse every peer.
@@ -342,6 +387,11 @@ class Profile:
             os.close(handle)
 
 
+_known_peers = msgspec.json.Decoder(
+    Annotated[tuple[KnownPeer, ...], msgspec.Meta(max_length=MAX_KNOWN_PEERS)]
+)
+
+
 def _damaged(path: Path, problem: str) -> InvalidConfig:
     return InvalidConfig(
         source=path, problem=problem, advice="restore it, or join again with a new invite"
@@ -374,6 +424,9 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     listen: str = "/ip4/0.0.0.0/tcp/0"
     peers: tuple[str, ...] = ()
+    mdns: bool = False
+    gossip: bool = True
+    table_requests: bool = True
     prefill_codec: PrefillCodec = "raw"
     announce: tuple[str, ...] = ()
     upnp: bool = True

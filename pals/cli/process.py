@@ -23,6 +23,7 @@ from pals.cli.options import ConfigDir, Tokens, read_size
 from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
 from pals.engine.memory import Memory
 from pals.errors import InvalidConfig
+from pals.net.nat.addresses import read_announced
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.types import (
     Dtype,
@@ -154,6 +155,10 @@ class ServerOptions:
         bool | None,
         Parameter(help="Whether to go through such a member where nothing else works."),
     ] = None
+    mdns: Annotated[
+        bool,
+        Parameter(negative="", help="Tell the local network where this member is, and look there."),
+    ] = False
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
     verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
     config_dir: ConfigDir = None
@@ -163,14 +168,19 @@ class ServerOptions:
         return Profile(config.config_dir(self.config_dir))
 
     def load_settings(self) -> Settings:
-        """Return the preset with these options over it."""
+        """Return the preset with these options over it.
+
+        Raises:
+            InvalidConfig: The preset is none, or an announced address.
+        """
         settings = config.load_settings(self.preset)
         node = msgspec.structs.replace(
             settings.node,
             listen=self.listen or settings.node.listen,
             peers=self.peer or settings.node.peers,
+            mdns=self.mdns or settings.node.mdns,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,
-            announce=self.announce or settings.node.announce,
+            announce=tuple(map(read_announced, self.announce or settings.node.announce)),
             upnp=_either(self.upnp, settings.node.upnp),
             allow_relay=_either(self.allow_relay, settings.node.allow_relay),
             use_relay=_either(self.use_relay, settings.node.use_relay),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Set
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -76,10 +77,14 @@ class RouteTable:
             nursery.start_soon(wait, self._doubtful.wait)
 
     async def refresh(self) -> None:
-        """Ask the DHT once for the announcements of all members."""
+        """Ask the DHT once for the announcements of all members, and meet more of them."""
+        node = self._node
         async with self._refreshing:
-            members = self._node.members()
-            await self._node.discovery.find(members, deadline_s=FIND_DEADLINE_S)
+            with trio.move_on_after(FIND_DEADLINE_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(node.meet_more)
+                    find = partial(node.discovery.find, deadline_s=FIND_DEADLINE_S)
+                    nursery.start_soon(find, node.members())
 
     async def find(self, *, without: Set[Offer] = frozenset()) -> Chain:
         """Return the best chain now, after asking again if none is known.
@@ -132,10 +137,13 @@ class RouteTable:
         )
 
     def mark_failed(self, peer: PeerId) -> None:
-        """Use ``peer`` last, until it gives an answer or announces itself after a while."""
-        self._suspects.mark_failed(
-            peer, seq=self._node.discovery.last_seq(peer), now=trio.current_time()
-        )
+        """Use ``peer`` last, until it gives an answer or announces itself after a while.
+
+        The other members are told when it is gone.
+        """
+        discovery = self._node.discovery
+        self._suspects.mark_failed(peer, seq=discovery.last_seq(peer), now=trio.current_time())
+        discovery.report_lost(peer)
         self._doubtful.set()
 
     def mark_leaving(self, peer: PeerId) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,9 +60,10 @@ from pals.types import PeerId
 log = logging.getLogger(__name__)
 
 NOISE_PROTOCOL = TProtocol("/noise")
-MAX_DIALS = 32
-MAX_ADDRESSES_PER_DIAL = 8
+MAX_DIALS = 64
+MAX_ADDRESSES_PER_DIAL = 16
 """Addresses that the caller of a dial names, and as many again that are known."""
+MAX_ADDRESSES_PER_NAME = 4
 ADDRESS_TTL_S = 3600
 
 
@@ -226,7 +228,7 @@ class MemberSwarm(Swarm):
         with trio.move_on_after(self._limits.handshake_s + detour_s):
             async with self._dial_locks.setdefault((peer_id, *named), trio.Lock()):
                 if not self.live_connections(peer_id):
-                    candidates = dict.fromkeys((*named, *self._known_addresses(peer_id)))
+                    candidates = dict.fromkeys((*named, *self.known_addresses(peer_id)))
                     around = None
                     if way is not None:
                         around = partial(way, PeerId(peer_id.to_base58()), meeting)
@@ -267,7 +269,8 @@ class MemberSwarm(Swarm):
         if failure is not None and not self.live_connections(peer):
             raise DetourFailed(str(failure)) from failure
 
-    def _known_addresses(self, peer: ID) -> list[Multiaddr]:
+    def known_addresses(self, peer: ID) -> list[Multiaddr]:
+        """Return the last addresses that were learnt of ``peer``."""
         try:
             return self.peerstore.addrs(peer)[-MAX_ADDRESSES_PER_DIAL:]
         except PeerStoreError:
@@ -276,18 +279,22 @@ class MemberSwarm(Swarm):
     async def _dial_addresses(self, peer: ID, addresses: Sequence[Multiaddr]) -> None:
         async with trio.open_nursery() as nursery:
 
-            async def dial(address: Multiaddr) -> None:
+            async def dial(address: Multiaddr, at: Multiaddr) -> None:
                 async with self._dials:
                     try:
-                        await self.dial_addr(address, peer)
+                        await self.dial_addr(at, peer)
                     except BaseLibp2pError as error:
-                        log.debug("dialling %s failed: %s", address, error)
+                        log.debug("dialling %s failed: %s", at, error)
                     else:
                         self.peerstore.add_addrs(peer, [address], ADDRESS_TTL_S)
                         nursery.cancel_scope.cancel()
 
+            async def dial_all(address: Multiaddr) -> None:
+                for at in await resolve_address(address):
+                    nursery.start_soon(dial, address, at)
+
             for address in addresses:
-                nursery.start_soon(dial, address)
+                nursery.start_soon(dial_all, address)
 
     # --- connections -----------------------------------------------------------------
 
@@ -473,6 +480,29 @@ def parse_address(text: str) -> Multiaddr:
 
 
 _P2P_CODE = 0x01A5
+
+
+async def resolve_address(address: Multiaddr) -> list[Multiaddr]:
+    """Return the IP addresses that a name stands for on this machine, at most a few.
+
+    libp2p asks a DNS server itself, which knows nothing of the system's own names.
+    """
+    protocol = next(iter(address.protocols())).name
+    if protocol not in _FAMILIES:
+        return [address]
+    host, port = host_and_port(address)
+    family = _FAMILIES[protocol]
+    try:
+        found = await trio.socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        log.debug("resolving %s failed: %s", address, error)
+        return []
+    versions = {socket.AF_INET: 4, socket.AF_INET6: 6}
+    resolved = {f"/ip{versions[f]}/{at[0]}/tcp/{port}": None for f, _, _, _, at in found}
+    return [Multiaddr(text) for text in resolved if "%" not in text][:MAX_ADDRESSES_PER_NAME]
+
+
+_FAMILIES = {"dns": socket.AF_UNSPEC, "dns4": socket.AF_INET, "dns6": socket.AF_INET6}
 
 
 def host_and_port(address: Multiaddr) -> tuple[str, int]:

@@ -62,7 +62,7 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
     """Shard to driver: the session is not taken.
 
-    ``peer`` is the hop that cannot be reached, when that is why.
+    ``peer`` is the hop that cannot be reached or is no member there, when that is why.
     """
 
     session: _Session

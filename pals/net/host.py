@@ -392,6 +392,10 @@ class Host:
         peers = self._swarm.connections
         return frozenset(PeerId(p.to_base58()) for p in peers if self._swarm.live_connections(p))
 
+    def known_addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Return where a peer was reached or said that it listens, latest last."""
+        return tuple(map(str, self._swarm.known_addresses(_libp2p_id(peer))))
+
     def on_connect(self, callback: Callable[[PeerId], None]) -> None:
         """Call back when there is a first connection to a peer; it must not block or raise."""
         self._swarm.on_connect.append(callback)

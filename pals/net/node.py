@@ -8,9 +8,8 @@ that are theirs. Runs on the trio thread.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -19,10 +18,10 @@ import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
-from pals.errors import InvalidConfig, InvalidFrame, NotAMember, PalsError
-from pals.net.announce import useful_first
+from pals.errors import InvalidFrame, NotAMember
+from pals.net.bootstrap import Bootstrap, Meeting
 from pals.net.control import Control, decode_control
-from pals.net.discovery import Discovery
+from pals.net.discovery import Discovery, Sources
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
 from pals.net.links import Arrival, Links
@@ -31,17 +30,14 @@ from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
 from pals.net.report import serve_reports
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
-from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
+from pals.swarm.hints import Contacts
 from pals.swarm.identity import Identity
 from pals.swarm.keys import epoch_prk
 from pals.types import PeerId, SwarmId, short_id
 
 _log = logging.getLogger(__name__)
 
-HINT_INTERVAL_S = 120.0
-BOOTSTRAP_DEADLINE_S = 5.0
 LEAVE_RELAY_S = 1.0
-MAX_BOOTSTRAP_PEERS = 8
 
 
 class Role(Protocol):
@@ -150,6 +146,7 @@ class Node:
     contacts: Contacts
     allow_list: AllowList
     nursery: trio.Nursery
+    _bootstrap: Bootstrap
     _dispatch: _Dispatch
 
     @property
@@ -166,6 +163,10 @@ class Node:
     def members(self) -> frozenset[PeerId]:
         """Return the members that may be talked to now, this machine included."""
         return self.allow_list.members(trio.current_time())
+
+    async def meet_more(self) -> None:
+        """Try members that are not connected; for whom those that are know too little."""
+        await self._bootstrap.meet_more()
 
 
 @asynccontextmanager
@@ -210,26 +211,56 @@ async def _start(
     dispatch = _Dispatch()
     links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
     await nursery.start(links.run)
-    discovery = Discovery(host, options.swarm_id, allow)
+    settings = options.settings
+    sources = Sources(gossip=settings.gossip, table_requests=settings.table_requests)
+    discovery = Discovery(host, options.swarm_id, allow, sources=sources)
     await nursery.start(discovery.run)
+    meeting = Meeting(
+        profile=options.profile,
+        identity=options.identity,
+        swarm_id=options.swarm_id,
+        client=client,
+        host=host,
+        members=lambda: allow_list.members(trio.current_time()),
+        announcements=discovery.announcements,
+    )
+    bootstrap = Bootstrap(meeting, settings.peers)
     node = Node(
         options=options,
         host=host,
         links=links,
         discovery=discovery,
         traversal=traversal,
-        contacts=Contacts(_named_peers(options)),
+        contacts=bootstrap.contacts,
         allow_list=allow_list,
         nursery=nursery,
+        _bootstrap=bootstrap,
         _dispatch=dispatch,
     )
     nursery.start_soon(_poll, node, client, options)
     nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
     traversal.on_upgrade.append(lambda peer: nursery.start_soon(leave_relay, node, peer))
     await nursery.start(serve_reports, node)
-    await _meet(node, client, options)
-    nursery.start_soon(_keep_meeting, node, client, options)
+    await bootstrap.start()
+    nursery.start_soon(bootstrap.run)
+    if settings.mdns:
+        nursery.start_soon(_run_local_network, node, bootstrap)
     return node
+
+
+async def _run_local_network(node: Node, bootstrap: Bootstrap) -> None:
+    """Tell the local network of this member, and meet those that are heard there."""
+    # Its library is loaded by those that ask for it.
+    from pals.net.mdns import LocalNetwork
+
+    host = node.host
+    swarm_id = node.options.swarm_id
+
+    async def changed() -> None:
+        await host.advertised.wait()
+
+    network = LocalNetwork(swarm_id, host.peer_id, host.addresses, changed, bootstrap.hear)
+    await network.run()
 
 
 async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> None:
@@ -279,86 +310,3 @@ async def _end_membership(options: NodeOptions) -> None:
 
 def _not_a_member(options: NodeOptions) -> NotAMember:
     return NotAMember(peer=short_id(options.identity.peer_id), swarm=options.entry.name)
-
-
-async def _keep_meeting(node: Node, client: MembershipClient, options: NodeOptions) -> None:
-    """Renew this machine's address hint, and look for members that are not connected."""
-    while True:
-        with trio.move_on_after(HINT_INTERVAL_S):
-            await node.host.advertised.wait()
-        await _meet(node, client, options)
-
-
-async def _meet(node: Node, client: MembershipClient, options: NodeOptions) -> None:
-    """Say where this machine listens, and connect to a few members."""
-    now = int(time.time())
-    hint = sign_hint(
-        options.identity,
-        swarm_id=options.swarm_id,
-        addresses=useful_first(node.host.addresses()),
-        issued_at=now,
-    )
-    # Peers named by --peer still work without the backend, and hints without one's own.
-    with _logged("this machine's address hint was not left"):
-        await client.put_hint(options.swarm_id, hint)
-    with _logged("no address hints"):
-        hints = await client.fetch_hints(options.swarm_id)
-        read = partial(open_usable_hints, hints, swarm_id=options.swarm_id, now_unix=now)
-        members = node.members()
-        for opened in await trio.to_thread.run_sync(read):
-            if opened.peer in members:
-                node.contacts.learn(opened)
-    await _connect_to_some(node, node.contacts)
-
-
-@contextmanager
-def _logged(what: str) -> Generator[None]:
-    try:
-        yield
-    except PalsError as error:
-        _log.info("%s: %s", what, error)
-
-
-async def _connect_to_some(node: Node, contacts: Contacts) -> None:
-    """Connect until enough are, and to one more each time, so that parted groups meet."""
-    connected = node.host.connected_peers()
-    count = max(1, MAX_BOOTSTRAP_PEERS - len(connected))
-    wanted = node.members() - connected - {node.peer_id}
-    async with trio.open_nursery() as nursery:
-        for peer in contacts.choose(wanted, count):
-            nursery.start_soon(_try_connect, node, peer, contacts)
-
-
-async def _try_connect(node: Node, peer: PeerId, contacts: Contacts) -> None:
-    try:
-        addresses = contacts.addresses(peer)
-        await node.host.connect(peer, addresses, deadline_s=BOOTSTRAP_DEADLINE_S)
-    except PalsError as error:
-        contacts.failed(peer)
-        _log.info("peer %s: %s", short_id(peer), error)
-    else:
-        contacts.reached(peer)
-
-
-def _named_peers(options: NodeOptions) -> dict[PeerId, tuple[str, ...]]:
-    named: dict[PeerId, tuple[str, ...]] = {}
-    for address in options.settings.peers:
-        peer = peer_in(address)
-        named[peer] = (*named.get(peer, ()), address)
-    return named
-
-
-def peer_in(address: str) -> PeerId:
-    """Return the peer id that ends a multiaddr.
-
-    Raises:
-        InvalidConfig: It does not end in ``/p2p/<peer id>``.
-    """
-    _, separator, peer = address.rpartition("/p2p/")
-    if not separator or "/" in peer or not peer:
-        raise InvalidConfig(
-            source=f"peer `{address}`",
-            problem="it does not end in `/p2p/<peer id>`",
-            advice="copy the whole address that `pals shard` prints on the other machine",
-        )
-    return PeerId(peer)

@@ -219,12 +219,12 @@ async def _announce_until_left(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(announcer.run, partial(on_ready, node, shard))
         await drain.wait()
+        drain.on_leave(service.sessions)
+        announcer.drain()
+        with trio.move_on_after(node.options.settings.drain_s):
+            await service.drain()
         nursery.cancel_scope.cancel()
-    drain.on_leave(service.sessions)
-    with trio.move_on_after(node.options.settings.drain_s):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(service.drain)
-            nursery.start_soon(announcer.withdraw)
+    await announcer.withdraw()
 
 
 def _describe(node: Node, shard: ServedShard, service: ShardService) -> Announcement:

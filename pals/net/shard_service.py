@@ -196,10 +196,14 @@ class ShardService:
             self._report(session, ShardLost.code, text, lost=peer)
 
     def _open(self, driver: PeerId, message: Open) -> None:
+        if (stranger := self._find_stranger(message)) is not None:
+            problem = f"{short_id(stranger)} of its chain is no member"
+            refusal = SessionRefused(peer=self._table.local, problem=problem)
+            self._refuse(driver, SessionId(message.session), refusal, unreachable=stranger)
+            return
         try:
             if self._is_draining:
                 raise ShardDraining(peer=short_id(self._table.local))
-            self._check_members(message)
             session = self._table.open(driver, message, trio.current_time())
         except PalsError as error:
             self._refuse(driver, SessionId(message.session), error)
@@ -208,12 +212,10 @@ class ShardService:
         self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
 
-    def _check_members(self, message: Open) -> None:
-        """Raise unless all of a chain are members, before any of it is kept or dialled."""
-        for hop in message.chain:
-            if not self._links.is_member(PeerId(hop.peer)):
-                problem = f"{short_id(PeerId(hop.peer))} of its chain is no member"
-                raise SessionRefused(peer=self._table.local, problem=problem)
+    def _find_stranger(self, message: Open) -> PeerId | None:
+        """Return who of a chain is no member, before any of it is kept or dialled."""
+        hops = (PeerId(hop.peer) for hop in message.chain)
+        return next((peer for peer in hops if not self._links.is_member(peer)), None)
 
     async def _link_onward(self, session: ShardSession) -> None:
         """Link with the hop that rows go to, then say that the session is open."""

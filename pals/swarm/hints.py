@@ -119,6 +119,7 @@ class Contacts:
     def __init__(self, named: Mapping[PeerId, tuple[str, ...]]) -> None:
         self._named = named
         self._hints: dict[PeerId, AddressHint] = {}
+        self._remembered: dict[PeerId, tuple[int, tuple[str, ...]]] = {}
         self._failures: Counter[PeerId] = Counter()
 
     def learn(self, hint: AddressHint) -> None:
@@ -128,9 +129,22 @@ class Contacts:
             del self._failures[hint.peer]
         self._hints[hint.peer] = hint
 
+    def remember(self, peer: PeerId, addresses: tuple[str, ...], *, at: int) -> None:
+        """Take addresses at which a peer was at ``at``, in Unix seconds, by no word of its own."""
+        since, known = self._remembered.get(peer, (0, ()))
+        if at < since:
+            return
+        if set(addresses) - set(known):
+            del self._failures[peer]
+        self._remembered[peer] = (at, addresses)
+
     def addresses(self, peer: PeerId) -> tuple[str, ...]:
+        """Return the addresses to try: the user's, then those of the latest source first."""
         hint = self._hints.get(peer)
-        return (*self._named.get(peer, ()), *(hint.addresses if hint is not None else ()))
+        hinted = (0, ()) if hint is None else (hint.issued_at, hint.addresses)
+        remembered = self._remembered.get(peer, (0, ()))
+        newest, other = max(hinted, remembered), min(hinted, remembered)
+        return tuple(dict.fromkeys((*self._named.get(peer, ()), *newest[1], *other[1])))
 
     def failed(self, peer: PeerId) -> None:
         """Put a peer behind all that failed less often."""
@@ -141,12 +155,13 @@ class Contacts:
 
     def choose(self, wanted: Set[PeerId], count: int) -> list[PeerId]:
         """Return the ``count`` of ``wanted`` to try now, most hopeful first."""
-        known = (self._named.keys() | self._hints.keys()) & wanted
+        known = (self._named.keys() | self._hints.keys() | self._remembered.keys()) & wanted
         return sorted(known, key=self._rank)[:count]
 
     def _rank(self, peer: PeerId) -> tuple[int, bool, int, str]:
         issued_at = self._hints[peer].issued_at if peer in self._hints else 0
-        return self._failures[peer], peer not in self._named, -issued_at, peer
+        latest = max(issued_at, self._remembered.get(peer, (0, ()))[0])
+        return self._failures[peer], peer not in self._named, -latest, peer
 
 
 _DECODER = msgspec.msgpack.Decoder(AddressHint)

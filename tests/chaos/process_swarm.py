@@ -70,12 +70,8 @@ class ProcessSwarm:
         trio.run(redeem_invite, profile, invite)
         return profile
 
-    def start_shards(self, *layers: str) -> list[ShardProcess]:
-        """Start shards of new members, all at the same time."""
-        return self.restart(*((self.join(), part) for part in layers))
-
-    def restart(self, *parts: tuple[Profile, str]) -> list[ShardProcess]:
-        """Start shards of members that may have had one before."""
+    def start_shards(self, *parts: tuple[Profile, str]) -> list[ShardProcess]:
+        """Start shards of members, each with its layers, all at the same time."""
         started = [
             (profile, layers, self._start(profile, "shard", self.model, "--layers", layers))
             for profile, layers in parts

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from openai import APIError
 
+from pals.config import Profile
 from tests.chaos.process_swarm import (
     ProcessSwarm,
     StreamReader,
@@ -27,7 +28,7 @@ pytestmark = [
     pytest.mark.timeout(180),
 ]
 
-HEAD, MIDDLE, TAIL = "0:1", "1:2", "2:3"
+SPLIT = HEAD, MIDDLE, TAIL = "0:1", "1:2", "2:3"
 OPTIONS = ("--threads", "1", "--context", "1024", "--sessions", "2")
 MODEL = "tiny"
 PROMPT = "Tell me a long story."
@@ -45,6 +46,7 @@ class World:
     """The swarm, two endpoints over it, and the answer that nothing disturbed."""
 
     swarm: ProcessSwarm
+    spare: Profile
     patient: str
     impatient: str
     unfailed: str
@@ -61,19 +63,28 @@ def world(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Itera
     folder = tmp_path_factory.mktemp("chaos")
     model = str(make_endless_checkpoint(folder / MODEL, num_layers=3))
     with open_process_swarm(folder, model, cache=shared_cache, options=OPTIONS) as swarm:
+        # All join first: a member that is up learns of a new one with its next poll.
+        impatient, spare, *members = [swarm.join() for _ in range(8)]
+        first, second = (tuple(zip(members[i::2], SPLIT, strict=True)) for i in range(2))
         with ThreadPoolExecutor() as pool:
             urls = [
                 pool.submit(swarm.start_endpoint, profile, wait_for_peers_s=wait_s)
-                for wait_s, profile in ((PATIENT_S, swarm.operator), (IMPATIENT_S, swarm.join()))
+                for profile, wait_s in ((swarm.operator, PATIENT_S), (impatient, IMPATIENT_S))
             ]
-            for _ in range(2):  # the second ones find the first ones' compiled programs
-                swarm.start_shards(HEAD, MIDDLE, TAIL)
-        patient, impatient = (url.result() for url in urls)
-        unfailed = StreamReader(patient, MODEL, PROMPT, MAX_TOKENS).read()
-        yield World(swarm=swarm, patient=patient, impatient=impatient, unfailed=unfailed)
+            swarm.start_shards(*first)
+            swarm.start_shards(*second)  # they find the programs that the first ones compiled
+        patient_url, impatient_url = (url.result() for url in urls)
+        unfailed = StreamReader(patient_url, MODEL, PROMPT, MAX_TOKENS).read()
+        yield World(
+            swarm=swarm,
+            spare=spare,
+            patient=patient_url,
+            impatient=impatient_url,
+            unfailed=unfailed,
+        )
 
 
-@pytest.mark.parametrize("layers", [HEAD, MIDDLE, TAIL])
+@pytest.mark.parametrize("layers", SPLIT)
 def test_a_killed_shard_costs_a_pause_and_no_token(world: World, layers: str) -> None:
     reader = world.ask(world.patient)
     victim = world.swarm.active_shard(world.patient, layers)
@@ -94,7 +105,7 @@ def test_without_a_spare_one_answer_ends_with_the_layers_and_one_waits_for_the_p
     victim.running.signal(signal.SIGKILL)
     with pytest.raises(APIError) as caught:
         impatient.read()
-    world.swarm.restart((victim.profile, MIDDLE))
+    world.swarm.start_shards((victim.profile, MIDDLE))
 
     assert caught.value.code == "PALS-NO-CHAIN"
     assert f"layers {MIDDLE}" in caught.value.message
@@ -103,7 +114,7 @@ def test_without_a_spare_one_answer_ends_with_the_layers_and_one_waits_for_the_p
 
 
 def test_a_shard_that_is_alive_but_silent_is_left(world: World) -> None:
-    world.swarm.start_shards(HEAD)
+    world.swarm.start_shards((world.spare, HEAD))
     reader = world.ask(world.patient)
     victim = world.swarm.active_shard(world.patient, HEAD)
 

@@ -14,6 +14,8 @@ from benchmarks.demo import System, summarise, summarise_hops
 from benchmarks.markdown import update_tables
 from benchmarks.one_process import Timing, encode_prompt
 from benchmarks.results import Result, Subject
+from benchmarks.transport import Sample
+from benchmarks.transport import summarise as summarise_transport
 from pals.cli.demo import HopLine
 from tests.checkpoints import make_llama_checkpoint
 
@@ -124,3 +126,24 @@ def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]):
         parse_arguments(["--quick", "dmeo"])
     assert exit_.value.code == 2
     assert "no benchmark `dmeo`: choose any of demo" in capsys.readouterr().err
+
+
+def test_the_transport_is_compared_with_stock_and_with_bare_sockets():
+    def samples(scale: float) -> list[Sample]:
+        rounds = [scale, 2 * scale]
+        return [Sample(request_us=r, mb_per_s=10 / r, cpu_ms_per_mb=3 * r) for r in rounds]
+
+    results = summarise_transport(
+        {"pals": samples(1), "stock": samples(4), "raw-trio": samples(0.5)}, load=0.5
+    )
+
+    ratios = {(r.metric, r.setting["to"]): r.value for r in results if r.unit == "ratio"}
+    assert ratios == {
+        ("request_us_ratio", "stock"): 0.25,
+        ("throughput_mb_per_s_ratio", "stock"): 4.0,
+        ("cpu_ms_per_mb_ratio", "stock"): 0.25,
+        ("request_us_ratio", "raw-trio"): 2.0,
+        ("throughput_mb_per_s_ratio", "raw-trio"): 0.5,
+        ("cpu_ms_per_mb_ratio", "raw-trio"): 2.0,
+    }
+    assert {r.system for r in results} == {"pals", "stock", "raw-trio"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 
 from pals import config
 from pals.config import (
+    MAX_KNOWN_PEERS,
     BackendSettings,
+    KnownPeer,
     NodeSettings,
     Profile,
     Settings,
@@ -316,6 +319,33 @@ def test_swarm_survives_the_disk_in_private_files(profile: Profile) -> None:
     files = [p for p in profile.path.rglob("*") if p.is_file()]
     assert [mode_of(p) for p in files] == [0o600]
     assert profile.swarm_ids() == [SWARM]
+
+
+def test_known_peers_survive_the_disk_in_a_private_file(profile: Profile) -> None:
+    known = [KnownPeer(peer="a", addresses=("/ip4/192.0.2.1/tcp/1",), reached_at=9)]
+    assert profile.load_known_peers("00") == ()
+    profile.save_known_peers("00", known)
+    assert profile.load_known_peers("00") == tuple(known)
+    path = profile.swarm_folder("00") / "known_peers.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_no_more_known_peers_are_kept_than_are_read(profile: Profile) -> None:
+    many = [KnownPeer(peer=str(n), addresses=(), reached_at=n) for n in range(100)]
+    profile.save_known_peers("00", many)
+    assert profile.load_known_peers("00") == tuple(many[:MAX_KNOWN_PEERS])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff", b'[{"peer": "a"}]', b'[{"peer":"a","addresses":["x"],"reached_at":"1"}]'],
+)
+def test_damaged_known_peers_are_named(profile: Profile, content: bytes) -> None:
+    profile.save_known_peers("00", [])
+    path = profile.swarm_folder("00") / "known_peers.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidConfig, match=r"known_peers\.json"):
+        profile.load_known_peers("00")
 
 
 def test_profile_without_a_swarm_says_so(profile: Profile) -> None:

@@ -124,6 +124,11 @@ def read_announced(text: str) -> str:
     )
 
 
+def port_of(announced: str) -> int:
+    """Return the port of an address that `read_announced` returned."""
+    return int(announced.rpartition("/")[2])
+
+
 def meeting_address(member: PeerId, peer: PeerId) -> str:
     """Return the address that says: ``peer`` can be met at ``member``."""
     return f"/p2p/{member}/p2p-circuit/p2p/{peer}"

@@ -17,6 +17,7 @@ from pals.net.nat.addresses import (
     Endpoint,
     is_inside,
     meeting_address,
+    port_of,
 )
 from pals.net.nat.messages import MAX_PORTS
 from pals.types import PeerId
@@ -69,7 +70,8 @@ class Reachability:
 
     def ports_to_try(self) -> tuple[int, ...]:
         """Return the ports that members are asked to dial, the likeliest first."""
-        wanted = [self.mapped.port] if self.mapped is not None else []
+        wanted = list(map(port_of, self.announced))
+        wanted += [self.mapped.port] if self.mapped is not None else []
         wanted += [e.port for e in self.listening]
         return tuple(dict.fromkeys(wanted))[:MAX_PORTS]
 
@@ -117,7 +119,7 @@ class Reachability:
         if self.mapped is not None and not self._refuted(self.mapped):
             told[str(self.mapped)] = None
         told |= dict.fromkeys(str(endpoint) for endpoint in self.listening)
-        if self.reach == "private" and not self.announced:
+        if self.reach == "private":
             places = [m for m in meeting if m != self.local][:MAX_MEETING_PEERS]
             told |= dict.fromkeys(meeting_address(m, self.local) for m in places)
         return tuple(told)

@@ -8,6 +8,7 @@ also keeps the port forward of the router, and finds out which addresses to anno
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -32,8 +33,8 @@ from pals.types import PeerId, short_id
 _log = logging.getLogger(__name__)
 
 MEMBERS_ASKED = 3
-FIRST_LOOK_S = 0.5
-"""Seconds between looks for the first connected members to ask."""
+FIRST_PAUSE_S = 0.2
+"""Seconds from the first connection to asking, in which others may come."""
 ASK_AGAIN_S = 300.0
 ASK_PAUSE_S = 2.0
 """Seconds from a change of this machine's ports or places to asking about it."""
@@ -103,6 +104,7 @@ class Traversal:
         self._user.start()
         self._meeter.start()
         self._host.set_detour(self.reach)
+        self._host.on_connection(self._on_connection)
         self._tell()
         self._nursery.start_soon(self._keep_asking)
         port = self._port_to_forward()
@@ -223,16 +225,22 @@ class Traversal:
     # --- this machine's addresses ----------------------------------------------------
 
     async def _keep_asking(self) -> None:
-        """Ask members anew from time to time, and when this machine's ports change."""
+        """Ask members anew from time to time, and when something changed."""
         while True:
+            changed = self._changed
             asked = await self._ask_some()
-            with trio.move_on_after(ASK_AGAIN_S if asked else FIRST_LOOK_S):
-                await self._changed.wait()
-                await trio.sleep(ASK_PAUSE_S)
+            with trio.move_on_after(ASK_AGAIN_S if asked else math.inf):
+                await changed.wait()
+                await trio.sleep(ASK_PAUSE_S if asked else FIRST_PAUSE_S)
 
     async def _ask_some(self) -> int:
-        """Ask a few members, and return how many there were to ask."""
-        members = self._direct_members(self._host.peer_id, ())[:MEMBERS_ASKED]
+        """Ask a few members, and return how many there were to ask.
+
+        Those outside this machine's network know what the others cannot.
+        """
+        members = self._direct_members(self._host.peer_id, ())
+        members.sort(key=lambda m: all(is_inside(e.ip) for e in self._host.observed(m)))
+        members = members[:MEMBERS_ASKED]
 
         async def ask(member: PeerId) -> None:
             try:
@@ -278,6 +286,12 @@ class Traversal:
                 await end_stream(stream)
         self._ask_soon()
 
+    def _on_connection(self, peer: PeerId) -> None:
+        if self.state.reach == "unknown" and any(
+            not is_inside(e.ip) or not self.asked.is_set() for e in self._host.observed(peer)
+        ):
+            self._ask_soon()
+
     def _ask_soon(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
@@ -295,6 +309,7 @@ class Traversal:
         self._ask_soon()
 
     def _tell(self) -> None:
+        self.state.listening = self._host.listening()
         places = self._direct_members(self._host.peer_id, ())
         self._host.advertise(self.state.addresses(places))
 

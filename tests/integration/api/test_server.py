@@ -70,3 +70,33 @@ def test_an_open_stream_does_not_hold_up_the_end() -> None:
 
     assert time.monotonic() - begin < 5
     assert process.returncode == -signal.SIGINT
+
+
+def test_sigterm_lets_answers_end_and_a_second_one_does_not() -> None:
+    options = "drain_s=600, on_terminate=lambda: print('leaving', flush=True), on_ready="
+    patient = ENDLESS.replace("on_ready=", options)
+    with (
+        started(patient) as (process, url),
+        httpx.stream("POST", f"{url}/v1/chat/completions", json=QUESTION) as answer,
+    ):
+        lines = answer.iter_lines()  # whose end would close the connection
+        assert next(lines).startswith("data:")
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "leaving\n"
+        wait_until_refused(url)
+        assert process.poll() is None, "it waits for the answer that runs"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+    assert process.returncode == -signal.SIGTERM
+
+
+def wait_until_refused(url: str) -> None:
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        try:
+            httpx.get(f"{url}/health")
+        except httpx.TransportError:
+            return
+    raise AssertionError("it still takes requests")

@@ -231,6 +231,48 @@ def test_options_win_over_the_preset(tmp_path: Path) -> None:
     assert node.session_idle_s == 9
 
 
+FORWARD = "/dns4/home.example.org/tcp/4001"
+
+
+def test_options_of_being_reached_win_over_the_preset_either_way(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    preset.write_text("[node]\nannounce = ['/ip4/1.2.3.4/tcp/1']\nupnp = false\nuse_relay = true\n")
+
+    kept = ServerOptions(preset=str(preset)).load_settings().node
+    changed = ServerOptions(
+        preset=str(preset), announce=(FORWARD,), upnp=True, allow_relay=True, use_relay=False
+    )
+
+    assert (kept.announce, kept.upnp, kept.allow_relay, kept.use_relay) == (
+        ("/ip4/1.2.3.4/tcp/1",),
+        False,
+        False,
+        True,
+    )
+    node = changed.load_settings().node
+    assert (node.announce, node.upnp, node.allow_relay, node.use_relay) == (
+        (FORWARD,),
+        True,
+        True,
+        False,
+    )
+
+
+def test_an_announced_address_that_nobody_can_dial_is_refused_before_anything_starts(
+    profile: Profile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["shard", "--announce", "203.0.113.7:4001", "--config-dir", str(profile.path)]
+
+    assert run(command) == 2
+    assert "announced address `203.0.113.7:4001`" in capsys.readouterr().err
+
+
+def test_nothing_is_relayed_unless_the_user_says_so() -> None:
+    node = ServerOptions().load_settings().node
+
+    assert (node.allow_relay, node.use_relay) == (False, False)
+
+
 def test_config_dir_option_names_the_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,9 @@ class FakeDiscovery:
     def announcements(self) -> dict[PeerId, Announcement]:
         return self._listed
 
+    def report_lost(self, peer: PeerId) -> None:
+        assert peer in self.announced
+
     def last_seq(self, peer: PeerId) -> int:
         return self.announced[peer].seq if peer in self.announced else -1
 
@@ -121,6 +124,9 @@ class FakeNode:
 
     def members(self) -> frozenset[PeerId]:
         return frozenset({A, B, C, D, self.peer_id})
+
+    async def meet_more(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 class Bench:

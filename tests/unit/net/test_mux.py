@@ -161,6 +161,17 @@ def test_a_reset_ends_both_directions_of_one_stream():
     assert wire.dialler.num_streams == 1
 
 
+def test_nothing_can_be_read_after_a_reset_from_here():
+    wire = Wire()
+    ours, theirs = wire.open()
+    wire.dialler.queue(ours, b"late", 0.0)
+    wire.carry()
+
+    wire.listener.reset(theirs)
+
+    assert wire.listener.read(theirs, 100) == b""
+
+
 def test_frames_of_a_stream_that_was_just_reset_are_passed_over():
     wire = Wire()
     ours, theirs = wire.open()
@@ -263,6 +274,30 @@ def test_a_stream_that_stops_and_starts_does_not_go_first_for_ever():
     assert order == [eager.stream_id, patient.stream_id, eager.stream_id]
 
 
+def test_an_end_comes_once_and_after_the_last_of_many_messages():
+    wire = Wire()
+    ours, _ = wire.open()
+    for _ in range(3):
+        wire.dialler.queue(ours, b"part", 0.0)
+    wire.dialler.close(ours, 0.0)
+    wire.dialler.close(ours, 0.0)
+
+    frames = [(kind, flags) for kind, flags, _, _ in headers(output(wire.dialler))]
+
+    assert frames == [(DATA, 0)] * 3 + [(WINDOW_UPDATE, FIN)]
+
+
+def test_a_full_batch_says_that_there_may_be_more():
+    wire = Wire()
+    ours, _ = wire.open()
+    wire.dialler.queue(ours, bytes(2 * MAX_PAYLOAD_BYTES), 0.0)
+
+    wire.dialler.next_batch(MAX_PAYLOAD_BYTES, 0.0)
+    assert wire.dialler.has_more
+    wire.dialler.next_batch(2 * MAX_PAYLOAD_BYTES, 0.0)
+    assert not wire.dialler.has_more
+
+
 # --- windows and budget --------------------------------------------------------------
 
 
@@ -319,6 +354,19 @@ def test_a_window_returns_to_the_budget_with_its_stream():
         assert theirs.unread_bytes == WINDOW
         wire.dialler.reset(ours)
         wire.carry()
+
+
+def test_no_window_is_opened_to_a_peer_that_has_closed_its_side():
+    wire = Wire(window_bytes=INITIAL_WINDOW_BYTES)
+    ours, theirs = wire.open()
+    size = INITIAL_WINDOW_BYTES // 2 - 1
+    wire.dialler.queue(ours, bytes(size), 0.0)
+    wire.dialler.queue(ours, b"the last", 0.0)
+    wire.dialler.close(ours, 0.0)
+    wire.carry()
+
+    while wire.listener.read(theirs, WINDOW):
+        assert output(wire.listener) == b""
 
 
 @pytest.mark.parametrize("length", [INITIAL_WINDOW_BYTES + 1, 1 << 31])
@@ -486,6 +534,40 @@ def test_a_stream_that_takes_some_of_its_bytes_is_not_reset():
     wire.dialler.tick(10.0)
 
     assert not ours.problem
+
+
+@pytest.mark.parametrize("way_out", ["a window", "a withdrawal"])
+def test_a_stream_that_no_longer_waits_is_not_reset(way_out):
+    wire = Wire(write_s=10, ping_after_s=1000)
+    ours, theirs = wire.open()
+    first = wire.dialler.queue(ours, bytes(INITIAL_WINDOW_BYTES), 0.0)
+    output(wire.dialler)
+    second = wire.dialler.queue(ours, b"stuck", 0.0)
+    assert first.is_sent
+    assert wire.dialler.next_deadline() == 10
+
+    if way_out == "a window":
+        wire.dialler.receive(frame(WINDOW_UPDATE, 0, theirs.stream_id, 5), 0.0)
+        output(wire.dialler)
+        assert second.is_sent
+    else:
+        wire.dialler.withdraw(ours, second)
+
+    wire.dialler.tick(10.0)
+    assert not ours.problem
+
+
+def test_a_half_closed_stream_lives_while_something_comes_on_it():
+    wire = Wire(half_closed_s=60, ping_after_s=1000)
+    ours, theirs = wire.open()
+    wire.listener.close(theirs, 5.0)
+    wire.carry(5.0)
+    wire.dialler.queue(ours, b"more", 30.0)
+    wire.carry(30.0)
+
+    wire.listener.tick(65.0)
+    assert not theirs.problem
+    assert wire.listener.next_deadline() == 90
 
 
 def test_a_stream_that_only_this_side_closed_is_reset_in_the_end():

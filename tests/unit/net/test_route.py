@@ -101,6 +101,21 @@ def test_the_best_chain_is_found_exactly_when_one_exists(shards):
         assert cost(chain.hops) == min(map(cost, chains))
 
 
+@given(shards_strategy, st.data())
+def test_no_peer_that_failed_is_used_where_a_chain_has_fewer_failures(shards, data):
+    peers = sorted({s.peer for s in shards})
+    failures = {peer: data.draw(st.integers(0, 2)) for peer in peers}
+    try:
+        chain = find(*shards, failures=failures)
+    except NoChain:
+        assert not every_chain(shards), "a suspect is used last, and not left out"
+    else:
+        used = (sum(failures[h.peer] for h in chain.hops), *cost(chain.hops))
+        assert used == min(
+            (sum(failures[h.peer] for h in hops), *cost(hops)) for hops in every_chain(shards)
+        )
+
+
 @given(shards_strategy)
 def test_serving_the_missing_layers_completes_a_chain_and_no_fewer_would(shards):
     try:

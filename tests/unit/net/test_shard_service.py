@@ -16,8 +16,19 @@ from pals.errors import (
     InvalidStep,
     PeerUnreachable,
     SessionRefused,
+    ShardDraining,
 )
-from pals.net.control import Close, Control, Failed, Hop, Open, Opened, Refused, decode_control
+from pals.net.control import (
+    Close,
+    Control,
+    Draining,
+    Failed,
+    Hop,
+    Open,
+    Opened,
+    Refused,
+    decode_control,
+)
 from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
@@ -259,3 +270,61 @@ async def test_a_session_that_ends_as_its_link_comes_up_is_not_told_as_open(
     await trio.testing.wait_all_tasks_blocked()
 
     assert not any(isinstance(message, Opened) for message in bench.links.control())
+
+
+# --- leaving -------------------------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_draining_shard_tells_its_drivers_and_is_done_with_its_last_session(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery)
+    await bench.open()
+    left = trio.Event()
+
+    async def drain() -> None:
+        await bench.service.drain()
+        left.set()
+
+    nursery.start_soon(drain)
+    await trio.testing.wait_all_tasks_blocked()
+    assert bench.links.control() == [Opened(session=SESSION), Draining()]
+    assert not left.is_set()
+
+    bench.finish(bench.send_prompt())
+    assert len(bench.links.rows()) == 2, "its session goes on"
+    bench.service.on_control(DRIVER, Close(session=SESSION))
+    await trio.testing.wait_all_tasks_blocked()
+    assert left.is_set()
+
+
+@pytest.mark.trio
+async def test_draining_shard_refuses_new_sessions_and_offers_none(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery)
+    await bench.service.drain()
+    await bench.open()
+
+    (refused,) = bench.links.control()
+    assert isinstance(refused, Refused)
+    assert refused.code == ShardDraining.code
+    assert bench.service.free_sessions == 0
+
+
+@pytest.mark.trio
+async def test_lost_neighbour_is_named_to_the_driver(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, stop=1)
+    await bench.open()
+    bench.service.on_peer_lost(NEXT, "reset")
+
+    assert [m.peer for m in bench.links.control() if isinstance(m, Failed)] == [NEXT]
+
+
+@pytest.mark.trio
+async def test_hop_that_cannot_be_reached_is_named_to_the_driver(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, stop=1)
+    bench.links.silent.add(NEXT)
+    bench.links.unreachable.set()
+    await bench.open()
+
+    assert [m.peer for m in bench.links.control() if isinstance(m, Refused)] == [NEXT]

@@ -131,3 +131,31 @@ def test_a_peer_that_the_user_names_goes_first_at_all_its_addresses() -> None:
     learn(contacts, 3, "/ip4/10.0.0.9/tcp/4001")
     assert contacts.choose({a, b}, 2) == [a, b]
     assert contacts.addresses(a) == (ADDRESS, "/ip4/10.0.0.9/tcp/4001")
+
+
+def test_a_remembered_peer_is_tried_where_it_was() -> None:
+    contacts, (a,) = contacts_of(3)
+    b = identity(9).peer_id
+    contacts.remember(b, (ADDRESS,), at=NOW + 9)
+    assert contacts.choose({a, b}, 2) == [b, a]
+    assert contacts.addresses(b) == (ADDRESS,)
+
+
+def test_the_latest_of_hint_and_memory_goes_first() -> None:
+    contacts, (a,) = contacts_of(3)
+    moved = "/ip4/10.0.0.9/tcp/4001"
+    contacts.remember(a, (moved,), at=NOW)
+    assert contacts.addresses(a) == (ADDRESS, moved)
+    contacts.remember(a, (moved,), at=NOW + 60)
+    assert contacts.addresses(a) == (moved, ADDRESS)
+
+
+def test_an_older_memory_replaces_no_newer_one_and_makes_up_for_no_failure() -> None:
+    contacts, (a, b) = contacts_of(3, 4)
+    contacts.remember(b, (ADDRESS,), at=NOW + 60)
+    contacts.failed(b)
+    contacts.remember(b, ("/ip4/10.0.0.9/tcp/4001",), at=NOW + 59)
+    assert contacts.addresses(b) == (ADDRESS,)
+    assert contacts.choose({a, b}, 1) == [a]
+    contacts.remember(b, ("/ip4/10.0.0.9/tcp/4001",), at=NOW + 61)
+    assert contacts.choose({a, b}, 1) == [b]

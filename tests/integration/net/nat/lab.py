@@ -4,8 +4,8 @@ Root, iproute2 and nftables are needed; `missing` says what is not there. Member
 threads of the test process, each with a trio loop of its own and in its own network
 namespace (setns works per thread), so a member costs no process and no import.
 
-Every name carries this process's id and a number, and everything is removed with the
-namespaces, in which it lives.
+Every name carries this process's id and a number, and everything lives in the namespaces
+and goes with them; those of a test process that was killed are removed by the next.
 """
 
 from __future__ import annotations
@@ -50,11 +50,20 @@ def missing() -> str:
     for tool, package in (("ip", "iproute2"), ("nft", "nftables")):
         if shutil.which(tool) is None:
             return f"`{tool}` is not installed (Debian package {package})"
+    _remove_orphans()
     try:
         with open_lab("symmetric"):
             return ""
     except subprocess.CalledProcessError as error:
         return f"namespaces or NAT are not permitted here: {error.stderr.strip()[:200]}"
+
+
+def _remove_orphans() -> None:
+    """Remove what test processes left that were killed."""
+    for path in Path("/run/netns").glob("pals-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            _run("ip", "netns", "del", path.name)
 
 
 def _run(*command: str, stdin: str | None = None) -> str:
@@ -127,6 +136,19 @@ class Site:
             }}
         """
         _run(*_exec(self.router), "nft", "-f", "-", stdin=rules)
+
+    def forward(self, external_port: int) -> str:
+        """Have the router forward a port, as its owner may; return the address to announce."""
+        rules = f"""
+            table ip forwards {{
+                chain in {{
+                    type nat hook prerouting priority -100;
+                    iifname "wan" tcp dport {external_port} dnat to 10.{self.number}.0.2:{PORT}
+                }}
+            }}
+        """
+        _run(*_exec(self.router), "nft", "-f", "-", stdin=rules)
+        return f"/ip4/{self.public_ip}/tcp/{external_port}"
 
     @contextmanager
     def forwarding_ports(self, folder: Path) -> Iterator[None]:
@@ -217,8 +239,11 @@ def _join(one: str, device: str, other: str, peer: str) -> None:
 
 @contextmanager
 def inside(namespace: str) -> Iterator[None]:
-    """Move this thread into a network namespace for a while."""
-    with Path("/proc/thread-self/ns/net").open() as home:
+    """Move this thread into a network namespace, and then to that of the process.
+
+    A thread starts in the namespace of the one that made it, and pools hand it on.
+    """
+    with Path("/proc", str(os.getpid()), "ns/net").open() as home:
         with Path("/run/netns", namespace).open() as file:
             _enter(file.fileno())
         try:

@@ -11,9 +11,9 @@ from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
 from pals.types import PeerId
 from tests.integration.net.harness import ECHO, LISTEN, Members, echo, identity
 
-RELAYS = TraversalOptions(allow_relay=True)
-USES_RELAYS = TraversalOptions(use_relay=True)
-PLAIN = TraversalOptions()
+PLAIN = TraversalOptions(upnp=False)
+RELAYS = TraversalOptions(upnp=False, allow_relay=True)
+USES_RELAYS = TraversalOptions(upnp=False, use_relay=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,23 @@ def test_members_find_out_that_they_cannot_be_dialled_and_say_where_to_meet():
         assert place in a.call(addresses)
 
 
+def test_a_port_forward_that_is_announced_is_tried_and_used():
+    with lab.open_lab("symmetric", "symmetric") as net:
+        site, other = net.sites
+        forward = site.forward(lab.PORT + 1000)
+        options = TraversalOptions(upnp=False, announced=(forward,))
+        with lab.start_members((net.public, PLAIN), (site.host, options), (other.host, PLAIN)) as (
+            _,
+            a,
+            b,
+        ):
+            assert a.call(addresses)[0] == f"{forward}/p2p/{a.peer_id}"
+            assert until(lambda: (r := a.call(reach)) != "unknown" and r) == "public"
+
+            b.call(lambda m: m.host.connect(a.peer_id, [forward]))
+            assert b.call(lambda m: path(m, a.peer_id)) == DIRECT
+
+
 @pytest.mark.skipif(shutil.which("miniupnpd") is None, reason="`miniupnpd` is not installed")
 def test_a_router_that_speaks_upnp_forwards_the_port_while_the_member_runs(tmp_path):
     with lab.open_lab("symmetric", "symmetric") as net:
@@ -153,7 +170,7 @@ def test_a_router_that_speaks_upnp_forwards_the_port_while_the_member_runs(tmp_p
 
 @pytest.mark.slow
 def test_a_relayed_connection_becomes_direct_when_punching_works_later():
-    uses = TraversalOptions(use_relay=True, upgrade_s=0.5)
+    uses = TraversalOptions(upnp=False, use_relay=True, upgrade_s=0.5)
     with (
         lab.open_lab("symmetric", "symmetric") as net,
         lab.start_members((net.public, RELAYS), *((site.host, uses) for site in net.sites)) as (

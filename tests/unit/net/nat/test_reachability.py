@@ -87,12 +87,18 @@ def test_old_reports_are_forgotten():
     assert state.reach == "private"
 
 
-def test_what_the_user_announces_is_told_first_and_makes_meeting_needless():
+def test_what_the_user_announces_is_told_first_whatever_members_find():
     forward = "/dns4/home.example.org/tcp/4001"
     state = behind_nat(announced=(forward,))
     state.record(A, report())
 
-    assert state.addresses([A]) == (forward, str(LAN))
+    assert state.addresses([A]) == (forward, str(LAN), meeting_address(A, ME))
+
+
+def test_members_are_asked_to_dial_the_ports_that_the_user_announces():
+    state = behind_nat(announced=("/ip4/203.0.113.7/tcp/80", "/dns4/home.example.org/tcp/81"))
+
+    assert state.ports_to_try() == (80, 81, 4001)
 
 
 def test_a_port_that_the_router_forwards_is_told_until_members_find_it_closed():
