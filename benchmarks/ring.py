@@ -44,7 +44,7 @@ START_DEADLINE_S = 300.0
 TOKEN_DEADLINE_S = 60.0
 DECODE_PROMPT_TOKENS = 32
 LONG_PROMPT_TOKENS = 2048
-LIMITS = EngineLimits(max_sessions=4, max_context_tokens=2304, max_chunk_tokens=256)
+LIMITS = EngineLimits(max_sessions=2, max_context_tokens=2304, max_chunk_tokens=256)
 LONG_LINK = Conditions(delay_s=0.05, bytes_per_s=100e6 / 8)
 
 
@@ -74,7 +74,7 @@ FULL = Effort(
     max_tokens=64,
     prompts=5,
 )
-QUICK = Effort(shard_counts=(3,), delays_s=(0.0, 0.025), rounds=2, max_tokens=24, prompts=2)
+QUICK = Effort(shard_counts=(3,), delays_s=(0.0, 0.025), rounds=2, max_tokens=16, prompts=1)
 
 
 def run(*, quick: bool, report: Callable[[Result], None]) -> None:
