@@ -67,7 +67,10 @@ async def play(
 async def test_answer_is_whole_whatever_fails_when(
     autojump_clock: trio.testing.MockClock, sign: str, position: str, moment: str
 ) -> None:
-    async with open_world() as world:
+    request = make_request()
+    assert request.max_new_tokens is not None
+    needed = len(request.prompt) + request.max_new_tokens
+    async with open_world(context_tokens=needed) as world:
         await play(world, position, moment, SIGNS[sign])
 
 
@@ -280,6 +283,47 @@ async def test_a_spare_that_comes_late_takes_a_draining_shard_s_sessions(
         assert world.shards.sessions_at(peer("middle-0")) == 0
         assert world.chain_of(reader)[1] == peer("middle-9")
         assert await reader.read() == unfailed(make_request(count=200))
+
+
+async def test_tokens_that_come_while_the_next_chain_is_asked_are_not_doubled(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world() as world:
+        reader = await world.ask(make_request(count=60))
+        await trio.sleep(5 * STEP_S)
+        world.shards.travel_s = 6 * STEP_S
+        world.shards.drain(world.chain_of(reader)[1])
+
+        assert await reader.read() == unfailed(make_request(count=60))
+    assert len(world.shards.prompts) == 2
+
+
+async def test_tokens_that_come_while_a_full_chain_is_asked_are_not_lost(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world(replicas=1) as world:
+        world.shards.full.add(world.shards.serve("middle-1", "2:4", step_ms=9.0))
+        reader = await world.ask(make_request(count=60))
+        await trio.sleep(5 * STEP_S)
+        world.shards.travel_s = 6 * STEP_S
+        world.shards.drain(peer("middle-0"))
+
+        assert await reader.read() == unfailed(make_request(count=60))
+    assert len(world.shards.prompts) == 1
+
+
+async def test_an_answer_that_ends_while_the_next_chain_is_asked_ends(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world() as world:
+        reader = await world.ask(make_request(count=12))
+        await trio.sleep(5 * STEP_S)
+        world.shards.travel_s = 20 * STEP_S
+        world.shards.drain(world.chain_of(reader)[1])
+
+        assert await reader.read() == unfailed(make_request(count=12))
+        await trio.sleep(60 * STEP_S)
+        assert [world.shards.sessions_at(p) for p in world.shards.members()] == [0] * 6
 
 
 async def test_a_session_that_holds_the_only_slots_of_the_others_still_leaves_a_draining_shard(

@@ -104,6 +104,8 @@ class VirtualShards:
     def __init__(self, nursery: trio.Nursery, *, slots: int = 4) -> None:
         self.nursery = nursery
         self.slots = slots
+        self.travel_s = TRAVEL_S
+        self.full: set[PeerId] = set()
         self.links = self.discovery = self
         self.announced: dict[PeerId, Announcement] = {}
         self.hears_news = False
@@ -223,7 +225,7 @@ class VirtualShards:
         return self.announced[peer].seq if peer in self.announced else -1
 
     async def meet_more(self) -> None:
-        await trio.sleep(TRAVEL_S)
+        await trio.sleep(self.travel_s)
 
     def report_lost(self, shard: PeerId) -> None:
         """Change nothing: here the announcement of a dead shard outlives it for long."""
@@ -232,7 +234,7 @@ class VirtualShards:
         await trio.sleep_forever()
 
     async def find(self, peers: Iterable[PeerId], *, deadline_s: float) -> dict[PeerId, Any]:
-        await trio.sleep(TRAVEL_S)
+        await trio.sleep(self.travel_s)
         wanted = set(peers)
         return {p: a for p, a in self.announced.items() if p in wanted}
 
@@ -240,7 +242,7 @@ class VirtualShards:
         if shard in self.linked:
             return
         self.dialled.append(shard)
-        await trio.sleep(TRAVEL_S)
+        await trio.sleep(self.travel_s)
         if shard in self.silent:
             await trio.sleep(DIAL_DEADLINE_S)
         if shard in self.dead | self.silent | self.removed:
@@ -271,7 +273,7 @@ class VirtualShards:
                 raise AssertionError(message)
 
     async def _answer_stats(self, shard: PeerId) -> None:
-        await trio.sleep(TRAVEL_S)
+        await trio.sleep(self.travel_s)
         self._tell(
             shard,
             Stats(steps=1, step_ms=1.0, queue_ms=0.0, handover_ms=0.0, codec_ms=0.0, turn_ms=3.0),
@@ -282,11 +284,13 @@ class VirtualShards:
     async def _open(self, shard: PeerId, message: Open) -> None:
         session = SessionId(message.session)
         running = self._sessions.setdefault(session, _Running(message))
-        full = self.sessions_at(shard) >= self.slots
+        room = self.announced[shard].max_context_tokens
+        assert message.prompt_tokens + message.max_new_tokens <= room
+        full = shard in self.full or self.sessions_at(shard) >= self.slots
         if not full and shard not in self.draining:
             running.open_at.add(shard)
         self._reach("open", shard)
-        await trio.sleep(TRAVEL_S)
+        await trio.sleep(self.travel_s)
         ring = running.peers
         onward = ring[(ring.index(shard) + 1) % len(ring)]
         if shard in self.draining:
@@ -409,14 +413,19 @@ class World:
 
 @asynccontextmanager
 async def open_world(
-    *, replicas: int = 2, patience: Patience | None = None, slots: int = 4
+    *,
+    replicas: int = 2,
+    patience: Patience | None = None,
+    slots: int = 4,
+    context_tokens: int = 512,
 ) -> AsyncIterator[World]:
     """Run a driver over ``replicas`` shards of each range, such as ``head-0``."""
     async with trio.open_nursery() as nursery:
         world = World(nursery, patience=patience or Patience(), slots=slots)
         for name, layers in RANGES.items():
             for number in range(replicas):
-                world.shards.serve(f"{name}-{number}", layers)
+                name_of = f"{name}-{number}"
+                world.shards.serve(name_of, layers, max_context_tokens=context_tokens)
         nursery.start_soon(world.routes.run)
         yield world
         nursery.cancel_scope.cancel()
