@@ -81,17 +81,20 @@ class Bootstrap:
         self._failed_at: dict[PeerId, float] = {}
         self._remembered: dict[PeerId, KnownPeer] = {}
         self._reached = trio.Event()
+        self._lost = trio.Event()
 
     async def start(self) -> None:
         """Read what is remembered, and meet members for the first time."""
         await trio.to_thread.run_sync(self._recall)
-        self._host.on_connect(self._on_connect)
+        self._host.on_connect(lambda _: self._reached.set())
+        self._host.on_disconnect(lambda _: self._lost.set())
         await self.meet()
 
     async def run(self) -> None:
         """Meet members again and again, and remember those that were reached."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_meeting)
+            nursery.start_soon(self._keep_company)
             nursery.start_soon(self._keep_remembering)
 
     async def meet(self) -> None:
@@ -121,6 +124,17 @@ class Bootstrap:
             with trio.move_on_after(HINT_INTERVAL_S):
                 await self._host.advertised.wait()
             await self.meet()
+
+    async def _keep_company(self) -> None:
+        """Look for members at once when the last connection is lost, and then less often."""
+        while True:
+            pause_s = RETRY_S
+            while not self._host.connected_peers():
+                await self.meet_more()
+                await trio.sleep(pause_s)
+                pause_s = min(2 * pause_s, HINT_INTERVAL_S)
+            await self._lost.wait()
+            self._lost = trio.Event()
 
     async def _exchange_hints(self) -> None:
         meeting, now = self._meeting, int(time.time())
@@ -176,9 +190,6 @@ class Bootstrap:
         for peer in known:
             self._remembered[PeerId(peer.peer)] = peer
             self.contacts.remember(PeerId(peer.peer), peer.addresses, at=peer.reached_at)
-
-    def _on_connect(self, _: PeerId) -> None:
-        self._reached.set()
 
     async def _keep_remembering(self) -> None:
         if self._host.connected_peers():

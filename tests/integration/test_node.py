@@ -163,3 +163,14 @@ async def test_damaged_memory_of_members_stops_no_node(tmp_path: Path) -> None:
 
 def remembered(options: NodeOptions) -> tuple[KnownPeer, ...]:
     return options.profile.load_known_peers(options.swarm_id.hex())
+
+
+async def test_a_member_that_lost_everybody_meets_them_again_at_once(tmp_path: Path) -> None:
+    async with make_swarm(tmp_path, count=1) as swarm:
+        operator, peer = swarm.options(swarm.operator), swarm.options(swarm.peers[0])
+        async with open_node(operator) as node, open_node(peer) as other:
+            lost = trio.Event()
+            node.host.on_disconnect(lambda _: lost.set())
+            await node.host.drop_peer(other.peer_id)
+            await lost.wait()
+            await until(lambda: node.host.connected_peers() == {other.peer_id}, deadline_s=15.0)

@@ -35,7 +35,13 @@ def numbered(number: int) -> Identity:
     return Identity.from_seed(number.to_bytes(2, "big") * 16)
 
 
-def announcement(number: int, clock: Callable[[], float] = time.time, **changes) -> Announcement:
+def announcement(
+    number: int,
+    clock: Callable[[], float] = time.time,
+    *,
+    layer_hash: bytes = bytes(16),
+    **changes,
+) -> Announcement:
     """Return what member ``number`` announces: ten of thirty layers, unless changed."""
     basis = Announcement(
         peer=numbered(number).peer_id,
@@ -53,7 +59,7 @@ def announcement(number: int, clock: Callable[[], float] = time.time, **changes)
         expires_at=clock() + 180,
     )
     changed = replace(basis, **changes)
-    return replace(changed, layer_hashes=(bytes(16),) * len(changed.layers))
+    return replace(changed, layer_hashes=(layer_hash,) * len(changed.layers))
 
 
 def record(number: int, clock: Callable[[], float] = time.time, **changes) -> bytes:
