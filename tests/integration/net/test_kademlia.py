@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 import trio
+import varint
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
 
-from pals.errors import InvalidRecord
+from pals.errors import InvalidRecord, PeerUnreachable
 from pals.net._libp2p import parse_address
 from pals.net.announce import Announcement, open_announcement, sign_announcement
 from pals.net.host import Host
@@ -153,6 +155,21 @@ async def test_a_member_cannot_store_under_a_key_that_is_not_its_own(key):
         assert b._dht.value_store.get(key) is None
         own = f"/pals/{hosts[0].peer_id}".encode()
         assert await a._dht.value_store._store_at_peer(target, own, value)
+
+
+async def test_a_member_cannot_store_provider_records():
+    """The library takes ADD_PROVIDER although providers are off, and keeps it for days."""
+    async with open_networks(2) as (_, hosts, (_, b), _):
+        await hosts[0].connect(hosts[1].peer_id, hosts[1].addresses())
+        message = Message(type=Message.MessageType.ADD_PROVIDER, key=b"anything")
+        address = parse_address(hosts[0].addresses()[0]).to_bytes()
+        message.providerPeers.add(id=hosts[0].libp2p_host.get_id().to_bytes(), addrs=[address])
+        stream = await hosts[0].open_stream(hosts[1].peer_id, KAD)
+        data = message.SerializeToString()
+        await stream.write(varint.encode(len(data)) + data)
+        with trio.fail_after(3), pytest.raises(PeerUnreachable):
+            await stream.read_exactly(1)
+        assert b._dht.provider_store.get_providers(b"anything") == []
 
 
 async def test_announcing_what_does_not_verify_is_refused():
