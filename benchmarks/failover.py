@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
 
 def _measure(
     swarm: ProcessSwarm, layers: Sequence[str], effort: Effort, load: float
-) -> Sequence[Result]:
+) -> Iterator[Result]:
     members = [swarm.join() for _ in range(2 * len(layers))]
     swarm.start_shards(*zip(members, layers, strict=False))
     swarm.start_shards(*zip(members[len(layers) :], layers, strict=True))
@@ -112,12 +112,11 @@ def _measure(
         load=load,
     )
     undisturbed = [reader.longest_silence_s for reader in unfailed]
-    results = [bench.line(subject, "nothing", "none", undisturbed)]
+    yield bench.line(subject, "nothing", "none", undisturbed)
     for sign in effort.signs:
         for position, part in zip(POSITIONS, layers, strict=True):
             samples = [bench.disturb(sign, part, text) for _ in range(effort.rounds)]
-            results.append(bench.line(subject, sign, position, samples))
-    return results
+            yield bench.line(subject, sign, position, samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +147,7 @@ class _Bench:
         answer = reader.read()
         if SIGNS[sign] is signal.SIGSTOP:
             victim.running.signal(signal.SIGCONT)
-        elif self.effort.rounds > 1:
+        elif self.effort is not QUICK:
             self.swarm.start_shards((victim.profile, victim.layers))
         assert answer == text, "the text changed"
         return reader.longest_silence_s
