@@ -9,8 +9,9 @@ LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
 
-# On two cores, a file at a time on each; what tests share is made once for each file.
-WORKERS := -n 2 --dist loadfile
+# On two cores, a file at a time on each; what tests share is made once for each file. The files
+# start in the order of the command line, those that take long first.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 INSTALLED        := $(VENV)/.installed
 PARITY_INSTALLED := $(VENV)/.parity-installed
@@ -80,10 +81,10 @@ $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(I
 interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
 
 test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/unit tests/integration -m "not slow and not large" $(WORKERS)
+	$(BIN)/pytest tests/integration tests/unit -m "not slow and not large" $(WORKERS)
 
-slow: $(INSTALLED) ## the slow tests
-	$(BIN)/pytest tests/unit tests/integration -m slow $(WORKERS)
+slow: $(INSTALLED) ## what takes long: leaks, crowds of members, real NATs, the largest models
+	$(BIN)/pytest tests/integration tests/unit -m slow $(WORKERS)
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(BIN)/pytest tests/integration -m large

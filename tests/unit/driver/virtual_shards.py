@@ -121,6 +121,7 @@ class VirtualShards:
         self.client: SessionClient | None = None
         self.on_moment: dict[str, Any] = {}
         self._sessions: dict[SessionId, _Running] = {}
+        self._unread: list[tuple[PeerId, SessionId]] = []
 
     # --- the world -------------------------------------------------------------------
 
@@ -170,6 +171,9 @@ class VirtualShards:
         """Start a process again, which announces itself."""
         for state in (self.dead, self.silent, self.hung, self.removed, self.draining):
             state.discard(peer(name))
+        for shard, session in self._unread:
+            if shard == peer(name):
+                self._close(shard, session)
         known = self.announced[peer(name)]
         self.serve(name, str(known.layers))
 
@@ -252,25 +256,32 @@ class VirtualShards:
     def send(self, shard: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         if shard not in self.linked:
             raise PeerUnreachable(peer=shard, problem="no link")
-        if shard in self.silent:
-            return
         if lane is Lane.PREFILL:
-            self._take_prompt(outgoing)
+            if shard not in self.silent:
+                self._take_prompt(outgoing)
             return
         message = decode_control(shard, memoryview(b"".join(outgoing.payload)))
+        if shard in self.silent:
+            # What a suspended process does not read yet waits for it in its socket.
+            if isinstance(message, Close):
+                self._unread.append((shard, SessionId(message.session)))
+            return
         match message:
             case Open():
                 self.nursery.start_soon(self._open, shard, message)
             case Close():
-                running = self._sessions.get(SessionId(message.session))
-                if running is not None:
-                    running.open_at.discard(shard)
+                self._close(shard, SessionId(message.session))
             case Ack():
                 pass
             case StatsRequest():
                 self.nursery.start_soon(self._answer_stats, shard)
             case _:
                 raise AssertionError(message)
+
+    def _close(self, shard: PeerId, session: SessionId) -> None:
+        running = self._sessions.get(session)
+        if running is not None:
+            running.open_at.discard(shard)
 
     async def _answer_stats(self, shard: PeerId) -> None:
         await trio.sleep(self.travel_s)
