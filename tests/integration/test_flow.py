@@ -30,7 +30,7 @@ from tests.integration.swarm import (
 )
 from tests.integration.test_ring import PROMPTS, tokens_of_whole_model
 
-pytestmark = [pytest.mark.trio, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.trio, pytest.mark.slow, pytest.mark.timeout(180)]
 
 COUNT = 80
 ROOT = Path(__file__).parents[2]

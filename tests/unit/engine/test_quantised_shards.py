@@ -45,7 +45,17 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+QUICK = {"llama-int8", "qwen3_moe-int4"}
+"""The other cases compile for minutes."""
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, id=name, marks=marks(name)) for name in CASES]
+)
 def case(request):
     return CASES[request.param]
 
@@ -78,13 +88,12 @@ def test_answers_are_not_trivial(answers):
 @pytest.mark.parametrize(
     ("case", "cuts"),
     [
-        (name, [0, *some])
+        pytest.param(name, [0, *some], id=f"{name}-{[0, *some]}", marks=marks(name))
         for name, case in CASES.items()
         for count in range(1, case.num_layers)
         for some in itertools.combinations(range(1, case.num_layers), count)
     ],
     indirect=["case"],
-    ids=str,
 )
 def test_any_split_gives_the_same_tokens(snapshot, case, answers, cuts):
     chain = load_chain(snapshot, cuts, case.dtype, LIMITS, case.quantization)

@@ -74,6 +74,7 @@ def test_divergence_is_that_of_the_definition():
     assert found["mean_kl"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_commands_of_the_readme_run_on_a_random_model(tmp_path):
     pytest.importorskip("matplotlib")

@@ -14,7 +14,11 @@ def results():
     return json.loads(done.stdout)
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.parametrize("axis", ["Auto", "Explicit"])]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.parametrize("axis", ["Auto", "Explicit"]),
+]
 
 
 def test_experts_split_over_devices_equal_those_of_one(results, axis):
