@@ -123,7 +123,7 @@ class MuxedStream(IMuxedStream):
         self._changed.unpark_all()
 
     def set_deadline(self, ttl: int) -> None:
-        raise NotImplementedError("deadlines are set by cancel scopes")
+        raise ValueError("a deadline here is the cancel scope of whoever reads or writes")
 
     def get_remote_address(self) -> tuple[str, int] | None:
         return self._connection.get_remote_address()

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 from pals.driver.suspects import FAILED_FOR_S, MAX_FAILED_FOR_S, Suspects
 from pals.net.announce import Announcement
-from pals.types import LayerRange, PeerId
+from pals.types import PeerId
+from tests.announcements import make_announcement
 
 A, B = PeerId("a"), PeerId("b")
 NOW = 50.0
@@ -13,21 +13,7 @@ LATER = NOW + MAX_FAILED_FOR_S + 1
 
 
 def announcement(peer: PeerId = A, seq: int = 5) -> Announcement:
-    return Announcement(
-        peer=peer,
-        model_id="m",
-        manifest=bytes(32),
-        layers=LayerRange(0, 1),
-        num_layers=1,
-        layer_hashes=(bytes(16),),
-        dtype="f32",
-        free_sessions=1,
-        max_context_tokens=64,
-        step_ms=1.0,
-        addresses=(),
-        seq=seq,
-        expires_at=time.time() + 60,
-    )
+    return make_announcement(peer, seq=seq)
 
 
 def test_nobody_is_suspected_without_a_reason() -> None:

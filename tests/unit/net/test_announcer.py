@@ -21,7 +21,8 @@ from pals.net.announcer import (
     Sequence,
 )
 from pals.swarm.identity import Identity
-from pals.types import LayerRange, PeerId
+from pals.types import PeerId
+from tests.announcements import make_announcement
 
 NOW = 1_900_000_000.0
 IDENTITY = Identity.from_seed(bytes(32))
@@ -72,21 +73,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.discovery = FakeDiscovery()
-        self.shard = Announcement(
-            peer=IDENTITY.peer_id,
-            model_id="org/model",
-            manifest=bytes(32),
-            layers=LayerRange(0, 1),
-            num_layers=1,
-            layer_hashes=(bytes(16),),
-            dtype="bf16",
-            free_sessions=4,
-            max_context_tokens=2048,
-            step_ms=1.0,
-            addresses=(),
-            seq=0,
-            expires_at=0.0,
-        )
+        self.shard = make_announcement(IDENTITY.peer_id)
         self.announcer = Announcer(self.discovery, IDENTITY, lambda: self.shard)
         self.ready = trio.Event()
 

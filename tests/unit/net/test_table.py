@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pals.net.announce import Announcement
 from pals.net.table import MAX_PEERS, REMEMBERED_S, LiveTable
 from pals.types import LayerRange, PeerId
+from tests.announcements import make_announcement
 
 NOW = 1_900_000_000.0
 A, B = PeerId("a"), PeerId("b")
 
 
 def announcement(peer: PeerId = A, **changes) -> Announcement:
-    basis = Announcement(
-        peer=peer,
-        model_id="org/model",
-        manifest=bytes(32),
-        layers=LayerRange(0, 1),
-        num_layers=1,
-        layer_hashes=(bytes(16),),
-        dtype="bf16",
-        free_sessions=4,
-        max_context_tokens=2048,
-        step_ms=1.0,
-        addresses=(),
-        seq=1,
-        expires_at=NOW + 180,
-    )
-    return replace(basis, **changes)
+    return make_announcement(peer, **{"expires_at": NOW + 180} | changes)
 
 
 def take(table: LiveTable, said: Announcement, *, now: float = NOW) -> bool:
@@ -54,7 +38,7 @@ def test_a_newer_record_replaces_an_older_one_and_no_other_does() -> None:
 def test_a_peer_has_one_record_whatever_layers_it_serves() -> None:
     table = LiveTable()
     take(table, announcement(seq=1))
-    take(table, announcement(seq=2, layers=LayerRange(0, 2), num_layers=2))
+    take(table, announcement(seq=2, layers="0:2"))
     assert [a.layers for a in table.announcements(NOW).values()] == [LayerRange(0, 2)]
 
 

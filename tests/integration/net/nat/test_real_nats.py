@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from pals.net.raw import DIRECT, PUNCHED, Path
 from tests.integration.net.harness import ECHO
 from tests.integration.net.nat import lab
 from tests.integration.net.nat.members import PLAIN, RELAYS, USES_RELAYS
+from tests.waiting import wait_until
 
 DEADLINE_S = 20.0
 
@@ -32,11 +32,7 @@ async def ask_echo(member, peer):
 
 
 def until(condition):
-    deadline = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
+    return wait_until(condition, deadline_s=DEADLINE_S)
 
 
 async def path(member, peer):
