@@ -124,7 +124,11 @@ class ServerOptions:
     ] = None
     peer: Annotated[
         tuple[str, ...],
-        Parameter(negative="", help="Address of a member to start from; may be repeated."),
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Address of a member to start from; may be repeated.",
+        ),
     ] = ()
     prefill_codec: Annotated[
         PrefillCodec | None,
@@ -137,6 +141,7 @@ class ServerOptions:
         tuple[str, ...],
         Parameter(
             negative="",
+            show_default=False,
             help="Multiaddr at which a port forward leads here, such as "
             "`/ip4/203.0.113.7/tcp/4001`; may be repeated.",
         ),

@@ -464,11 +464,9 @@ class ShardService:
             is_last = self._table.take_sample(session, token)
             position = item.position + len(item.inputs)
             flow = self._flows[session]
-            if is_last:
-                pass
-            elif flow.has_room(position):
+            if not is_last and flow.has_room(position):
                 to_heads.append((session, position, token))
-            else:
+            elif not is_last:
                 flow.held_token = position, token
                 self._timings.note_pause(session.session)
             row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
