@@ -11,8 +11,7 @@ from sqlalchemy.engine import Connection
 from pals.backend import schema
 from pals.errors import InviteRefused
 from pals.swarm.hints import AddressHint
-from pals.swarm.identity import peer_id_of
-from pals.swarm.records import Entry, InviteCertificate, Join, Remove, digest, encode
+from pals.swarm.records import Entry, InviteCertificate, Join, digest, encode
 from pals.swarm.roster import Roster
 from pals.types import SwarmId
 
@@ -87,14 +86,17 @@ def insert_invite(
     )
 
 
-def close_invites(connection: Connection, roster: Roster, removal: Remove) -> None:
-    """Close the invite by which the removed peer came, as the reducer does."""
-    invite = roster.live[peer_id_of(removal.peer)].invite
-    connection.execute(
-        schema.invites.update()
-        .where(schema.invites.c.swarm_id == roster.swarm_id, schema.invites.c.invite == invite)
-        .values(closed=True)
-    )
+def close_invites(connection: Connection, before: Roster, after: Roster) -> None:
+    """Close the invites that a record closed, as the reducer does."""
+    table = schema.invites
+    for invite, use in after.invites.items():
+        known = before.invites.get(invite)
+        if use.closed and known is not None and not known.closed:
+            connection.execute(
+                table.update()
+                .where(table.c.swarm_id == after.swarm_id, table.c.invite == invite)
+                .values(closed=True)
+            )
 
 
 def invite_matches(connection: Connection, join: Join, auth: bytes) -> bool:

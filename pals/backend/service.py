@@ -20,10 +20,11 @@ from pals.swarm.hints import open_hint
 from pals.swarm.identity import peer_id_of
 from pals.swarm.records import (
     NO_ENTRY,
+    AdminRecord,
     Entry,
     InviteCertificate,
     Join,
-    Remove,
+    Leave,
     check_join,
     decode_entry,
     decode_record,
@@ -102,15 +103,17 @@ class BackendService:
         return data
 
     def append_record(self, swarm_id: SwarmId, data: bytes) -> bytes:
-        """Store an operator's record and return its entry; a repetition changes nothing.
+        """Store an administrator's record, or a member's leave, and return its entry.
+
+        A repetition changes nothing.
 
         Raises:
-            InvalidRecord: Not an invite certificate or removal that fits the chain.
+            InvalidRecord: It is of another kind, or does not fit the chain.
             UnknownSwarm: There is no such swarm.
             StorageFailed: The database failed; nothing was stored.
         """
         record = decode_record(data)
-        if not isinstance(record, InviteCertificate | Remove):
+        if not isinstance(record, AdminRecord | Leave):
             raise InvalidRecord(kind="record", problem="joins go through an invite's redemption")
         with writing(self._engine) as connection:
             roster = self._roster(connection, swarm_id)
@@ -120,8 +123,7 @@ class BackendService:
             after, entry = self._append(connection, roster, data)
             if isinstance(record, InviteCertificate):
                 queries.insert_invite(connection, swarm_id, record)
-            else:
-                queries.close_invites(connection, roster, record)
+            queries.close_invites(connection, roster, after)
         self._remember(after)
         return entry
 

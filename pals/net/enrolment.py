@@ -34,6 +34,7 @@ from pals.net.membership import (
 from pals.swarm.allowlist import AllowList, AllowState
 from pals.swarm.identity import Identity, load_or_create_identity, public_key_of
 from pals.swarm.invite import Invite, backend_url_problem
+from pals.swarm.keys import secret_commitment
 from pals.swarm.records import (
     Genesis,
     InviteCertificate,
@@ -43,7 +44,7 @@ from pals.swarm.records import (
     decode_record,
     digest,
     encode,
-    sign_by_operator,
+    sign_by,
     sign_genesis,
     sign_join,
 )
@@ -96,7 +97,7 @@ async def create_swarm(
 async def _create_swarm(
     profile: Profile, identity: Identity, name: str, model: str, backend_url: str, now: float
 ) -> SwarmEntry:
-    operator = Identity.generate()
+    operator, secret = Identity.generate(), SwarmSecret.generate()
     genesis = Genesis(
         name=name,
         model=model,
@@ -104,6 +105,7 @@ async def _create_swarm(
         operator=operator.public_key,
         peer=identity.public_key,
         exchange=_exchange(identity),
+        commitment=secret_commitment(0, secret.reveal()),
     )
     record = encode(sign_genesis(genesis, operator=operator, peer=identity))
     _check_own_record(record, "the swarm's name or model")
@@ -114,7 +116,6 @@ async def _create_swarm(
         stored = await MembershipClient(backend_url).create_swarm(record)
         begin(swarm_id, decode_entry(stored))
         save_roster(profile, swarm_id, (stored,))
-        secret = SwarmSecret.generate()
         entry = _entry(genesis, swarm_id, backend_url, epoch=0, secret=secret, receipt=stored)
         profile.save_swarm(entry)
     except BaseException:
@@ -170,7 +171,7 @@ async def create_invite(
         not_after=_not_after(expires_hours, now),
         note=note,
     )
-    record = encode(sign_by_operator(certificate, operator))
+    record = encode(sign_by(certificate, operator))
     _check_own_record(record, "the invite's options")
     await MembershipClient(entry.backend_url).append(swarm_id, record)
     return invite.to_text()
@@ -258,7 +259,7 @@ async def remove_peer(profile: Profile, peer: str, *, now: float) -> None:
         joined=member.joined,
         created_at=int(now),
     )
-    await client.append(swarm_id, encode(sign_by_operator(removal, operator)))
+    await client.append(swarm_id, encode(sign_by(removal, operator)))
     after = await _renew(profile, swarm_id, client)
     if member.peer in after.members:
         raise RosterRefused(problem="it still shows the removed peer")

@@ -3,6 +3,7 @@
 ::
 
     epoch_prk    = Extract(SHA256("pals/1 epoch" || swarm_id || epoch), secret)
+    commitment   = Expand(Extract("pals/1 secret", secret), "commitment", epoch)
     link_prk     = Extract(Expand(epoch_prk, "link salt"), dh || SHA256(lp(shares, peer ids)))
     link_id      = Expand(link_prk, "link id", 16)
     confirmation = Expand(link_prk, "confirm", role)
@@ -41,6 +42,14 @@ def epoch_prk(swarm_id: SwarmId, epoch: int, secret: bytes) -> bytes:
     """Return the 32-byte key of one epoch from its swarm secret."""
     salt = hashlib.sha256(VERSION + b"epoch" + swarm_id + struct.pack(">Q", epoch)).digest()
     return extract(salt, secret)
+
+
+def secret_commitment(epoch: int, secret: bytes) -> bytes:
+    """Return the public 32 bytes by which members know the right secret of an epoch.
+
+    It leaves the swarm out, whose id is the hash of a record that holds a commitment.
+    """
+    return expand(extract(VERSION + b"secret", secret), b"commitment", struct.pack(">Q", epoch))
 
 
 def link_prk(

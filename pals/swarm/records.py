@@ -9,7 +9,7 @@ encode to the same bytes again is refused, so that one record has one hash.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -22,7 +22,8 @@ from pals.swarm.kdf import VERSION
 from pals.types import SwarmId
 
 MAX_RECORD_BYTES = 4096
-MAX_INVITE_USES = 10_000
+MAX_INVITE_USES = 512
+MAX_EPOCH = 1 << 31
 MAX_NOTE_CHARS = 200
 
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
@@ -32,6 +33,7 @@ UnixSeconds = Annotated[int, Meta(ge=0, lt=1 << 40)]
 Name = Annotated[str, Meta(min_length=1, max_length=100)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200)]
 Note = Annotated[str, Meta(max_length=MAX_NOTE_CHARS)]
+Appointment = Literal["admin", "backend", "none"]
 
 _LABEL = VERSION + b"record\0"
 
@@ -47,9 +49,10 @@ class Genesis(_Canonical, frozen=True, kw_only=True, tag="genesis"):
         name: What people call the swarm.
         model: The model it is made for.
         created_at: Unix seconds, by the operator's clock.
-        operator: Ed25519 key that signs invites and removals.
+        operator: Ed25519 key that signs invites, removals, epochs and appointments.
         peer: Ed25519 identity of the operator's own machine, a member from the start.
         exchange: X25519 key of that machine.
+        commitment: Of the first swarm secret; see `pals.swarm.keys.secret_commitment`.
         operator_signature: By ``operator``.
         peer_signature: By ``peer``.
     """
@@ -60,12 +63,13 @@ class Genesis(_Canonical, frozen=True, kw_only=True, tag="genesis"):
     operator: Key
     peer: Key
     exchange: Key
+    commitment: Hash
     operator_signature: Signature = b""
     peer_signature: Signature = b""
 
 
 class InviteCertificate(_Canonical, frozen=True, kw_only=True, tag="invite"):
-    """The operator's word that whoever holds the invite key may admit peers.
+    """An administrator's word that whoever holds the invite key may admit peers.
 
     Attributes:
         swarm_id: Swarm it belongs to.
@@ -73,8 +77,9 @@ class InviteCertificate(_Canonical, frozen=True, kw_only=True, tag="invite"):
         redeem_hash: SHA-256 of what a joiner shows to the backend.
         max_uses: Joins it allows.
         not_after: Unix seconds after which it admits nobody; 0 is never.
-        note: The operator's reminder; members and the backend can read it.
-        signature: By the operator.
+        note: A reminder; members and the backend can read it.
+        signer: Key of the operator or an admin.
+        signature: By ``signer``.
     """
 
     swarm_id: Hash
@@ -83,6 +88,25 @@ class InviteCertificate(_Canonical, frozen=True, kw_only=True, tag="invite"):
     max_uses: Annotated[int, Meta(ge=1, le=MAX_INVITE_USES)]
     not_after: UnixSeconds
     note: Note = ""
+    signer: Key = b""
+    signature: Signature = b""
+
+
+class Revoke(_Canonical, frozen=True, kw_only=True, tag="revoke"):
+    """The end of an invite; who came by it stays a member.
+
+    Attributes:
+        swarm_id: Swarm it belongs to.
+        invite: Key of the certificate.
+        created_at: Unix seconds, by the signer's clock.
+        signer: Key of the operator or an admin.
+        signature: By ``signer``.
+    """
+
+    swarm_id: Hash
+    invite: Key
+    created_at: UnixSeconds
+    signer: Key = b""
     signature: Signature = b""
 
 
@@ -107,25 +131,87 @@ class Join(_Canonical, frozen=True, kw_only=True, tag="join"):
 
 
 class Remove(_Canonical, frozen=True, kw_only=True, tag="remove"):
-    """The end of a membership, signed by the operator.
+    """The end of a membership, by the operator's or an admin's will.
 
     Attributes:
         swarm_id: Swarm it is removed from.
         peer: Identity of the machine.
         joined: Hash of the record that made it a member, so that this record cannot be
             used again after a later invitation.
-        created_at: Unix seconds, by the operator's clock.
-        signature: By the operator.
+        created_at: Unix seconds, by the signer's clock.
+        signer: Key of the operator or an admin.
+        signature: By ``signer``.
     """
 
     swarm_id: Hash
     peer: Key
     joined: Hash
     created_at: UnixSeconds
+    signer: Key = b""
     signature: Signature = b""
 
 
-Record = Genesis | InviteCertificate | Join | Remove
+class Leave(_Canonical, frozen=True, kw_only=True, tag="leave"):
+    """The end of a membership, by the machine's own will.
+
+    Attributes:
+        swarm_id: Swarm it leaves.
+        peer: Identity of the machine.
+        joined: Hash of the record that made it a member.
+        signature: By ``peer``.
+    """
+
+    swarm_id: Hash
+    peer: Key
+    joined: Hash
+    signature: Signature = b""
+
+
+class Epoch(_Canonical, frozen=True, kw_only=True, tag="epoch"):
+    """The start of a new swarm secret, which the record itself does not hold.
+
+    Attributes:
+        swarm_id: Swarm it belongs to.
+        number: One more than the epoch before.
+        commitment: Of the new secret; see `pals.swarm.keys.secret_commitment`.
+        created_at: Unix seconds, by the signer's clock.
+        signer: Key of the operator or an admin.
+        signature: By ``signer``.
+    """
+
+    swarm_id: Hash
+    number: Annotated[int, Meta(ge=1, lt=MAX_EPOCH)]
+    commitment: Hash
+    created_at: UnixSeconds
+    signer: Key = b""
+    signature: Signature = b""
+
+
+class Appoint(_Canonical, frozen=True, kw_only=True, tag="appoint"):
+    """What another key may do, by the operator's will alone.
+
+    Attributes:
+        swarm_id: Swarm it holds for.
+        key: Ed25519 key that is appointed: a member's identity, or a backend's key.
+        role: ``admin`` signs invites, removals and epochs and renews the list's freshness;
+            ``backend`` only renews freshness; ``none`` ends what was said before.
+        created_at: Unix seconds, by the operator's clock.
+        signer: Key of the operator.
+        signature: By ``signer``.
+    """
+
+    swarm_id: Hash
+    key: Key
+    role: Appointment
+    created_at: UnixSeconds
+    signer: Key = b""
+    signature: Signature = b""
+
+
+AdminRecord = InviteCertificate | Revoke | Remove | Epoch | Appoint
+"""What the operator signs, and but for appointments an admin too."""
+
+Record = Genesis | Join | Leave | AdminRecord
 
 
 class Entry(_Canonical, frozen=True, kw_only=True):
@@ -147,7 +233,7 @@ class Entry(_Canonical, frozen=True, kw_only=True):
 NO_ENTRY = bytes(32)
 MAX_ENTRY_BYTES = MAX_RECORD_BYTES + 128
 
-_S = TypeVar("_S", Genesis, InviteCertificate, Join, Remove)
+_A = TypeVar("_A", InviteCertificate, Revoke, Remove, Epoch, Appoint)
 
 
 def encode(value: Record | Entry) -> bytes:
@@ -193,9 +279,15 @@ def sign_genesis(genesis: Genesis, *, operator: Identity, peer: Identity) -> Gen
     return replace(genesis, operator_signature=operator.sign(data), peer_signature=peer.sign(data))
 
 
-def sign_by_operator(record: _S, operator: Identity) -> _S:
-    """Return an invite certificate or a removal with the operator's signature."""
-    return replace(record, signature=operator.sign(signed_part(record)))
+def sign_by(record: _A, signer: Identity) -> _A:
+    """Return ``record`` with the key and the signature of the operator or an admin."""
+    record = replace(record, signer=signer.public_key)
+    return replace(record, signature=signer.sign(signed_part(record)))
+
+
+def sign_leave(leave: Leave, *, peer: Identity) -> Leave:
+    """Return ``leave`` with its signature."""
+    return replace(leave, signature=peer.sign(signed_part(leave)))
 
 
 def sign_join(join: Join, *, invite: Identity, peer: Identity) -> Join:

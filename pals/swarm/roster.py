@@ -1,25 +1,33 @@
 """The roster: who is a member, reduced from the chain of signed records.
 
 A peer is a member if the chain operator -> invite -> peer verifies and nothing removes
-it later. The backend that stores the chain can hide its newest entries, but can neither
-add, reorder nor replace one without being caught here.
+it later; an admin that the operator appointed stands for the operator. The backend that
+stores the chain can hide its newest entries, but can neither add, reorder nor replace one
+without being caught here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
 
 from pals.errors import InvalidRecord, RosterRefused, SwarmFull
 from pals.swarm.identity import peer_id_of
 from pals.swarm.records import (
     NO_ENTRY,
+    AdminRecord,
+    Appoint,
     Entry,
+    Epoch,
     Genesis,
     InviteCertificate,
     Join,
+    Leave,
     Record,
     Remove,
+    Revoke,
     check_join,
     check_signature,
     decode_entry,
@@ -32,6 +40,9 @@ from pals.types import PeerId, SwarmId
 
 MAX_MEMBERS = 512
 MAX_ENTRIES = 2000
+MAX_APPOINTED = 8
+
+Authority = Literal["operator", "admin", "backend"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +71,8 @@ class InviteUse:
     Attributes:
         certificate: What the operator signed.
         peers: Everybody who ever joined by it, removed or not.
-        closed: Whether a peer who came by it was removed: that peer knows the token.
+        closed: Whether it was revoked, or a peer who came by it was removed, who knows the
+            token.
     """
 
     certificate: InviteCertificate
@@ -78,6 +90,9 @@ class Roster:
         live: Members by their peer id.
         invites: Certificates by their key.
         heads: Hash of every entry so far.
+        authorities: What each key may sign.
+        epoch: Number of the newest swarm secret.
+        commitment: Of that secret; see `pals.swarm.keys.secret_commitment`.
     """
 
     swarm_id: SwarmId
@@ -85,6 +100,9 @@ class Roster:
     live: Mapping[PeerId, Member]
     invites: Mapping[bytes, InviteUse]
     heads: tuple[bytes, ...]
+    authorities: Mapping[bytes, Authority]
+    epoch: int
+    commitment: bytes
 
     @property
     def members(self) -> frozenset[PeerId]:
@@ -99,6 +117,10 @@ class Roster:
     def seq(self) -> int:
         """Number of the newest entry."""
         return len(self.heads) - 1
+
+    def may_administer(self, key: bytes) -> bool:
+        """Return whether ``key`` signs invites, removals and epochs."""
+        return self.authorities.get(key) in ("operator", "admin")
 
     def extends(self, other: Roster) -> bool:
         """Return whether ``other`` is this roster or an earlier state of it."""
@@ -133,6 +155,9 @@ def begin(swarm_id: SwarmId, entry: Entry) -> Roster:
         live={founder.peer: founder},
         invites={},
         heads=(digest(encode(entry)),),
+        authorities=MappingProxyType({genesis.operator: "operator"}),
+        epoch=0,
+        commitment=genesis.commitment,
     )
 
 
@@ -184,27 +209,92 @@ def verify_chain(
     return roster
 
 
+def denies(roster: Roster, record: Remove) -> PeerId | None:
+    """Return the member whom a removal ends that the chain does not hold yet, if any.
+
+    To deny is safe before the backend has given the removal its place.
+
+    Raises:
+        InvalidRecord: It is for another swarm, or signed by no administrator.
+    """
+    _check_signer(roster, record)
+    peer = peer_id_of(record.peer)
+    member = roster.live.get(peer)
+    return peer if member is not None and member.joined == record.joined else None
+
+
 def _reduce(roster: Roster, record: Record, entry: Entry) -> Roster:
     match record:
         case Genesis():
             raise InvalidRecord(kind="genesis", problem="there is one already")
-        case InviteCertificate():
-            return _add_invite(roster, record)
         case Join():
             return _admit(roster, record, entry)
+        case Leave():
+            return _leave(roster, record)
+        case InviteCertificate() | Revoke() | Remove() | Epoch() | Appoint():
+            return _administer(roster, record)
+
+
+def _administer(roster: Roster, record: AdminRecord) -> Roster:
+    _check_signer(roster, record)
+    match record:
+        case InviteCertificate():
+            return _add_invite(roster, record)
+        case Revoke():
+            return _revoke(roster, record)
         case Remove():
             return _remove(roster, record)
+        case Epoch():
+            return _begin_epoch(roster, record)
+        case Appoint():
+            return _appoint(roster, record)
+
+
+def _check_signer(roster: Roster, record: AdminRecord) -> None:
+    kind = kind_of(record)
+    if record.swarm_id != roster.swarm_id:
+        raise InvalidRecord(kind=kind, problem="it is for another swarm")
+    operator = roster.genesis.operator
+    is_known = record.signer == operator or roster.may_administer(record.signer)
+    if not is_known or (isinstance(record, Appoint) and record.signer != operator):
+        raise InvalidRecord(kind=kind, problem="not signed by the operator")
+    check_signature(record, record.signature, record.signer, "the operator")
 
 
 def _add_invite(roster: Roster, certificate: InviteCertificate) -> Roster:
-    if certificate.swarm_id != roster.swarm_id:
-        raise InvalidRecord(kind="invite", problem="it is for another swarm")
     if certificate.invite in roster.invites:
         raise InvalidRecord(kind="invite", problem="there is one with this key already")
-    operator = roster.genesis.operator
-    check_signature(certificate, certificate.signature, operator, "the operator")
     use = InviteUse(certificate=certificate)
     return replace(roster, invites={**roster.invites, certificate.invite: use})
+
+
+def _revoke(roster: Roster, record: Revoke) -> Roster:
+    use = roster.invites.get(record.invite)
+    if use is None or use.closed:
+        raise InvalidRecord(kind="revoke", problem="there is no such open invite")
+    closed = replace(use, closed=True)
+    return replace(roster, invites={**roster.invites, record.invite: closed})
+
+
+def _begin_epoch(roster: Roster, record: Epoch) -> Roster:
+    if record.number != roster.epoch + 1:
+        raise InvalidRecord(
+            kind="epoch", problem=f"{record.number} does not follow epoch {roster.epoch}"
+        )
+    return replace(roster, epoch=record.number, commitment=record.commitment)
+
+
+def _appoint(roster: Roster, record: Appoint) -> Roster:
+    if record.key == roster.genesis.operator:
+        raise InvalidRecord(kind="appoint", problem="the operator's own key keeps its role")
+    others = {key: role for key, role in roster.authorities.items() if key != record.key}
+    if record.role == "admin" and peer_id_of(record.key) not in roster.live:
+        raise InvalidRecord(kind="appoint", problem="an admin has to be a member")
+    if record.role == "none":
+        return replace(roster, authorities=MappingProxyType(others))
+    if len(others) > MAX_APPOINTED:
+        raise InvalidRecord(kind="appoint", problem=f"more than {MAX_APPOINTED} appointed keys")
+    return replace(roster, authorities=MappingProxyType({**others, record.key: record.role}))
 
 
 def _admit(roster: Roster, join: Join, entry: Entry) -> Roster:
@@ -252,16 +342,30 @@ def _refusal(use: InviteUse, peer: PeerId, at: int) -> str | None:
 
 
 def _remove(roster: Roster, record: Remove) -> Roster:
-    if record.swarm_id != roster.swarm_id:
-        raise InvalidRecord(kind="remove", problem="it is for another swarm")
-    operator = roster.genesis.operator
-    check_signature(record, record.signature, operator, "the operator")
-    peer = peer_id_of(record.peer)
-    member = roster.live.get(peer)
-    if member is None or member.joined != record.joined:
-        raise InvalidRecord(kind="remove", problem="it ends no live membership")
-    live = {key: value for key, value in roster.live.items() if key != peer}
+    member = _live_member(roster, record)
+    without = _without(roster, member.peer)
     if member.invite is None:
-        return replace(roster, live=live)
+        return without
     closed = replace(roster.invites[member.invite], closed=True)
-    return replace(roster, live=live, invites={**roster.invites, member.invite: closed})
+    return replace(without, invites={**roster.invites, member.invite: closed})
+
+
+def _leave(roster: Roster, record: Leave) -> Roster:
+    if record.swarm_id != roster.swarm_id:
+        raise InvalidRecord(kind="leave", problem="it is for another swarm")
+    check_signature(record, record.signature, record.peer, "the peer itself")
+    return _without(roster, _live_member(roster, record).peer)
+
+
+def _live_member(roster: Roster, record: Remove | Leave) -> Member:
+    member = roster.live.get(peer_id_of(record.peer))
+    if member is None or member.joined != record.joined:
+        raise InvalidRecord(kind=kind_of(record), problem="it ends no live membership")
+    return member
+
+
+def _without(roster: Roster, peer: PeerId) -> Roster:
+    """Return the roster without a member, and without what its identity may sign."""
+    live = {key: value for key, value in roster.live.items() if key != peer}
+    others = {key: role for key, role in roster.authorities.items() if peer_id_of(key) != peer}
+    return replace(roster, live=live, authorities=MappingProxyType(others))

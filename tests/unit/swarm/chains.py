@@ -7,25 +7,33 @@ from dataclasses import dataclass, field
 from pals.config import SwarmSecret
 from pals.swarm.identity import Identity
 from pals.swarm.invite import Invite
+from pals.swarm.keys import secret_commitment
 from pals.swarm.records import (
     NO_ENTRY,
+    Appoint,
+    Appointment,
     Entry,
+    Epoch,
     Genesis,
     InviteCertificate,
     Join,
+    Leave,
     Remove,
+    Revoke,
     decode_entry,
     digest,
     encode,
-    sign_by_operator,
+    sign_by,
     sign_genesis,
     sign_join,
+    sign_leave,
 )
 from pals.swarm.roster import Roster, verify_chain
 from pals.types import SwarmId
 
 NOW = 1_800_000_000
 URL = "http://127.0.0.1:8470"
+SECRET = SwarmSecret(digest(b"swarm secret"))
 
 
 def identity(number: int) -> Identity:
@@ -52,6 +60,7 @@ class Chain:
             operator=self.operator.public_key,
             peer=self.founder.public_key,
             exchange=exchange(self.founder),
+            commitment=secret_commitment(0, SECRET.reveal()),
         )
         self.genesis = encode(sign_genesis(genesis, operator=self.operator, peer=self.founder))
         self.swarm_id = SwarmId(digest(self.genesis))
@@ -76,7 +85,7 @@ class Chain:
             swarm_id=self.swarm_id,
             backend_url=URL,
             epoch=0,
-            secret=SwarmSecret(digest(b"swarm secret")),
+            secret=SECRET,
         )
 
     def certificate(
@@ -95,7 +104,7 @@ class Chain:
             max_uses=max_uses,
             not_after=not_after,
         )
-        return encode(sign_by_operator(certificate, signer or self.operator))
+        return encode(sign_by(certificate, signer or self.operator))
 
     def join(
         self,
@@ -116,7 +125,34 @@ class Chain:
 
     def remove(self, peer: Identity, *, joined: bytes, signer: Identity | None = None) -> bytes:
         record = Remove(swarm_id=self.swarm_id, peer=peer.public_key, joined=joined, created_at=NOW)
-        return encode(sign_by_operator(record, signer or self.operator))
+        return encode(sign_by(record, signer or self.operator))
+
+    def revoke(self, invite: Invite, *, signer: Identity | None = None) -> bytes:
+        record = Revoke(
+            swarm_id=self.swarm_id, invite=invite.signing_key.public_key, created_at=NOW
+        )
+        return encode(sign_by(record, signer or self.operator))
+
+    def leave(self, peer: Identity, *, joined: bytes, signer: Identity | None = None) -> bytes:
+        record = Leave(swarm_id=self.swarm_id, peer=peer.public_key, joined=joined)
+        return encode(sign_leave(record, peer=signer or peer))
+
+    def epoch(
+        self, number: int, *, secret: bytes = bytes(32), signer: Identity | None = None
+    ) -> bytes:
+        record = Epoch(
+            swarm_id=self.swarm_id,
+            number=number,
+            commitment=secret_commitment(number, secret),
+            created_at=NOW,
+        )
+        return encode(sign_by(record, signer or self.operator))
+
+    def appoint(
+        self, key: bytes, role: Appointment = "admin", *, signer: Identity | None = None
+    ) -> bytes:
+        record = Appoint(swarm_id=self.swarm_id, key=key, role=role, created_at=NOW)
+        return encode(sign_by(record, signer or self.operator))
 
     def add_peer(self, peer: Identity) -> bytes:
         """Append an invite and the join of ``peer``; return the join."""
