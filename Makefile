@@ -84,7 +84,7 @@ test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for t
 	$(BIN)/pytest tests/integration tests/unit -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## what takes long: leaks, crowds of members, real NATs, the largest models
-	$(BIN)/pytest tests/integration tests/unit -m slow $(WORKERS)
+	$(BIN)/pytest tests/integration tests/unit -m slow --timeout 300 $(WORKERS)
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(BIN)/pytest tests/integration -m large

@@ -103,9 +103,12 @@ class SocketPipe:
         self._socket.close()
 
     async def _wait(self, wait: Callable[[int], Awaitable[None]]) -> None:
+        number = self._socket.fileno()
+        if number < 0:  # trio would take it for one file that all closed sockets share
+            raise PipeBroken("the connection was closed")
         try:
-            await wait(self._socket.fileno())
-        except (trio.ClosedResourceError, OSError, ValueError) as error:
+            await wait(number)
+        except (trio.ClosedResourceError, OSError) as error:
             raise PipeBroken("the connection was closed") from error
 
 
