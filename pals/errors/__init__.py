@@ -53,6 +53,7 @@ from pals.errors.models import (
 from pals.errors.peers import (
     FrameKeyExhausted,
     InternalStepError,
+    InvalidActivation,
     InvalidFrame,
     InvalidStep,
     LinkRefused,
@@ -116,6 +117,7 @@ __all__ = [
     "HubRefused",
     "HubUnavailable",
     "InternalStepError",
+    "InvalidActivation",
     "InvalidApiKey",
     "InvalidConfig",
     "InvalidFrame",

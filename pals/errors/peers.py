@@ -102,6 +102,18 @@ class InvalidFrame(ProtocolError):
     message = "frame from peer {peer} refused: {problem}"
 
 
+class InvalidActivation(ProtocolError):
+    """Hidden states that no working shard sends: NaN, infinite, huge or all zero.
+
+    The session moves to a chain without the two shards between which it happened, since
+    neither can show the driver who is at fault.
+    """
+
+    code = "PALS-ACTIVATION-INVALID"
+    message = "hidden states from peer {peer} refused: {problem}"
+    hint_template = "restart the shard of that peer; if it goes on, remove it from the swarm"
+
+
 class FrameKeyExhausted(ProtocolError):
     """A frame key was used as often as it may be; the link has to be keyed anew."""
 

@@ -20,12 +20,14 @@ from pals.engine.scheduler import WorkItem
 from pals.engine.worker import ComputeThread, StepResult
 from pals.errors import (
     InternalStepError,
+    InvalidActivation,
     InvalidFrame,
     PalsError,
     SessionRefused,
     ShardDraining,
     ShardLost,
 )
+from pals.net.activations import check_states
 from pals.net.control import (
     Ack,
     Close,
@@ -315,8 +317,8 @@ class ShardService:
         offset = 0
         for row in frame.rows:
             session = self._take_row(peer, frame.lane, row)
-            if session is not None:
-                part = inputs[offset : offset + row.num_tokens]
+            part = inputs[offset : offset + row.num_tokens]
+            if session is not None and self._is_sound(peer, session, row, part):
                 items = self._build_items(session, frame.lane, row, part, arrival)
                 self._submit(session, self._admit(session, frame.lane, items))
             offset += row.num_tokens
@@ -339,6 +341,20 @@ class ShardService:
                 _log.debug("row of a session of others: %s", error)
             return None
         return session
+
+    def _is_sound(
+        self, peer: PeerId, session: ShardSession, row: Row, inputs: npt.NDArray[np.generic]
+    ) -> bool:
+        """Return whether a row can be computed on; if not, its session has ended."""
+        if self._input.kind is not Kind.HIDDEN:
+            return True
+        try:
+            check_states(peer, inputs, position=row.position)
+        except InvalidActivation as error:
+            _log.warning("%s", error)
+            self._fail(session, error, lost=peer)
+            return False
+        return True
 
     def _check_window(self, peer: PeerId, session: ShardSession) -> None:
         flow = self._flows[session]
