@@ -20,7 +20,15 @@ def extract(salt: bytes, key_material: bytes) -> bytes:
 
 def expand(prk: bytes, label: bytes, context: bytes = b"", length: int = 32) -> bytes:
     """Derive ``length`` bytes for one use; a zero byte ends the label."""
-    info = VERSION + label + b"\0" + context
+    return expand_info(prk, VERSION + label + b"\0" + context, length)
+
+
+def expand_info(prk: bytes, info: bytes, length: int) -> bytes:
+    """Return ``length`` bytes of HKDF-Expand, for an ``info`` of any form.
+
+    Raises:
+        ValueError: More than 255 blocks are asked for.
+    """
     return HKDFExpand(hashes.SHA256(), length, info).derive(prk)
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Callable
 
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 from pals.errors import FrameKeyExhausted, InvalidFrame
 from pals.swarm import keys
 from pals.swarm.identity import Identity
-from pals.swarm.keys import FrameKey, epoch_prk, frame_key, key_confirmation, link_id, link_prk
+from pals.swarm.keys import FrameKey, epoch_prk, frame_key, key_confirmation, link_prk
 from pals.types import PeerId, SwarmId
-from tests.vectors import make_keys
 
 A, B, C = (Identity.from_seed(bytes([i]) * 32).peer_id for i in (1, 2, 3))
 SWARM = SwarmId(bytes(32))
@@ -46,34 +44,6 @@ def seal(key: FrameKey, header: bytes, body: bytes) -> bytes:
     frame = key.seal(header, body)
     assert frame[: len(header)] == header
     return bytes(frame[len(header) :])
-
-
-def test_stored_vectors_are_those_of_the_second_implementation() -> None:
-    assert json.loads(make_keys.FILE.read_text()) == make_keys.vectors()
-
-
-def test_schedule_gives_the_stored_vectors() -> None:
-    vector = json.loads(make_keys.FILE.read_text())
-    epoch_key = epoch_prk(
-        SwarmId(bytes.fromhex(vector["swarm_id"])), vector["epoch"], bytes.fromhex(vector["secret"])
-    )
-    assert epoch_key.hex() == vector["epoch_prk"]
-    link_key = link_prk(
-        epoch_key,
-        bytes.fromhex(vector["shared_dh"]),
-        bytes.fromhex(vector["initiator_share"]),
-        bytes.fromhex(vector["responder_share"]),
-        vector["initiator"],
-        vector["responder"],
-    )
-    assert link_key.hex() == vector["link_prk"]
-    assert link_id(link_key).hex() == vector["link_id"]
-    assert key_confirmation(link_key, "initiator").hex() == vector["confirm_initiator"]
-    assert key_confirmation(link_key, "responder").hex() == vector["confirm_responder"]
-    key = frame_key(link_key, vector["initiator"], vector["responder"], vector["lane"])
-    header = bytes.fromhex(vector["header"])
-    sealed = [seal(key, header, bytes.fromhex(body)).hex() for body in vector["bodies"]]
-    assert sealed == vector["sealed"]
 
 
 @given(st.lists(st.binary(max_size=300), max_size=5))
