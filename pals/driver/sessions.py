@@ -21,7 +21,7 @@ from pals.driver.recovery import Patience
 from pals.driver.routes import RouteTable, ServedModel
 from pals.driver.state import Attempt, ClientSession, SessionRequest, Sink
 from pals.driver.supervisor import Supervisor
-from pals.errors import InvalidFrame, ShardLost
+from pals.errors import InvalidFrame, ShardFull, ShardLost
 from pals.net.control import (
     Control,
     Draining,
@@ -48,7 +48,7 @@ from pals.net.wire import (
 from pals.types import PeerId, short_id
 
 STATS_DEADLINE_S = 5.0
-BLAMELESS = ("PALS-SESSION-IDLE", InvalidFrame.code)
+BLAMELESS = ("PALS-SESSION-IDLE", InvalidFrame.code, ShardFull.code)
 """Ends of a session that say nothing against the shard that reports them."""
 
 

@@ -15,6 +15,10 @@ from pals.net.control import Hop, Open
 from pals.net.wire import Lane, Row
 from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
 
+MAX_SESSIONS_PER_PEER = 256
+GUARANTEED_PARTS = 4
+"""A driver that asks gets one slot in so many, whoever took the others first."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ShardSession:
@@ -97,11 +101,13 @@ class SessionTable:
 
         Raises:
             SessionRefused: The chain does not fit this shard, or the context its limit.
-            ShardFull: Every slot is taken.
+            ShardFull: Every slot is taken; see `yield_slot`.
         """
         session = SessionId(message.session)
         if session in self._sessions:
             raise self._refusal("a session of this id is open")
+        if len(self._sessions_of(driver)) >= MAX_SESSIONS_PER_PEER:
+            raise self._refusal(f"its driver has {MAX_SESSIONS_PER_PEER} sessions open")
         index = self._check_chain(message)
         wanted = message.prompt_tokens + message.max_new_tokens
         if wanted > self.limits.max_context_tokens:
@@ -112,6 +118,26 @@ class SessionTable:
         opened = self._build(session, driver, message, index, now)
         self._sessions[session] = opened
         return opened
+
+    def yield_slot(self, driver: PeerId) -> ShardSession | None:
+        """Free and return a session whose slot is due to ``driver``, if one is.
+
+        A lone driver may use every slot. Under contention each has a quarter of them: one
+        that has less takes from the driver that has most, and of its sessions the one that
+        has been quiet for longest.
+        """
+        guaranteed = max(1, self.limits.max_sessions // GUARANTEED_PARTS)
+        if self._free_slots or len(self._sessions_of(driver)) >= guaranteed:
+            return None
+        largest = max((self._sessions_of(peer) for peer in self.drivers()), key=len)
+        if len(largest) <= guaranteed:
+            return None
+        quietest = min(largest, key=lambda session: session.last_seen)
+        self.remove(quietest)
+        return quietest
+
+    def _sessions_of(self, driver: PeerId) -> list[ShardSession]:
+        return [session for session in self._sessions.values() if session.driver == driver]
 
     def _check_chain(self, message: Open) -> int:
         """Return this shard's place in the chain; every layer must be covered once."""

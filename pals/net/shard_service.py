@@ -25,6 +25,7 @@ from pals.errors import (
     PalsError,
     SessionRefused,
     ShardDraining,
+    ShardFull,
     ShardLost,
 )
 from pals.net.activations import check_states
@@ -206,13 +207,24 @@ class ShardService:
         try:
             if self._is_draining:
                 raise ShardDraining(peer=short_id(self._table.local))
-            session = self._table.open(driver, message, trio.current_time())
+            session = self._admit_session(driver, message)
         except PalsError as error:
             self._refuse(driver, SessionId(message.session), error)
             return
         self._flows[session] = self._build_flow(session)
         self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
+
+    def _admit_session(self, driver: PeerId, message: Open) -> ShardSession:
+        """Take a session, for which one of a driver that has more than its share may end."""
+        now = trio.current_time()
+        try:
+            return self._table.open(driver, message, now)
+        except ShardFull as full:
+            if (yielded := self._table.yield_slot(driver)) is None:
+                raise
+            self._fail(yielded, full)
+            return self._table.open(driver, message, now)
 
     def _find_stranger(self, message: Open) -> PeerId | None:
         """Return who of a chain is no member, before any of it is kept or dialled."""

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pals.errors import InvalidFrame, SessionRefused, ShardFull
 from pals.net.control import Hop, Open
-from pals.net.ring import SessionTable, ShardSession
+from pals.net.ring import MAX_SESSIONS_PER_PEER, SessionTable, ShardSession
 from pals.net.wire import Lane, Row
 from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
 
@@ -171,6 +171,62 @@ def test_full_shard_says_so() -> None:
         open_one(table)
     assert caught.value.fields == {"slots": 3}
     assert len(table) == 3
+
+
+def open_for(table: SessionTable, driver: PeerId, count: int, now: float = 0.0) -> None:
+    for _ in range(count):
+        session = SessionId(len(table).to_bytes(8, "big") + driver.encode().ljust(8)[:8])
+        table.open(driver, make_open(session=session), now)
+
+
+def eight_slots() -> SessionTable:
+    return make_table(
+        limits=EngineLimits(max_sessions=8, max_context_tokens=32, max_chunk_tokens=8)
+    )
+
+
+def test_lone_driver_may_use_every_slot() -> None:
+    table = eight_slots()
+    open_for(table, DRIVER, 8)
+    assert table.yield_slot(DRIVER) is None
+    assert len(table) == 8
+
+
+def test_full_shard_yields_the_quietest_sessions_of_who_has_most_up_to_a_quarter() -> None:
+    table = eight_slots()
+    open_for(table, OTHER, 2, now=0.0)
+    open_for(table, DRIVER, 3, now=5.0)
+    open_for(table, DRIVER, 3, now=1.0)
+    for number in range(2):
+        yielded = table.yield_slot(TAIL)
+        assert yielded is not None
+        assert (yielded.driver, yielded.last_seen) == (DRIVER, 1.0)
+        table.open(TAIL, make_open(session=SessionId(bytes([number]) * 16)), 9.0)
+    assert table.yield_slot(TAIL) is None
+    assert table.yield_slot(OTHER) is None
+
+
+def test_slot_is_not_yielded_while_one_is_free() -> None:
+    table = eight_slots()
+    open_for(table, DRIVER, 7)
+    assert table.yield_slot(OTHER) is None
+
+
+def test_nobody_yields_what_is_guaranteed() -> None:
+    table = make_table()
+    for driver in (DRIVER, OTHER, HEAD):
+        open_for(table, driver, 1)
+    assert table.yield_slot(TAIL) is None
+
+
+def test_sessions_of_one_driver_are_limited() -> None:
+    table = make_table(
+        limits=EngineLimits(max_sessions=300, max_context_tokens=32, max_chunk_tokens=8)
+    )
+    open_for(table, DRIVER, MAX_SESSIONS_PER_PEER)
+    with pytest.raises(SessionRefused, match="256"):
+        open_one(table)
+    open_for(table, OTHER, 1)
 
 
 # --- rows ----------------------------------------------------------------------------
@@ -403,6 +459,13 @@ class SlotsAreNeverLostOrShared(RuleBasedStateMachine):
         else:
             assert taken is known
             assert known is None or known.position == position + tokens <= 32
+
+    @rule(driver=PEERS)
+    def yield_slot(self, driver: PeerId) -> None:
+        yielded = self.table.yield_slot(driver)
+        if yielded is not None:
+            assert yielded.driver != driver
+            self.ended([yielded])
 
     @rule(sender=PEERS, session=IDS)
     def close(self, sender: PeerId, session: SessionId) -> None:
