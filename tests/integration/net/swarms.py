@@ -134,3 +134,18 @@ async def open_swarm() -> AsyncIterator[Swarm]:
     async with trio.open_nursery() as nursery:
         yield Swarm(nursery, Members(), Clock())
         nursery.cancel_scope.cancel()
+
+
+def seen_by(member: Member) -> dict[str, int]:
+    """Return the number of each listed record."""
+    return {peer: a.seq for peer, a in member.discovery.announcements().items()}
+
+
+def is_meshed(member: Member) -> bool:
+    """Return whether gossip runs and reaches every connected member."""
+    gossip = member.discovery._gossip
+    if gossip is None or gossip._running is None:
+        return False
+    topics = gossip._running.peer_topics.get(gossip._topic, set())
+    meshed = gossip._running.router.mesh.get(gossip._topic, set()) & topics
+    return len(meshed) >= min(4, len(member.host.connected_peers())) > 0

@@ -15,7 +15,14 @@ from pals.net.route import find_chain
 from pals.net.suspicion import Notice, encode_notice
 from pals.types import LayerRange
 from tests.integration.net.harness import until
-from tests.integration.net.swarms import NUM_LAYERS, Member, numbered, open_swarm, record
+from tests.integration.net.swarms import (
+    NUM_LAYERS,
+    Member,
+    is_meshed,
+    open_swarm,
+    record,
+    seen_by,
+)
 
 pytestmark = pytest.mark.trio
 
@@ -26,10 +33,6 @@ THIRDS = [LayerRange(0, 10), LayerRange(10, 20), LayerRange(20, 30)]
 ROUTE_S = 1.0
 NEW_SHARD_S = 2.0
 GONE_S = 5.0
-
-
-def seen_by(member: Member) -> dict[str, int]:
-    return {peer: a.seq for peer, a in member.discovery.announcements().items()}
 
 
 def has_chain(member: Member) -> bool:
@@ -208,34 +211,6 @@ async def test_a_record_expires_where_nobody_noticed_anything():
         assert seen_by(hub) == {}
 
 
-async def test_what_is_forged_foreign_expired_or_older_changes_no_table():
-    async with open_swarm() as swarm:
-        hub, shard, liar = await swarm.start_many(3)
-        await shard.meet(hub)
-        await liar.meet(hub)
-        await until(lambda: all(is_meshed(member) for member in swarm.running))
-        await shard.announce(seq=5)
-        await until(lambda: seen_by(liar) == {shard.peer_id: 5})
-        forged = bytearray(record(shard.number, seq=9))
-        forged[-1] ^= 1
-        bad = [
-            bytes(forged),
-            record(77, seq=9),
-            record(shard.number, seq=4),
-            record(liar.number, swarm.clock, expires_at=swarm.clock() - 1),
-            b"",
-            bytes(9000),
-        ]
-        for data in bad:
-            await liar.discovery._gossip.publish(b"\x01" + data)
-        await liar.discovery._gossip.publish(b"\x07" + record(liar.number))
-        await liar.discovery._gossip.publish(b"")
-        await liar.announce(seq=1)
-        await until(lambda: liar.peer_id in seen_by(hub))
-        assert seen_by(hub) == seen_by(shard) == {shard.peer_id: 5, liar.peer_id: 1}
-        assert numbered(77).peer_id not in hub.discovery.known()
-
-
 async def test_a_flood_of_one_member_s_news_is_cut_and_others_are_still_heard():
     async with open_swarm() as swarm:
         hub, flooder, shard = await swarm.start_many(3)
@@ -306,13 +281,3 @@ async def test_a_table_that_never_ends_is_cut_off(monkeypatch: pytest.MonkeyPatc
         liar.host.handle(exchange.PROTOCOL, flood)
         await client.meet(liar)
         assert not await client.discovery._exchange.ask(liar.peer_id)
-
-
-def is_meshed(member: Member) -> bool:
-    """Return whether gossip runs and reaches every connected member."""
-    gossip = member.discovery._gossip
-    if gossip is None or gossip._running is None:
-        return False
-    topics = gossip._running.peer_topics.get(gossip._topic, set())
-    meshed = gossip._running.router.mesh.get(gossip._topic, set()) & topics
-    return len(meshed) >= min(4, len(member.host.connected_peers())) > 0

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
-
 import pytest
 import trio
 import varint
@@ -14,76 +9,11 @@ from libp2p.kad_dht.pb.kademlia_pb2 import Message
 
 from pals.errors import InvalidRecord, PeerUnreachable
 from pals.net._libp2p import parse_address
-from pals.net.announce import Announcement, open_announcement, sign_announcement
-from pals.net.host import Host
-from pals.net.kademlia import Kademlia
-from pals.types import LayerRange, SwarmId
-from tests.integration.net.harness import Members, identity, open_hosts
+from pals.types import LayerRange
+from tests.integration.net.dht import FIND_S, KAD, meet, open_networks, record
+from tests.integration.net.harness import identity
 
 pytestmark = pytest.mark.trio
-
-SWARM_ID = SwarmId(bytes(range(32)))
-KAD = "/pals/00010203/kad/1.0.0"
-FIND_S = 5.0
-
-
-class Clock:
-    """Unix time that a test moves."""
-
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@asynccontextmanager
-async def open_networks(
-    count: int,
-) -> AsyncIterator[tuple[Members, list[Host], list[Kademlia], Clock]]:
-    """Run ``count`` members of one DHT; none knows another yet."""
-    clock = Clock()
-    async with open_hosts(count) as (members, hosts), trio.open_nursery() as nursery:
-
-        def open_record(data: bytes) -> Announcement:
-            return open_announcement(data, now_unix=clock.now, is_member=members.allow)
-
-        networks = [Kademlia(h, SWARM_ID, open_record) for h in hosts]
-        for network in networks:
-            await nursery.start(network.run)
-        yield members, hosts, networks, clock
-        nursery.cancel_scope.cancel()
-
-
-async def meet(host: Host, dht: Kademlia, *others: Host) -> None:
-    """Connect to others, and let the DHT know of it at once instead of a second later."""
-    for other in others:
-        await host.connect(other.peer_id, other.addresses())
-    await dht.learn_connected()
-
-
-def announcement(number: int, clock: Clock, **changes) -> Announcement:
-    basis = Announcement(
-        peer=identity(number).peer_id,
-        model_id="org/model",
-        manifest=bytes(32),
-        layers=LayerRange(0, 10),
-        num_layers=30,
-        layer_hashes=(bytes(16),) * 10,
-        dtype="bf16",
-        free_sessions=4,
-        max_context_tokens=2048,
-        step_ms=1.0,
-        addresses=(),
-        seq=1,
-        expires_at=clock.now + 300,
-    )
-    changed = replace(basis, **changes)
-    return replace(changed, layer_hashes=(bytes(16),) * len(changed.layers))
-
-
-def record(number: int, clock: Clock, **changes) -> bytes:
-    return sign_announcement(identity(number), announcement(number, clock, **changes))
 
 
 async def test_announcements_are_found_through_one_member_that_serves_nothing():
@@ -120,41 +50,6 @@ async def test_an_older_announcement_changes_nothing():
         assert (await a.find(members, deadline_s=FIND_S))[hosts[1].peer_id].seq == 5
         with pytest.raises(InvalidRecord, match="older"):
             await b.put(record(2, clock, seq=4))
-
-
-async def test_what_is_forged_foreign_or_expired_is_not_found():
-    async with open_networks(2) as (members, hosts, (a, b), clock):
-        await meet(hosts[0], a, hosts[1])
-        stranger = identity(77)
-        outsider = sign_announcement(stranger, announcement(77, clock, peer=stranger.peer_id))
-        forged = bytearray(record(1, clock))
-        forged[-1] ^= 1
-        for key, value in {
-            f"/pals/{hosts[0].peer_id}": bytes(forged),
-            f"/pals/{stranger.peer_id}": outsider,
-            f"/pals/{hosts[1].peer_id}": record(1, clock),
-        }.items():
-            b._dht.value_store.put(key.encode(), value)
-        assert await a.find({*members, stranger.peer_id}, deadline_s=FIND_S) == {}
-        await b.put(record(2, clock, seq=2))
-        assert list(await a.find(members, deadline_s=FIND_S)) == [hosts[1].peer_id]
-        clock.now += 301
-        assert await a.find(members, deadline_s=FIND_S) == {}
-
-
-@pytest.mark.parametrize(
-    "key", ["/pals/{other}", "/pk/{own}", "/pals/", "plain", "/pals/{own}/more"]
-)
-async def test_a_member_cannot_store_under_a_key_that_is_not_its_own(key):
-    async with open_networks(2) as (_, hosts, (a, b), clock):
-        await meet(hosts[0], a, hosts[1])
-        key = key.format(own=hosts[0].peer_id, other=hosts[1].peer_id).encode()
-        value = record(1, clock)
-        target = hosts[1].libp2p_host.get_id()
-        assert not await a._dht.value_store._store_at_peer(target, key, value)
-        assert b._dht.value_store.get(key) is None
-        own = f"/pals/{hosts[0].peer_id}".encode()
-        assert await a._dht.value_store._store_at_peer(target, own, value)
 
 
 async def test_a_member_cannot_store_provider_records():

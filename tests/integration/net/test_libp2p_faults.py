@@ -4,7 +4,7 @@
 |---|---|---|
 | B1 | an accepted connection keeps its slot until the host stops | `MemberSwarm` |
 | B2 | an exception in a stream handler ends the host | `MemberSwarm` |
-| B3 | plaintext and secio are accepted | `NoiseTransport` alone |
+| B3 | plaintext and secio are accepted | `NoiseTransport` alone; see tests/attacks |
 | B4 | every dial waits 250 ms | `MemberSwarm.dial_peer` |
 | B5 | one address for each transport is dialled | `MemberSwarm.dial_peer` |
 | B6 | a peer that failed is blocked for 60 s | `MemberSwarm.dial_peer` |
@@ -31,15 +31,12 @@ from types import SimpleNamespace
 import pytest
 import trio
 from libp2p import new_host
-from libp2p.abc import INetStream
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.network.stream.net_stream import NetStream, StreamState
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.pubsub.gossipsub import GossipSub
-from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
-from libp2p.security.secio import transport as secio
 from libp2p.stream_muxer.yamux.yamux import YamuxStream
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
@@ -96,37 +93,6 @@ async def test_a_handler_that_raises_ends_its_stream_and_nothing_else():
         with pytest.raises(PeerUnreachable):
             await ask(a, b, "/test/boom/1")
         assert await ask_echo(a, b) == b"hello"
-
-
-@pytest.mark.parametrize("protocol", ["plaintext", "secio"])
-async def test_stating_a_member_s_id_over_another_transport_is_refused(protocol):
-    """B3: stock offers plaintext, where anybody is whoever they say."""
-    async with open_hosts(2) as (_, (victim, server)):
-        key_pair = create_new_key_pair(identity(1).reveal_seed())
-        assert ID.from_pubkey(key_pair.public_key).to_base58() == victim.peer_id
-        transports = {
-            "plaintext": {PLAINTEXT_PROTOCOL_ID: InsecureTransport(key_pair)},
-            "secio": {secio.ID: secio.Transport(key_pair)},
-        }
-        attacker = new_host(key_pair=key_pair, sec_opt=transports[protocol])
-        async with attacker.run([]):
-            with pytest.raises(BaseLibp2pError):
-                await attacker.get_network().dial_addr(
-                    Multiaddr(server.addresses()[0]), ID.from_base58(server.peer_id)
-                )
-        assert not server.connected_peers()
-
-
-async def test_the_attacker_s_stack_gets_in_with_noise():
-    """The control for the test above: only the transport makes the difference."""
-    async with open_hosts(2) as (_, (_, server)):
-        member = new_host(key_pair=create_new_key_pair(identity(1).reveal_seed()))
-        async with member.run([]):
-            await member.connect(info_from_p2p_addr(Multiaddr(server.addresses()[0])))
-            stream: INetStream = await member.new_stream(ID.from_base58(server.peer_id), [ECHO])
-            await stream.write(b"hello")
-            assert await stream.read(5) == b"hello"
-            await member.close()
 
 
 async def test_connecting_does_not_wait_for_another_transport(monkeypatch):

@@ -10,20 +10,22 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.net.handshake import Handshake, KeyShare, LinkSecrets
-from pals.net.link import Link, LinkEvent, Rekeyed
+from pals.net.link import REKEY_INTERVAL_S, Link, LinkEvent, Rekeyed
 from pals.net.wire import (
     CONTROL_SHAPE,
+    HEADER_BYTES,
     NO_ROWS,
     Codec,
     Frame,
     FrameShape,
+    Kind,
     Lane,
     Outgoing,
     Row,
     Rows,
     hidden_shape,
 )
-from pals.swarm.keys import epoch_prk
+from pals.swarm.keys import TAG_BYTES, epoch_prk
 from pals.types import PeerId, SessionId
 from tests.unit.net.handshakes import EPOCH, SWARM, A, B, make_secrets, shake_hands
 
@@ -197,3 +199,26 @@ def split_frames(data: bytes, header_bytes: int, tag_bytes: int) -> Iterator[byt
         )
         yield data[:end]
         data = data[end:]
+
+
+def frames_in(data: bytes | bytearray) -> list[bytes]:
+    """Cut the bytes of a lane into whole frames."""
+    return list(split_frames(bytes(data), HEADER_BYTES, TAG_BYTES))
+
+
+def kinds(data: bytes | bytearray) -> list[int]:
+    """Return the kind of each frame."""
+    return [frame[6] for frame in frames_in(data)]
+
+
+def mid_change() -> Pair:
+    """Return a link whose dialler has sent its switches, none of which has arrived."""
+    pair = make_pair()
+    pair.send("dialler")
+    pair.deliver_all()
+    pair.tick(REKEY_INTERVAL_S, "dialler")
+    pair.deliver("dialler", Lane.CONTROL)
+    pair.deliver("dialled", Lane.CONTROL)
+    pair.send("dialler")
+    assert kinds(pair.dialler.wires[Lane.DECODE]) == [Kind.KEY, Kind.HIDDEN]
+    return pair

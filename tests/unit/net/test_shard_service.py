@@ -20,71 +20,22 @@ from pals.errors import (
 )
 from pals.net.control import (
     Close,
-    Control,
     Draining,
     Failed,
     Hop,
     Open,
     Opened,
     Refused,
-    decode_control,
 )
 from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
-from pals.net.wire import Frame, Kind, Lane, Outgoing, Row, Rows, tokens_shape
+from pals.net.wire import Frame, Lane, Row, Rows, tokens_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
+from tests.unit.net.shard_fakes import DRIVER, LOCAL, NEXT, FakeCompute, FakeLinks
 
-DRIVER, LOCAL, NEXT = PeerId("driver"), PeerId("local"), PeerId("next")
 SESSION, OTHER = SessionId(b"s" * 16), SessionId(b"o" * 16)
 MODEL = ModelShape(manifest=b"m" * 32, num_layers=2, hidden_size=4, dtype="bf16")
-
-
-class FakeLinks:
-    """Notes what is sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[PeerId, Outgoing]] = []
-        self.decode_seal_s: list[float] = []
-
-        self.unreachable = trio.Event()
-        self.silent: set[PeerId] = set()
-        self.members = {DRIVER, LOCAL, NEXT}
-
-    def is_member(self, peer: PeerId) -> bool:
-        return peer in self.members
-
-    async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        await trio.lowlevel.checkpoint()
-        if peer in self.silent:
-            await self.unreachable.wait()
-            raise PeerUnreachable(peer=peer, problem="silent")
-
-    def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
-        self.sent.append((peer, outgoing))
-
-    def control(self) -> list[Control]:
-        return [
-            decode_control(peer, memoryview(b"".join(outgoing.payload)))
-            for peer, outgoing in self.sent
-            if outgoing.shape.kind is Kind.CONTROL
-        ]
-
-    def rows(self) -> list[tuple[PeerId, Row]]:
-        return [(peer, row) for peer, outgoing in self.sent for row in outgoing.rows]
-
-
-class FakeCompute:
-    """Keeps submitted rows until the test says what came out of them."""
-
-    def __init__(self) -> None:
-        self.items: list[WorkItem] = []
-
-    def submit(self, items: list[WorkItem]) -> None:
-        self.items += items
-
-    def drop(self, session: object) -> None:
-        self.items = [item for item in self.items if item.session is not session]
 
 
 class Bench:

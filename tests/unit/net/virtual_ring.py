@@ -140,7 +140,7 @@ class _SteppedCompute:
     def _output_of(self, item: WorkItem) -> np.ndarray:
         if self._width == 1:
             return np.full(0 if item.sampling is None else 1, TOKEN, np.int32)
-        return np.zeros((len(item.inputs), self._width), np.float32)
+        return np.ones((len(item.inputs), self._width), np.float32)
 
 
 class VirtualRing:
