@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,15 @@ def isolated_environment(
     """Point every folder at a fresh one, and keep the hub and inherited secrets out."""
     for variable in (config.SWARM_SECRET_VARIABLE, config.INVITE_VARIABLE, config.API_KEY_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(
-        config.CONFIG_DIR_VARIABLE, str(tmp_path_factory.mktemp("profile", numbered=True))
-    )
-    cache = tmp_path_factory.mktemp("cache", numbered=True)
-    (cache / "xla").symlink_to(shared_cache / "xla")
-    monkeypatch.setenv(config.CACHE_DIR_VARIABLE, str(cache))
+    # pytest looks at every folder it ever made before it numbers the next.
+    fresh = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
+    for name in ("profile", "cache", "hf"):
+        (fresh / name).mkdir(mode=config.PRIVATE_FOLDER)
+    (fresh / "cache" / "xla").symlink_to(shared_cache / "xla")
+    monkeypatch.setenv(config.CONFIG_DIR_VARIABLE, str(fresh / "profile"))
+    monkeypatch.setenv(config.CACHE_DIR_VARIABLE, str(fresh / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf", numbered=True)))
+    monkeypatch.setenv("HF_HOME", str(fresh / "hf"))
     for variable in ("HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
