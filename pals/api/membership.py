@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+import base64
+import ipaddress
+import logging
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,11 +15,15 @@ from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
 
 from pals.api.gate import JSON_TYPE, Gate, GateSettings
+from pals.api.observed import Observed
 from pals.api.problems import problem_headers, problem_json, problem_of
-from pals.backend.limiter import AttemptLimiter
-from pals.backend.service import BackendService
-from pals.errors import BodyTooLarge, InvalidRequest, UnknownSwarm
+from pals.backend import metrics as backend_metrics
+from pals.backend.limiter import BackendLimiter
+from pals.backend.metrics import BackendMetrics
+from pals.backend.service import BackendService, SignedRequest
+from pals.errors import BodyTooLarge, InvalidRequest, StorageFailed, UnknownSwarm
 from pals.swarm.messages import (
+    BackendMessage,
     EntriesMessage,
     EntryMessage,
     HintMessage,
@@ -26,63 +31,89 @@ from pals.swarm.messages import (
     RecordMessage,
     RedeemMessage,
 )
+from pals.swarm.requests import HEADER as AUTHORIZATION_HEADER
 from pals.types import SwarmId
 
 MAX_MESSAGE_BYTES = 16 << 10
-REDEEMS_PER_MINUTE = 10
-SWARMS_PER_MINUTE = 10
+FRESHNESS_HEADER = "pals-freshness"
 
 ApiRequest = Request[None, None, State]
 
 _Body = TypeVar("_Body", RecordMessage, RedeemMessage, HintMessage)
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RateLimits:
-    """Attempts that one address has within a minute."""
+class Surroundings:
+    """What the routes share besides the service.
 
-    redeems: int = REDEEMS_PER_MINUTE
-    swarms: int = SWARMS_PER_MINUTE
+    Attributes:
+        limiter: How often one address may ask; the same on every transport.
+        metrics: Where requests are counted.
+        proxies: Addresses whose `X-Forwarded-For` is believed; nobody's by default.
+    """
+
+    limiter: BackendLimiter
+    metrics: BackendMetrics
+    proxies: frozenset[str] = frozenset()
 
 
 def build_membership_app(
     service: BackendService,
     *,
     gate: GateSettings,
-    limits: RateLimits | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    limiter: BackendLimiter | None = None,
+    metrics: BackendMetrics | None = None,
+    proxies: frozenset[str] = frozenset(),
 ) -> Litestar:
     """Return the ASGI application that serves ``service`` behind ``gate``."""
-    limits = limits or RateLimits()
+    around = Surroundings(
+        limiter=limiter or BackendLimiter(),
+        metrics=metrics or BackendMetrics(),
+        proxies=proxies,
+    )
     app = Litestar(
         route_handlers=[
-            _create_swarm(service, AttemptLimiter(limits.swarms), clock),
-            _redeem(service, AttemptLimiter(limits.redeems), clock),
-            *_record_routes(service),
-            *_hint_routes(service),
-            healthz,
+            *_backend_routes(service, around.metrics),
+            _create_swarm(service, around),
+            _redeem(service, around),
+            *_record_routes(service, around),
+            *_hint_routes(service, around),
         ],
         exception_handlers={Exception: _answer_error},
         openapi_config=None,
         logging_config=None,
     )
     # Litestar's own middleware runs after routing; a refused request must not get that far.
-    app.asgi_handler = Gate(app.asgi_handler, gate)
+    app.asgi_handler = Observed(Gate(app.asgi_handler, gate), around.metrics)
     return app
 
 
-@get("/healthz")
-async def healthz() -> dict[str, str]:
-    """Say that the process answers; nothing about any swarm."""
-    return {"status": "ok"}
+def _backend_routes(
+    service: BackendService, metrics: BackendMetrics
+) -> tuple[HTTPRouteHandler, ...]:
+    @get("/healthz")
+    async def healthz() -> dict[str, str]:
+        # Nothing about any swarm, and no reason: a stranger may ask.
+        await asyncio.to_thread(service.check)
+        return {"status": "ok"}
+
+    @get("/metrics")
+    async def show_metrics() -> Response[bytes]:
+        return Response(metrics.render(), media_type=backend_metrics.CONTENT_TYPE)
+
+    @get("/v1/backend")
+    async def show_backend() -> Response[bytes]:
+        return _reply(BackendMessage(service.public_key))
+
+    return healthz, show_metrics, show_backend
 
 
-def _create_swarm(
-    service: BackendService, limiter: AttemptLimiter, clock: Callable[[], float]
-) -> HTTPRouteHandler:
+def _create_swarm(service: BackendService, around: Surroundings) -> HTTPRouteHandler:
     @post("/v1/swarms")
     async def create_swarm(request: ApiRequest) -> Response[bytes]:
-        limiter.check(_address(request), clock())
+        around.limiter.create_swarm(source_of(request, around.proxies))
         message = await _read(request, RecordMessage)
         entry = await asyncio.to_thread(service.create_swarm, message.record)
         return _reply(EntryMessage(entry), status=201)
@@ -90,52 +121,80 @@ def _create_swarm(
     return create_swarm
 
 
-def _redeem(
-    service: BackendService, limiter: AttemptLimiter, clock: Callable[[], float]
-) -> HTTPRouteHandler:
+def _redeem(service: BackendService, around: Surroundings) -> HTTPRouteHandler:
     @post("/v1/swarms/{swarm:str}/redeem")
     async def redeem(request: ApiRequest) -> Response[bytes]:
-        limiter.check(_address(request), clock())
+        swarm_id = _swarm_id(request)
+        around.limiter.redeem(source_of(request, around.proxies), swarm_id)
         message = await _read(request, RedeemMessage)
-        entry = await asyncio.to_thread(
-            service.redeem, _swarm_id(request), message.auth, message.join
-        )
+        entry = await asyncio.to_thread(service.redeem, swarm_id, message.auth, message.join)
         return _reply(EntryMessage(entry))
 
     return redeem
 
 
-def _record_routes(service: BackendService) -> tuple[HTTPRouteHandler, HTTPRouteHandler]:
+def _record_routes(
+    service: BackendService, around: Surroundings
+) -> tuple[HTTPRouteHandler, HTTPRouteHandler]:
     @post("/v1/swarms/{swarm:str}/records")
     async def append_record(request: ApiRequest) -> Response[bytes]:
-        message = await _read(request, RecordMessage)
-        entry = await asyncio.to_thread(service.append_record, _swarm_id(request), message.record)
+        around.limiter.write(source_of(request, around.proxies))
+        message, swarm_id = await _read(request, RecordMessage), _swarm_id(request)
+        signed = SignedRequest(
+            method="POST",
+            path=f"/v1/swarms/{swarm_id.hex()}/records",
+            body=await request.body(),
+            authorization=request.headers.get(AUTHORIZATION_HEADER, ""),
+        )
+        entry = await asyncio.to_thread(service.append_record, swarm_id, message.record, signed)
         return _reply(EntryMessage(entry))
 
     @get("/v1/swarms/{swarm:str}/records")
     async def list_records(request: ApiRequest) -> Response[bytes]:
+        around.limiter.read(source_of(request, around.proxies))
         swarm_id = _swarm_id(request)
-        known = request.headers.get("if-none-match", "")
-        if known and known == _quoted(await asyncio.to_thread(service.etag, swarm_id)):
-            return Response(b"", status_code=304, headers={"etag": known})
-        listed = await asyncio.to_thread(service.entries, swarm_id)
-        return _reply(EntriesMessage(listed.entries), etag=_quoted(listed.etag))
+        known = request.headers.get("if-none-match", "").strip('"')
+        listed = await asyncio.to_thread(service.entries, swarm_id, known)
+        headers = {"etag": f'"{listed.etag}"'}
+        if listed.freshness:
+            headers[FRESHNESS_HEADER] = base64.urlsafe_b64encode(listed.freshness).decode()
+        if listed.entries is None:
+            return Response(b"", status_code=304, headers=headers)
+        return _reply(EntriesMessage(listed.entries), headers=headers)
 
     return append_record, list_records
 
 
-def _hint_routes(service: BackendService) -> tuple[HTTPRouteHandler, HTTPRouteHandler]:
+def _hint_routes(
+    service: BackendService, around: Surroundings
+) -> tuple[HTTPRouteHandler, HTTPRouteHandler]:
     @put("/v1/swarms/{swarm:str}/hints")
     async def put_hint(request: ApiRequest) -> Response[bytes]:
+        around.limiter.write(source_of(request, around.proxies))
         message = await _read(request, HintMessage)
         await asyncio.to_thread(service.put_hint, _swarm_id(request), message.hint)
         return Response(b"", status_code=204)
 
     @get("/v1/swarms/{swarm:str}/hints")
     async def list_hints(request: ApiRequest) -> Response[bytes]:
+        around.limiter.read(source_of(request, around.proxies))
         return _reply(HintsMessage(await asyncio.to_thread(service.hints, _swarm_id(request))))
 
     return put_hint, list_hints
+
+
+def source_of(request: ApiRequest, proxies: frozenset[str]) -> str:
+    """Return the address that a request counts against.
+
+    It is the socket's own, for `X-Forwarded-For` is anybody's claim, unless the socket is a
+    configured proxy's: then it is the last address that no such proxy has added.
+    """
+    source = request.client.host if request.client else ""
+    claimed = request.headers.getall("x-forwarded-for", [])
+    hops = [hop.strip() for value in claimed for hop in value.split(",")]
+    while source in proxies and hops:
+        source = hops.pop()
+    return source if _is_address(source) else ""
 
 
 async def _read(request: ApiRequest, kind: type[_Body]) -> _Body:
@@ -150,13 +209,13 @@ async def _read(request: ApiRequest, kind: type[_Body]) -> _Body:
 
 
 def _reply(
-    message: msgspec.Struct, *, status: int = 200, etag: str | None = None
+    message: msgspec.Struct, *, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response[bytes]:
     return Response(
         msgspec.json.encode(message),
         status_code=status,
         media_type=JSON_TYPE,
-        headers=None if etag is None else {"etag": etag},
+        headers=headers,
     )
 
 
@@ -171,17 +230,20 @@ def _swarm_id(request: ApiRequest) -> SwarmId:
     return SwarmId(swarm_id)
 
 
-def _quoted(etag: str) -> str:
-    return f'"{etag}"'
-
-
-def _address(request: ApiRequest) -> str:
-    # The socket's own address: X-Forwarded-For is anybody's claim.
-    return request.client.host if request.client else ""
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _answer_error(request: ApiRequest, error: Exception) -> Response[bytes]:
     problem = problem_of(request.method, request.url.path, error)
+    if isinstance(problem, StorageFailed):
+        _log.error("%s", problem)
+        # Strangers need not know where the database is, nor what is wrong with it.
+        problem = StorageFailed(problem="the backend's log says why")
     return Response(
         problem_json(problem),
         status_code=problem.http_status,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -12,8 +12,11 @@ from pals.backend import schema
 from pals.errors import InviteRefused
 from pals.swarm.hints import AddressHint
 from pals.swarm.records import Entry, InviteCertificate, Join, digest, encode
+from pals.swarm.requests import WINDOW_S, RequestProof
 from pals.swarm.roster import Roster
 from pals.types import SwarmId
+
+BATCH_ROWS = 500
 
 
 def count_swarms(connection: Connection) -> int:
@@ -26,18 +29,6 @@ def insert_swarm(connection: Connection, swarm_id: SwarmId, created_at: int) -> 
     connection.execute(schema.swarms.insert().values(swarm_id=swarm_id, created_at=created_at))
 
 
-def newest_entry(connection: Connection, swarm_id: SwarmId) -> bytes | None:
-    """Return the last entry of a swarm, or None when there is no such swarm."""
-    table = schema.entries
-    query = (
-        sa.select(table.c.entry)
-        .where(table.c.swarm_id == swarm_id)
-        .order_by(table.c.seq.desc())
-        .limit(1)
-    )
-    return connection.scalar(query)
-
-
 def entries_after(connection: Connection, swarm_id: SwarmId, seq: int) -> tuple[bytes, ...]:
     """Return the encoded entries of a swarm that follow ``seq``, in order."""
     table = schema.entries
@@ -47,6 +38,14 @@ def entries_after(connection: Connection, swarm_id: SwarmId, seq: int) -> tuple[
         .order_by(table.c.seq)
     )
     return tuple(connection.scalars(query))
+
+
+def all_entries(connection: Connection) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the id of a swarm and one of its entries, for every one, in order."""
+    table = schema.entries
+    query = sa.select(table.c.swarm_id, table.c.entry).order_by(table.c.swarm_id, table.c.seq)
+    for row in connection.execution_options(yield_per=BATCH_ROWS).execute(query):
+        yield row.swarm_id, row.entry
 
 
 def entry_of(connection: Connection, swarm_id: SwarmId, record: bytes) -> bytes | None:
@@ -109,15 +108,16 @@ def invite_matches(connection: Connection, join: Join, auth: bytes) -> bool:
     return connection.scalar(query) == join.invite
 
 
-def use_invite(connection: Connection, join: Join, now: int) -> None:
+def use_invite(connection: Connection, join: Join, auth: bytes, now: int) -> None:
     """Count one use, in one statement.
 
     Raises:
-        InviteRefused: It is spent, closed or expired.
+        InviteRefused: It is unknown, spent, closed or expired.
     """
     table = schema.invites
     usable = sa.and_(
         table.c.swarm_id == join.swarm_id,
+        table.c.redeem_hash == hashlib.sha256(auth).digest(),
         table.c.invite == join.invite,
         table.c.used < table.c.max_uses,
         sa.or_(table.c.not_after == 0, table.c.not_after >= now),
@@ -126,6 +126,22 @@ def use_invite(connection: Connection, join: Join, now: int) -> None:
     counted = connection.execute(table.update().where(usable).values(used=table.c.used + 1))
     if counted.rowcount != 1:
         raise InviteRefused
+
+
+def take_nonce(connection: Connection, proof: RequestProof, now: int) -> bool:
+    """Return whether the request was never made before, and remember that it was."""
+    table = schema.nonces
+    # What is older than the window is refused without being remembered.
+    connection.execute(table.delete().where(table.c.expires_at < now))
+    same = sa.and_(table.c.signer == proof.signer, table.c.nonce == proof.nonce)
+    if connection.scalar(sa.select(table.c.expires_at).where(same)) is not None:
+        return False
+    connection.execute(
+        table.insert().values(
+            signer=proof.signer, nonce=proof.nonce, expires_at=proof.at + WINDOW_S
+        )
+    )
+    return True
 
 
 def replace_hint(connection: Connection, hint: AddressHint, data: bytes) -> None:

@@ -58,3 +58,11 @@ hints = Table(
     Column("issued_at", BigInteger, nullable=False),
     Column("hint", LargeBinary, nullable=False),
 )
+
+nonces = Table(
+    "nonces",
+    metadata,
+    Column("signer", LargeBinary(32), primary_key=True),
+    Column("nonce", LargeBinary(32), primary_key=True),
+    Column("expires_at", BigInteger, nullable=False, index=True),
+)

@@ -173,7 +173,7 @@ async def create_invite(
     )
     record = encode(sign_by(certificate, operator))
     _check_own_record(record, "the invite's options")
-    await MembershipClient(entry.backend_url).append(swarm_id, record)
+    await MembershipClient(entry.backend_url).append(swarm_id, record, signer=operator)
     return invite.to_text()
 
 
@@ -259,7 +259,7 @@ async def remove_peer(profile: Profile, peer: str, *, now: float) -> None:
         joined=member.joined,
         created_at=int(now),
     )
-    await client.append(swarm_id, encode(sign_by(removal, operator)))
+    await client.append(swarm_id, encode(sign_by(removal, operator)), signer=operator)
     after = await _renew(profile, swarm_id, client)
     if member.peer in after.members:
         raise RosterRefused(problem="it still shows the removed peer")

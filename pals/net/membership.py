@@ -30,7 +30,9 @@ from pals.errors import (
     RosterUnavailable,
 )
 from pals.swarm.allowlist import AllowList
+from pals.swarm.identity import Identity
 from pals.swarm.messages import (
+    BackendMessage,
     EntriesMessage,
     EntryMessage,
     HintMessage,
@@ -39,6 +41,8 @@ from pals.swarm.messages import (
     RecordMessage,
     RedeemMessage,
 )
+from pals.swarm.requests import HEADER as AUTHORIZATION_HEADER
+from pals.swarm.requests import sign_request
 from pals.swarm.roster import Roster, verify_chain
 from pals.types import PeerId, SwarmId
 
@@ -53,7 +57,7 @@ NOT_MODIFIED = 304
 
 _log = logging.getLogger(__name__)
 
-_Reply = TypeVar("_Reply", EntryMessage, EntriesMessage, HintsMessage)
+_Reply = TypeVar("_Reply", EntryMessage, EntriesMessage, HintsMessage, BackendMessage)
 
 OnChange = Callable[[frozenset[PeerId], frozenset[PeerId]], None]
 """Called with the peers that were removed and those that were added."""
@@ -75,10 +79,23 @@ class MembershipClient:
         _, body = await self._request("POST", "/v1/swarms", RecordMessage(genesis))
         return self._decode(body, EntryMessage).entry
 
-    async def append(self, swarm_id: SwarmId, record: bytes) -> bytes:
-        """Store an operator's record and return its entry."""
+    async def fetch_key(self) -> bytes:
+        """Return the key with which the backend signs how new its lists are."""
+        _, body = await self._request("GET", "/v1/backend")
+        return self._decode(body, BackendMessage).key
+
+    async def append(
+        self, swarm_id: SwarmId, record: bytes, *, signer: Identity | None = None
+    ) -> bytes:
+        """Store a record and return its entry.
+
+        Args:
+            swarm_id: The swarm.
+            record: The signed record.
+            signer: The administrator who asks for it; None for a member that leaves.
+        """
         path = f"/v1/swarms/{swarm_id.hex()}/records"
-        _, body = await self._request("POST", path, RecordMessage(record))
+        _, body = await self._request("POST", path, RecordMessage(record), signer=signer)
         return self._decode(body, EntryMessage).entry
 
     async def redeem(self, swarm_id: SwarmId, auth: bytes, join: bytes) -> bytes:
@@ -117,6 +134,7 @@ class MembershipClient:
         message: msgspec.Struct | None = None,
         *,
         etag: str | None = None,
+        signer: Identity | None = None,
     ) -> tuple[httpx.Response, bytes]:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
         if etag:
@@ -125,6 +143,11 @@ class MembershipClient:
         if message is not None:
             headers["content-type"] = "application/json"
             content = msgspec.json.encode(message)
+        if signer is not None:
+            at = int(time.time())
+            headers[AUTHORIZATION_HEADER] = sign_request(
+                signer, method=method, path=path, body=content or b"", at=at
+            )
         try:
             with trio.fail_after(self._deadline_s):
                 response, body = await self._exchange(method, path, headers, content)

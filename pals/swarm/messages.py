@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from pals.swarm.hints import MAX_HINT_BYTES
-from pals.swarm.records import MAX_ENTRY_BYTES, MAX_RECORD_BYTES
+from pals.swarm.records import MAX_ENTRY_BYTES, MAX_RECORD_BYTES, Key
 from pals.swarm.roster import MAX_ENTRIES, MAX_MEMBERS
 
 RecordBytes = Annotated[bytes, Meta(max_length=MAX_RECORD_BYTES)]
@@ -52,6 +52,12 @@ class HintsMessage(msgspec.Struct, frozen=True):
     """The address hints of a swarm's members."""
 
     hints: Annotated[tuple[HintBytes, ...], Meta(max_length=MAX_MEMBERS)]
+
+
+class BackendMessage(msgspec.Struct, frozen=True):
+    """Which key a backend signs with how new its lists are."""
+
+    key: Key
 
 
 class Problem(msgspec.Struct, frozen=True):

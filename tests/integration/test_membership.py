@@ -57,10 +57,10 @@ class Backend(BackendService):
 
     lie: tuple[bytes, ...] | None = None
 
-    def entries(self, swarm_id: SwarmId) -> EntryList:
+    def entries(self, swarm_id: SwarmId, known: str | None = None) -> EntryList:
         if self.lie is not None:
             return EntryList(entries=self.lie, etag=f"{len(self.lie)}-lie")
-        return super().entries(swarm_id)
+        return super().entries(swarm_id, known)
 
 
 @pytest.fixture

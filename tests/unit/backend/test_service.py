@@ -1,35 +1,33 @@
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 
 from pals.backend import schema
-from pals.backend.database import open_database, sqlite_url
+from pals.backend.database import reading, writing
 from pals.backend.service import HINT_LIFE_S, BackendService
 from pals.errors import (
     BackendFull,
-    InvalidConfig,
     InvalidRecord,
     InviteRefused,
     StorageFailed,
     UnknownSwarm,
 )
+from pals.swarm.freshness import open_freshness
 from pals.swarm.hints import sign_hint
 from pals.swarm.invite import Invite
 from pals.swarm.records import decode_entry, digest
-from pals.swarm.roster import verify_chain
+from pals.swarm.requests import WINDOW_S
+from pals.swarm.roster import Roster, verify_chain
 from pals.types import SwarmId
+from tests.unit.backend.requests import append, signed
 from tests.unit.swarm.chains import NOW, Chain, identity
 
-P, Q = identity(3), identity(4)
+P, Q, SIGNER = identity(3), identity(4), identity(5)
 ADDRESS = "/ip4/10.0.0.5/tcp/4001"
 
 
@@ -49,13 +47,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "data" / "backend.db"
-
-
-@pytest.fixture
-def service(path: Path, clock: Clock) -> Iterator[BackendService]:
-    service = BackendService(sqlite_url(path), clock=clock)
+def service(database_url: str, clock: Clock) -> Iterator[BackendService]:
+    service = BackendService(database_url, signer=SIGNER, clock=clock)
     yield service
     service.close()
 
@@ -72,17 +65,21 @@ def invited(
 ) -> Invite:
     invite = chain.invite()
     certificate = chain.certificate(invite, max_uses=max_uses, not_after=not_after)
-    service.append_record(chain.swarm_id, certificate)
+    append(service, chain, certificate)
     return invite
 
 
-def uses(path: Path) -> list[int]:
-    with closing(sqlite3.connect(path)) as connection:
-        return [row[0] for row in connection.execute("SELECT used FROM invites")]
+def uses(service: BackendService) -> list[int]:
+    with reading(service._engine) as connection:
+        return list(connection.scalars(sa.select(schema.invites.c.used)))
+
+
+def roster(service: BackendService, chain: Chain) -> Roster:
+    return verify_chain(chain.swarm_id, service.entries(chain.swarm_id).entries or ())
 
 
 def members(service: BackendService, chain: Chain) -> frozenset[str]:
-    return verify_chain(chain.swarm_id, service.entries(chain.swarm_id).entries).members
+    return roster(service, chain).members
 
 
 def test_redeemed_invite_admits_the_peer(service: BackendService, chain: Chain) -> None:
@@ -93,27 +90,27 @@ def test_redeemed_invite_admits_the_peer(service: BackendService, chain: Chain) 
     assert members(service, chain) == {chain.founder.peer_id, P.peer_id}
 
 
-def test_repeated_calls_change_nothing(
-    service: BackendService, chain: Chain, path: Path, clock: Clock
-) -> None:
+def test_repeated_calls_change_nothing(service: BackendService, chain: Chain, clock: Clock) -> None:
     invite = chain.invite()
     certificate, join = chain.certificate(invite), chain.join(invite.signing_key, P)
-    first = service.append_record(chain.swarm_id, certificate)
+    first = append(service, chain, certificate)
     admitted = service.redeem(chain.swarm_id, invite.auth, join)
     clock.now += 5
-    etag = service.etag(chain.swarm_id)
-    assert service.append_record(chain.swarm_id, certificate) == first
+    before = service.entries(chain.swarm_id)
+    assert append(service, chain, certificate) == first
     assert service.redeem(chain.swarm_id, invite.auth, join) == admitted
     assert decode_entry(service.create_swarm(chain.genesis)).received_at == NOW
-    assert service.etag(chain.swarm_id) == etag
-    assert uses(path) == [1]
+    assert service.entries(chain.swarm_id) == before
+    assert uses(service) == [1]
 
 
 def test_etag_changes_with_the_chain(service: BackendService, chain: Chain) -> None:
     before = service.entries(chain.swarm_id)
-    assert before.etag == service.etag(chain.swarm_id)
+    assert service.entries(chain.swarm_id, before.etag).entries is None
     invited(service, chain)
-    assert service.etag(chain.swarm_id) != before.etag
+    after = service.entries(chain.swarm_id, before.etag)
+    assert after.etag != before.etag
+    assert after.entries is not None
 
 
 def test_every_refusal_of_an_invite_is_the_same(
@@ -127,7 +124,7 @@ def test_every_refusal_of_an_invite_is_the_same(
     service.redeem(chain.swarm_id, spent.auth, chain.join(spent.signing_key, identity(7)))
     join = chain.join(closing.signing_key, P)
     service.redeem(chain.swarm_id, closing.auth, join)
-    service.append_record(chain.swarm_id, chain.remove(P, joined=digest(join)))
+    append(service, chain, chain.remove(P, joined=digest(join)))
     clock.now += 11
     unknown, elsewhere = chain.invite(), Chain(operator=identity(8))
     attempts = [
@@ -148,16 +145,16 @@ def test_every_refusal_of_an_invite_is_the_same(
     assert Q.peer_id not in members(service, chain)
 
 
-def test_failed_redemption_uses_nothing(service: BackendService, chain: Chain, path: Path) -> None:
+def test_failed_redemption_uses_nothing(service: BackendService, chain: Chain) -> None:
     first, second = invited(service, chain), invited(service, chain)
     service.redeem(chain.swarm_id, first.auth, chain.join(first.signing_key, P))
     with pytest.raises(InvalidRecord, match="member already"):
         service.redeem(chain.swarm_id, second.auth, chain.join(second.signing_key, P))
-    assert sorted(uses(path)) == [0, 1]
+    assert sorted(uses(service)) == [0, 1]
 
 
 def test_fifty_concurrent_redeems_admit_exactly_max_uses(
-    service: BackendService, chain: Chain, path: Path
+    service: BackendService, chain: Chain
 ) -> None:
     invite = invited(service, chain, max_uses=3)
     joins = [chain.join(invite.signing_key, identity(100 + i)) for i in range(50)]
@@ -173,13 +170,13 @@ def test_fifty_concurrent_redeems_admit_exactly_max_uses(
         outcomes = list(pool.map(attempt, joins))
     assert outcomes.count(True) == 3
     assert len(members(service, chain)) == 1 + 3
-    assert uses(path) == [3]
+    assert uses(service) == [3]
 
 
 def test_two_services_over_one_database_agree(
-    service: BackendService, chain: Chain, path: Path, clock: Clock
+    service: BackendService, chain: Chain, database_url: str, clock: Clock
 ) -> None:
-    other = BackendService(sqlite_url(path), clock=clock)
+    other = BackendService(database_url, signer=SIGNER, clock=clock)
     invite = invited(other, chain, max_uses=2)
     service.redeem(chain.swarm_id, invite.auth, chain.join(invite.signing_key, P))
     other.redeem(chain.swarm_id, invite.auth, chain.join(invite.signing_key, Q))
@@ -188,11 +185,13 @@ def test_two_services_over_one_database_agree(
     other.close()
 
 
-def test_records_outlive_a_restart(service: BackendService, chain: Chain, path: Path) -> None:
+def test_records_outlive_a_restart(
+    service: BackendService, chain: Chain, database_url: str, clock: Clock
+) -> None:
     invited(service, chain)
     before = service.entries(chain.swarm_id)
     service.close()
-    again = BackendService(sqlite_url(path))
+    again = BackendService(database_url, signer=SIGNER, clock=clock)
     assert again.entries(chain.swarm_id) == before
     again.close()
 
@@ -210,7 +209,7 @@ def test_backend_stores_nothing_that_members_would_refuse(
         b"garbage",
     ):
         with pytest.raises(InvalidRecord):
-            service.append_record(chain.swarm_id, record)
+            append(service, chain, record)
     for join in (
         chain.join(invite.signing_key, P, peer_signer=evil),
         chain.join(invite.signing_key, P, invite_signer=evil),
@@ -225,22 +224,181 @@ def test_backend_stores_nothing_that_members_would_refuse(
     assert service.entries(chain.swarm_id) == before
 
 
+def test_same_statements_run_whatever_is_wrong_with_an_invite(
+    service: BackendService, chain: Chain, clock: Clock
+) -> None:
+    spent, expired, revoked = (
+        invited(service, chain),
+        invited(service, chain, not_after=NOW - 1),
+        invited(service, chain),
+    )
+    service.redeem(chain.swarm_id, spent.auth, chain.join(spent.signing_key, P))
+    append(service, chain, chain.revoke(revoked))
+    statements: list[str] = []
+    sa.event.listen(
+        service._engine,
+        "before_cursor_execute",
+        lambda _c, _u, statement, *_: statements.append(statement),
+    )
+    seen: list[list[str]] = []
+    for invite in (spent, expired, revoked, chain.invite()):
+        statements.clear()
+        with pytest.raises(InviteRefused):
+            service.redeem(chain.swarm_id, invite.auth, chain.join(invite.signing_key, Q))
+        seen.append(list(statements))
+    assert seen[0]
+    assert all(each == seen[0] for each in seen)
+
+
+def test_revoked_invite_admits_nobody_else(service: BackendService, chain: Chain) -> None:
+    invite = invited(service, chain, max_uses=2)
+    join = chain.join(invite.signing_key, P)
+    entry = service.redeem(chain.swarm_id, invite.auth, join)
+    append(service, chain, chain.revoke(invite))
+    with pytest.raises(InviteRefused):
+        service.redeem(chain.swarm_id, invite.auth, chain.join(invite.signing_key, Q))
+    assert service.redeem(chain.swarm_id, invite.auth, join) == entry
+    assert members(service, chain) == {chain.founder.peer_id, P.peer_id}
+
+
+def test_member_leaves_without_an_administrator(service: BackendService, chain: Chain) -> None:
+    invite = invited(service, chain, max_uses=2)
+    join = chain.join(invite.signing_key, P)
+    service.redeem(chain.swarm_id, invite.auth, join)
+    service.append_record(chain.swarm_id, chain.leave(P, joined=digest(join)), None)
+    assert members(service, chain) == {chain.founder.peer_id}
+    with pytest.raises(InvalidRecord, match="used this invite before"):
+        service.redeem(chain.swarm_id, invite.auth, join)
+    again = invited(service, chain)
+    service.redeem(chain.swarm_id, again.auth, chain.join(again.signing_key, P))
+    assert P.peer_id in members(service, chain)
+
+
+def test_admin_administers_until_dismissed(service: BackendService, chain: Chain) -> None:
+    invite = invited(service, chain)
+    service.redeem(chain.swarm_id, invite.auth, chain.join(invite.signing_key, P))
+    epoch = chain.epoch(1, signer=P)
+    with pytest.raises(InvalidRecord, match="not signed by an administrator"):
+        service.append_record(chain.swarm_id, epoch, signed(chain, epoch, signer=P))
+    append(service, chain, chain.appoint(P.public_key))
+    service.append_record(chain.swarm_id, epoch, signed(chain, epoch, signer=P))
+    assert roster(service, chain).epoch == 1
+    append(service, chain, chain.appoint(P.public_key, "none"))
+    epoch = chain.epoch(2, signer=P)
+    with pytest.raises(InvalidRecord, match="not signed by an administrator"):
+        service.append_record(chain.swarm_id, epoch, signed(chain, epoch, signer=P))
+
+
+def test_request_is_signed_new_and_made_once(
+    service: BackendService, chain: Chain, database_url: str, clock: Clock
+) -> None:
+    record, other = chain.certificate(chain.invite()), chain.certificate(chain.invite())
+    request = signed(chain, record)
+    refused = {
+        "not signed by an administrator": [
+            None,
+            replace(request, authorization=""),
+            signed(chain, record, signer=identity(666)),
+        ],
+        "not signed by whom it names": [
+            replace(request, body=other),
+            replace(request, method="PUT"),
+            replace(request, path="/v1/swarms"),
+        ],
+        "its time differs": [
+            signed(chain, record, at=NOW - WINDOW_S - 1),
+            signed(chain, record, at=NOW + WINDOW_S + 1),
+        ],
+        "not base64url": [replace(request, authorization="%")],
+    }
+    for problem, requests in refused.items():
+        for wrong in requests:
+            with pytest.raises(InvalidRecord, match=problem):
+                service.append_record(chain.swarm_id, record, wrong)
+    assert len(service.entries(chain.swarm_id).entries or ()) == 1
+    service.append_record(chain.swarm_id, record, request)
+    restarted = BackendService(database_url, clock=clock)
+    for again in (service, restarted):
+        with pytest.raises(InvalidRecord, match="made before"):
+            again.append_record(chain.swarm_id, record, request)
+    restarted.close()
+
+
+def test_nonces_are_kept_no_longer_than_they_are_good(
+    service: BackendService, chain: Chain, clock: Clock
+) -> None:
+    for _ in range(3):
+        record = chain.certificate(chain.invite())
+        early = signed(chain, record, at=clock.now + WINDOW_S)
+        service.append_record(chain.swarm_id, record, early)
+        clock.now += 2 * WINDOW_S
+        with pytest.raises(InvalidRecord, match="made before"):
+            service.append_record(chain.swarm_id, record, early)
+        clock.now += 1
+        with pytest.raises(InvalidRecord, match="time differs"):
+            service.append_record(chain.swarm_id, record, early)
+    append(service, chain, chain.epoch(1), at=clock.now)
+    with reading(service._engine) as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(schema.nonces)) == 1
+
+
+def test_appointed_backend_signs_how_new_its_list_is(
+    service: BackendService, chain: Chain, clock: Clock
+) -> None:
+    assert service.entries(chain.swarm_id).freshness == b""
+    append(service, chain, chain.appoint(service.public_key, "backend"))
+    first = service.entries(chain.swarm_id)
+    clock.now += 60
+    later = service.entries(chain.swarm_id, first.etag)
+    assert later.entries is None
+    known = roster(service, chain)
+    for word, at in ((first.freshness, NOW), (later.freshness, NOW + 60)):
+        assert open_freshness(word, known, now_unix=clock.now).at == at
+
+
+def test_freshness_is_about_the_entries_beside_it(
+    service: BackendService, chain: Chain, database_url: str, clock: Clock
+) -> None:
+    append(service, chain, chain.appoint(service.public_key, "backend"))
+    other = BackendService(database_url, signer=SIGNER, clock=clock)
+    for _ in range(3):
+        append(other, chain, chain.certificate(chain.invite()))
+        listed = service.entries(chain.swarm_id)
+        known = verify_chain(chain.swarm_id, listed.entries or ())
+        open_freshness(listed.freshness, known, now_unix=clock.now)
+    other.close()
+
+
+def test_changed_rows_are_not_passed_on(
+    service: BackendService, chain: Chain, database_url: str
+) -> None:
+    invited(service, chain)
+    forged = chain.entry(chain.certificate(chain.invite(), signer=identity(666)))
+    with writing(service._engine, chain.swarm_id) as connection:
+        connection.execute(
+            schema.entries.update().where(schema.entries.c.seq == 1).values(entry=forged)
+        )
+    restarted = BackendService(database_url)
+    with pytest.raises(StorageFailed, match="was changed"):
+        restarted.entries(chain.swarm_id)
+    restarted.close()
+
+
 def test_unknown_swarm_is_named(service: BackendService, chain: Chain) -> None:
     unknown = SwarmId(b"u" * 32)
     certificate = chain.certificate(chain.invite())
     for call in (
         lambda: service.entries(unknown),
-        lambda: service.etag(unknown),
         lambda: service.hints(unknown),
-        lambda: service.append_record(unknown, certificate),
+        lambda: service.append_record(unknown, certificate, signed(chain, certificate)),
     ):
         with pytest.raises(UnknownSwarm) as caught:
             call()
         assert caught.value.fields["swarm"] == unknown.hex()
 
 
-def test_swarms_are_bounded(path: Path) -> None:
-    service = BackendService(sqlite_url(path), max_swarms=1)
+def test_swarms_are_bounded(database_url: str) -> None:
+    service = BackendService(database_url, max_swarms=1)
     service.create_swarm(Chain().genesis)
     with pytest.raises(BackendFull):
         service.create_swarm(Chain(operator=identity(8)).genesis)
@@ -263,7 +421,7 @@ def test_newest_hint_of_each_live_member_is_kept(
     clock.now += HINT_LIFE_S + 1
     assert service.hints(chain.swarm_id) == ()
     clock.now -= HINT_LIFE_S
-    service.append_record(chain.swarm_id, chain.remove(P, joined=digest(join)))
+    append(service, chain, chain.remove(P, joined=digest(join)))
     assert service.hints(chain.swarm_id) == ()
 
 
@@ -271,72 +429,3 @@ def test_hint_of_a_stranger_is_refused(service: BackendService, chain: Chain) ->
     hint = sign_hint(Q, swarm_id=chain.swarm_id, addresses=(ADDRESS,), issued_at=NOW)
     with pytest.raises(InvalidRecord, match="no live member"):
         service.put_hint(chain.swarm_id, hint)
-
-
-def test_files_hold_no_token_and_no_secret(
-    service: BackendService, chain: Chain, path: Path
-) -> None:
-    invite = invited(service, chain)
-    service.redeem(chain.swarm_id, invite.auth, chain.join(invite.signing_key, P))
-    stored = b"".join(file.read_bytes() for file in path.parent.iterdir())
-    assert invite.redeem_hash in stored
-    redeem_half = invite.to_text().removeprefix("pp_inv_").split(".")[0]
-    canaries = (
-        invite.auth,
-        invite.signing_key.reveal_seed(),
-        invite.secret.reveal(),
-        invite.secret.to_text().encode(),
-        redeem_half.encode(),
-        P.reveal_seed(),
-        chain.operator.reveal_seed(),
-    )
-    assert not [canary for canary in canaries if canary in stored]
-
-
-def test_database_is_private_durable_and_in_wal_mode(service: BackendService, path: Path) -> None:
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert path.parent.stat().st_mode & 0o777 == 0o700
-    with service._engine.connect() as connection:
-        assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
-        assert connection.scalar(sa.text("PRAGMA synchronous")) == 2
-        assert connection.scalar(sa.text("PRAGMA foreign_keys")) == 1
-
-
-def test_migrations_make_the_tables_that_the_code_uses(path: Path) -> None:
-    engine = open_database(sqlite_url(path))
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
-    engine.dispose()
-
-
-@pytest.mark.parametrize(
-    "url", ["nonsense", "sqlite:////proc/nowhere/backend.db", "other://host/db"]
-)
-def test_unusable_database_is_named_at_the_start(url: str) -> None:
-    with pytest.raises(InvalidConfig) as caught:
-        BackendService(url)
-    assert caught.value.fields["source"]
-
-
-def test_password_of_a_database_url_is_not_shown() -> None:
-    with pytest.raises(InvalidConfig) as caught:
-        BackendService("nothing://user:canary@host/db")
-    assert "canary" not in f"{caught.value} {caught.value.hint}"
-
-
-def test_file_that_is_no_database_is_refused_and_kept(path: Path) -> None:
-    path.parent.mkdir()
-    path.write_bytes(b"not a database" * 100)
-    with pytest.raises(InvalidConfig):
-        BackendService(sqlite_url(path))
-    assert path.read_bytes() == b"not a database" * 100
-
-
-def test_lost_database_gives_a_typed_error(
-    service: BackendService, chain: Chain, path: Path
-) -> None:
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("DROP TABLE hints")
-    with pytest.raises(StorageFailed) as caught:
-        service.hints(chain.swarm_id)
-    assert "hints" in str(caught.value.fields["problem"])
