@@ -54,6 +54,7 @@ PRIVATE_FOLDER = 0o700
 SWARM_SECRET_VARIABLE = "PALS_SWARM_SECRET"  # noqa: S105 # the name of a variable
 INVITE_VARIABLE = "PALS_INVITE"
 API_KEY_VARIABLE = "PALS_API_KEY"
+DATABASE_URL_VARIABLE = "PALS_DATABASE_URL"
 CONFIG_DIR_VARIABLE = "PALS_CONFIG_DIR"
 CACHE_DIR_VARIABLE = "PALS_CACHE_DIR"
 DEBUG_VARIABLE = "PALS_DEBUG"
@@ -522,5 +523,10 @@ def preset_path(preset: str) -> Path:
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Return this process's environment without any ``PALS_*`` secret, plus ``extra``."""
-    secrets = {SWARM_SECRET_VARIABLE, INVITE_VARIABLE, API_KEY_VARIABLE}
+    secrets = {
+        SWARM_SECRET_VARIABLE,
+        INVITE_VARIABLE,
+        API_KEY_VARIABLE,
+        DATABASE_URL_VARIABLE,
+    }
     return {k: v for k, v in os.environ.items() if k not in secrets} | dict(extra)

@@ -63,7 +63,12 @@ def isolated_environment(
     shared_cache: Path,
 ) -> None:
     """Point every folder at a fresh one, and keep the hub and inherited secrets out."""
-    for variable in (config.SWARM_SECRET_VARIABLE, config.INVITE_VARIABLE, config.API_KEY_VARIABLE):
+    for variable in (
+        config.SWARM_SECRET_VARIABLE,
+        config.INVITE_VARIABLE,
+        config.API_KEY_VARIABLE,
+        config.DATABASE_URL_VARIABLE,
+    ):
         monkeypatch.delenv(variable, raising=False)
     # pytest looks at every folder it ever made before it numbers the next.
     fresh = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))

@@ -16,6 +16,7 @@ NO_ROUTE = "none"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _SWARM_ID = re.compile(r"[0-9a-f]{64}")
 _SHOWN_CHARS = 8
+_TYPE = re.compile(r":\w+\}")
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Observed:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         routed = cast("Mapping[str, object]", scope)
         method = str(routed["method"])
-        template = routed.get("path_template") or NO_ROUTE
+        template = _TYPE.sub("}", str(routed.get("path_template") or NO_ROUTE))
         route = f"{method if method in _METHODS else 'other'} {template}"
         self._metrics.observe(transport="http", route=route, status=status, seconds=seconds)
         fields = {"route": route, "status": status, "ms": round(1000 * seconds, 1)}

@@ -50,6 +50,17 @@ def sqlite_url(path: Path) -> str:
     return URL.create(SQLITE, database=str(path)).render_as_string()
 
 
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of a SQLite database, or None for any other URL."""
+    try:
+        parsed = sa.make_url(url)
+    except SQLAlchemyError:
+        return None
+    if parsed.get_backend_name() != SQLITE or not parsed.database:
+        return None
+    return Path(parsed.database)
+
+
 def has_password(url: str) -> bool:
     """Return whether a database URL holds a password, which no command line may show."""
     try:

@@ -1,16 +1,25 @@
-"""`pals backend`: run the membership service."""
+"""`pals backend`: run the membership service, or copy its database."""
 
 from __future__ import annotations
 
+import ipaddress
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pals import config
 from pals.cli import console
+from pals.cli.logs import LogFormat, configure_logs
 from pals.cli.options import ConfigDir, Json
+from pals.errors import InvalidConfig, SecretOnCommandLine
+
+if TYPE_CHECKING:
+    from pals.api.server import Listener
+    from pals.backend.service import BackendService
 
 DATABASE_NAME = "backend.db"
+KEY_NAME = "backend.key"
 
 
 def backend(
@@ -18,12 +27,18 @@ def backend(
     host: str | None = None,
     port: int | None = None,
     data: Path | None = None,
+    database_url: str | None = None,
+    key_file: Path | None = None,
     public_name: str | None = None,
+    trusted_proxy: tuple[str, ...] = (),
+    log_format: LogFormat = "text",
+    backup: Path | None = None,
+    move_to: str | None = None,
     preset: str | None = None,
     config_dir: ConfigDir = None,
     json: Json = False,
 ) -> None:
-    """Run the membership backend until it is interrupted.
+    """Run the membership backend until it is interrupted, or copy its database.
 
     It stores hashes, public keys and signed records, and can add nobody by itself.
 
@@ -31,35 +46,125 @@ def backend(
         host: Address to listen on; the preset's when left out.
         port: Port to listen on, 0 for a free one; the preset's when left out.
         data: SQLite file; `backend.db` in the profile folder when left out.
+        database_url: PostgreSQL instead, `postgresql://USER@HOST/NAME`, or a private file with
+            such a URL. With a password only in the file or in `PALS_DATABASE_URL`.
+        key_file: Key that signs how new the list is, made on the first start; `backend.key`
+            beside the SQLite file or in the profile folder when left out.
         public_name: Also answer under this `Host`, such as `pals.example.org`.
+        trusted_proxy: Address of a proxy whose `X-Forwarded-For` is believed.
+        log_format: How to log on standard error.
+        backup: Write a copy of the database to this file, also while it is in use, and end.
+        move_to: Copy the database into this empty one, a URL or a private file with one, and
+            end. Stop the backend first.
         preset: Name or file of a preset.
         config_dir: Profile folder.
         json: Print one JSON document a line on standard output.
     """
+    profile = config.config_dir(config_dir)
+    file = data or profile / DATABASE_NAME
+    url = _database_url(database_url, file.absolute(), is_given=data is not None)
+    if backup is not None or move_to is not None:
+        _copy(url, backup, move_to, as_json=json)
+        return
     # The HTTP stack takes half a second to import, which no other command should pay.
-    from pals.api.gate import GateSettings
-    from pals.api.membership import build_membership_app
-    from pals.api.server import HttpServer, listen_anywhere
-    from pals.backend.database import sqlite_url
+    from pals.api.server import listen_anywhere
+    from pals.backend.key_file import load_or_create_key
     from pals.backend.service import BackendService
-    from pals.cli.interrupt import exiting_on_termination
 
     settings = config.load_settings(preset).backend
-    file = data or config.config_dir(config_dir) / DATABASE_NAME
+    proxies = frozenset(_address(proxy) for proxy in trusted_proxy)
     listener = listen_anywhere(
         settings.host if host is None else host, settings.port if port is None else port
     )
+    folder = file.parent if url.startswith("sqlite") else profile
+    signer = load_or_create_key((key_file or folder / KEY_NAME).absolute())
+    configure_logs(log_format)
+    with closing(BackendService(url, signer=signer)) as service:
+        _serve(service, listener, public_name, proxies, as_json=json)
+
+
+def _serve(
+    service: BackendService,
+    listener: Listener,
+    public_name: str | None,
+    proxies: frozenset[str],
+    *,
+    as_json: bool,
+) -> None:
+    from pals.api.gate import GateSettings
+    from pals.api.membership import build_membership_app
+    from pals.api.server import HttpServer
+    from pals.cli.interrupt import exiting_on_termination
+
     gate = GateSettings.for_bind(listener.host, listener.port)
     if public_name is not None:
         gate = replace(gate, hosts=gate.hosts | {public_name.lower()})
-    service = BackendService(sqlite_url(file.absolute()))
 
     def announce_ready(url: str) -> None:
-        if json:
+        if as_json:
             console.json({"schema": 1, "event": "ready", "url": url})
         else:
             console.out(f"listening on {url}")
 
-    with exiting_on_termination(), closing(service):
-        app = build_membership_app(service, gate=gate)
+    with exiting_on_termination():
+        app = build_membership_app(service, gate=gate, proxies=proxies)
         HttpServer(app, listener, on_ready=announce_ready).run()
+
+
+def _copy(url: str, backup: Path | None, move_to: str | None, *, as_json: bool) -> None:
+    from pals.backend.transfer import back_up, move
+
+    if backup is not None and move_to is not None:
+        raise InvalidConfig(
+            source="`--backup` and `--move-to`", problem="they exclude each other", advice="use one"
+        )
+    if backup is not None:
+        copied, target = back_up(url, backup.absolute()), str(backup)
+    else:
+        assert move_to is not None
+        copied, target = move(url, _url_in(move_to, "--move-to", "PGPASSWORD")), "the new database"
+    if as_json:
+        console.json({"schema": 1, "swarms": copied.swarms, "records": copied.entries})
+    else:
+        console.out(f"copied {copied.swarms} swarms with {copied.entries} records to {target}")
+
+
+def _database_url(option: str | None, file: Path, *, is_given: bool) -> str:
+    from pals.backend.database import sqlite_url
+
+    variable = config.take_environment(config.DATABASE_URL_VARIABLE)
+    if is_given and option is not None:
+        raise InvalidConfig(
+            source="`--data` and `--database-url`",
+            problem="both say where the database is",
+            advice="use one",
+        )
+    if option is not None:
+        return _url_in(option, "--database-url", config.DATABASE_URL_VARIABLE)
+    return sqlite_url(file) if is_given or variable is None else variable
+
+
+def _url_in(text: str, option: str, variable: str) -> str:
+    """Return a URL without a password, or the one in a private file.
+
+    Raises:
+        SecretOnCommandLine: The URL has a password, which other users can read.
+    """
+    from pals.backend.database import has_password
+
+    if "://" not in text:
+        return config.read_private(Path(text)).decode(errors="replace").strip()
+    if has_password(text):
+        raise SecretOnCommandLine(name=f"the password in `{option}`", variable=variable)
+    return text
+
+
+def _address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise InvalidConfig(
+            source=f"the proxy `{text}`",
+            problem="it is not an address",
+            advice="give its IP address, such as `127.0.0.1`",
+        ) from error

@@ -25,6 +25,7 @@ SECRET_VARIABLES = (
     config.SWARM_SECRET_VARIABLE,
     config.INVITE_VARIABLE,
     config.API_KEY_VARIABLE,
+    config.DATABASE_URL_VARIABLE,
 )
 
 

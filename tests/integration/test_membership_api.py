@@ -248,3 +248,36 @@ def test_failing_database_is_a_503_without_details(
     response = http.get(f"/v1/swarms/{chain.swarm_id.hex()}/records")
     assert code(response) == (500, "PALS-INTERNAL")
     assert b"division" not in response.content
+
+
+def test_metrics_and_log_tell_what_happens_but_not_to_whom(
+    http: httpx.Client, chain: Chain, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="pals")
+    invite, swarm = chain.invite(), chain.swarm_id.hex()
+    join = chain.join(invite.signing_key, P)
+    body = {"auth": b64(invite.auth), "join": b64(join)}
+    http.post(f"/v1/swarms/{swarm}/redeem?canary=query", json=body)
+    http.get(f"/v1/swarms/{swarm}/records?token=canary")
+    http.get("/v1/canary")
+    http.get("/healthz", headers={"host": "evil.example"})
+    http.request("CANARY", "/healthz")
+    metrics = http.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    counted = [line for line in metrics.text.splitlines() if "_count{" in line]
+    labels = {line.partition("{")[2].rpartition("}")[0] for line in counted}
+    assert labels == {
+        f'route="{route}",status="{status}",transport="http"'
+        for route, status in (
+            ("POST /v1/swarms/{swarm}/redeem", 403),
+            ("GET /v1/swarms/{swarm}/records", 200),
+            ("GET none", 404),
+            ("GET none", 421),
+            ("other none", 405),
+        )
+    }
+    requests = [getattr(record, "fields", {}) for record in caplog.records]
+    shown = {fields.get("swarm") for fields in requests}
+    assert shown == {swarm[:8], None}
+    everything = f"{metrics.text} {caplog.text} {requests}"
+    assert not [canary for canary in ("canary", "evil", swarm, P.peer_id) if canary in everything]

@@ -1,0 +1,34 @@
+"""The property test of membership: a few games in every run, many in `make slow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pals.backend.database import sqlite_url
+from tests.postgres import PostgresServer
+from tests.unit.backend.crashing import Abandoned, ServerKilled
+from tests.unit.backend.membership_machine import play
+
+
+def test_membership_holds_whatever_happens_when(path: Path) -> None:
+    backend = Abandoned(sqlite_url(path))
+    play(backend, games=6, steps=20)
+    backend.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_membership_holds_in_many_games(database_url: str) -> None:
+    backend = Abandoned(database_url)
+    play(backend, games=50, steps=30)
+    backend.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_membership_holds_while_postgres_is_killed(postgres: PostgresServer) -> None:
+    backend = ServerKilled(postgres)
+    play(backend, games=15, steps=25)
+    backend.close()
