@@ -77,10 +77,11 @@ def backend(
         settings.host if host is None else host, settings.port if port is None else port
     )
     folder = file.parent if url.startswith("sqlite") else profile
-    signer = load_or_create_key((key_file or folder / KEY_NAME).absolute())
-    configure_logs(log_format)
-    with closing(BackendService(url, signer=signer)) as service:
-        _serve(service, listener, public_name, proxies, as_json=json)
+    with listener.socket:
+        signer = load_or_create_key((key_file or folder / KEY_NAME).absolute())
+        configure_logs(log_format)
+        with closing(BackendService(url, signer=signer)) as service:
+            _serve(service, listener, public_name, proxies, as_json=json)
 
 
 def _serve(
