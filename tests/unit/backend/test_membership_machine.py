@@ -14,7 +14,7 @@ from tests.unit.backend.membership_machine import play
 
 def test_membership_holds_whatever_happens_when(path: Path) -> None:
     backend = Abandoned(sqlite_url(path))
-    play(backend, games=4, steps=20)
+    play(backend, games=3, steps=25)
     backend.close()
 
 

@@ -224,6 +224,23 @@ def test_backend_stores_nothing_that_members_would_refuse(
     assert service.entries(chain.swarm_id) == before
 
 
+def test_failed_commit_leaves_nothing_behind(service: BackendService, chain: Chain) -> None:
+    invite = invited(service, chain)
+    before, join = service.entries(chain.swarm_id), chain.join(invite.signing_key, P)
+
+    def fail(_: object) -> None:
+        raise sa.exc.OperationalError("COMMIT", None, OSError("disk full"))
+
+    sa.event.listen(service._engine, "commit", fail)
+    with pytest.raises(StorageFailed):
+        service.redeem(chain.swarm_id, invite.auth, join)
+    sa.event.remove(service._engine, "commit", fail)
+    assert service.entries(chain.swarm_id) == before
+    service.redeem(chain.swarm_id, invite.auth, join)
+    assert uses(service) == [1]
+    assert P.peer_id in members(service, chain)
+
+
 def test_same_statements_run_whatever_is_wrong_with_an_invite(
     service: BackendService, chain: Chain, clock: Clock
 ) -> None:
