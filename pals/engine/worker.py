@@ -23,6 +23,7 @@ from pals.types import EngineLimits, Sampling
 _log = logging.getLogger(__name__)
 
 _NOT_SAMPLED = Sampling()
+_NOTHING: npt.NDArray[np.generic] = np.empty(0, np.int32)
 
 
 class StepRunner(Protocol):
@@ -55,7 +56,8 @@ class StepResult:
 
     Attributes:
         items: The rows that ran together.
-        outputs: One array for each item: ``[T, D]``, or at the tail ``int32[0 or 1]``.
+        outputs: What came out, item after item: ``[sum(T), D]``, or at the tail
+            ``int32[n]``, an id for each item that samples.
         free_s: When the thread had nothing to do before it, seconds of `time.perf_counter`.
         started_s: When the step began.
         finished_s: When its outputs were on the host.
@@ -63,7 +65,7 @@ class StepResult:
     """
 
     items: list[WorkItem]
-    outputs: list[npt.NDArray[np.generic]]
+    outputs: npt.NDArray[np.generic]
     free_s: float
     started_s: float
     finished_s: float
@@ -155,10 +157,10 @@ class ComputeThread:
 
     def _try_step(self, items: list[WorkItem]) -> StepResult:
         started_s = time.perf_counter()
-        outputs: list[npt.NDArray[np.generic]] = []
+        outputs = _NOTHING
         error: Exception | None = None
         try:
-            outputs = self._decode(items) if items[0].is_decode else [self._prefill(items[0])]
+            outputs = self._decode(items) if items[0].is_decode else self._prefill(items[0])
         except PalsError as refused:
             error = refused
         except Exception as failure:  # one bad step must not end every other session
@@ -178,14 +180,13 @@ class ComputeThread:
             slot=item.slot, position=item.position, inputs=item.inputs, sampling=item.sampling
         )
 
-    def _decode(self, items: list[WorkItem]) -> list[npt.NDArray[np.generic]]:
+    def _decode(self, items: list[WorkItem]) -> npt.NDArray[np.generic]:
         inputs = items[0].inputs
         if len(items) > 1:
             inputs = np.concatenate([item.inputs for item in items])
-        outputs = self._shard.decode(
+        return self._shard.decode(
             slots=[item.slot for item in items],
             positions=[item.position for item in items],
             inputs=inputs,
             samplings=[item.sampling or _NOT_SAMPLED for item in items],
         )
-        return [outputs[i : i + 1] for i in range(len(items))]

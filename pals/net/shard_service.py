@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,25 +39,20 @@ from pals.net.control import (
     Opened,
     Refused,
     StatsRequest,
-    encode_control,
     session_of,
 )
 from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
 from pals.net.links import Arrival, Links
+from pals.net.outbound import Outbound, Tokens
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.timings import StepTimings
 from pals.net.wire import (
     CONTROL_SHAPE,
-    FLAG_LAST,
-    NO_ROWS,
     NUMPY_DTYPES,
     FrameShape,
     Kind,
     Lane,
-    Outgoing,
     Row,
-    Rows,
-    buffer_of,
     hidden_shape,
     sampled_shape,
     tokens_shape,
@@ -106,6 +100,7 @@ class ShardService:
         self, links: Links, table: SessionTable, model: ModelShape, nursery: trio.Nursery
     ) -> None:
         self._links = links
+        self._outbound = Outbound(links, self._on_unsent)
         self._table = table
         self._model = model
         self._nursery = nursery
@@ -277,14 +272,16 @@ class ShardService:
         self._forget(session)
         self._report(session, error.code, str(error), lost=lost)
 
+    def _on_unsent(self, session: ShardSession, error: PalsError, peer: PeerId) -> None:
+        self._fail(session, error, lost=peer)
+
     def _report(self, session: ShardSession, code: str, problem: str, *, lost: str = "") -> None:
         message = Failed(session=session.session, code=code, problem=problem[:512], peer=lost)
         self._send_control(session.driver, message)
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
         try:
-            outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
-            self._links.send(peer, Lane.CONTROL, outgoing)
+            self._outbound.send_control(peer, message)
         except PalsError as error:  # whoever asked is gone, and its sessions with it
             _log.debug("no answer to %s: %s", short_id(peer), error)
 
@@ -308,7 +305,9 @@ class ShardService:
         flow.acknowledge(min(message.position, sent))
         self._submit(session, flow.release())
         if (held := flow.release_token()) is not None:
-            self._send_to_heads([(session, *held)])
+            to_head = Tokens()
+            to_head.add(PeerId(session.head.peer), session, *held)
+            self._outbound.send_tokens(self._to_head, to_head)
 
     def _note_chunk(self, session: ShardSession, item: WorkItem) -> None:
         """Tell the shard before this one what of a prompt is computed, where it may wait."""
@@ -434,7 +433,8 @@ class ShardService:
         if self._is_tail:
             self._send_samples(result)
         else:
-            self._send_hidden(result)
+            sessions = [self._find(item) for item in result.items]
+            self._outbound.send_hidden(self._output, result, sessions)
         self._note_chunks(result)
 
     def _note_chunks(self, result: StepResult) -> None:
@@ -465,68 +465,29 @@ class ShardService:
         session = item.session
         return session if self._table.get(session.session) is session else None
 
-    def _send_hidden(self, result: StepResult) -> None:
-        lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
-        for item, output in zip(result.items, result.outputs, strict=True):
-            session = self._find(item)
-            if session is not None and session.downstream is not None:
-                row = Row(session.session, item.position, len(output))
-                batches[PeerId(session.downstream.peer)].append((session, row, buffer_of(output)))
-        for peer, parts in batches.items():
-            self._send_rows(peer, lane, self._output, parts)
-
     def _send_samples(self, result: StepResult) -> None:
         """Send each sampled token to its driver and, unless it is the last, to the head.
 
         A driver that lags a window behind gets its token; the head gets it once that driver
         has caught up.
         """
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
-        to_heads: list[tuple[ShardSession, int, int]] = []
-        for item, output in zip(result.items, result.outputs, strict=True):
+        tokens: list[int] = result.outputs.tolist()
+        if not tokens:
+            return  # a chunk that is not its prompt's last
+        to_heads, to_drivers = Tokens(), Tokens()
+        for item, token in zip(result.items, tokens, strict=True):
             session = self._find(item)
-            if session is None or not len(output):
+            if session is None:
                 continue
-            token = int(output[0])
             is_last = self._table.take_sample(session, token)
             position = item.position + len(item.inputs)
             flow = self._flows[session]
             if not is_last and flow.has_room(position):
-                to_heads.append((session, position, token))
+                to_heads.add(PeerId(session.head.peer), session, position, token)
             elif not is_last:
                 flow.held_token = position, token
                 self._timings.note_pause(session.session)
-            row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
-            batches[session.driver].append((session, row, _token_bytes(token)))
-        self._send_to_heads(to_heads)  # the ring first: the driver only listens
-        for peer, parts in batches.items():
-            self._send_rows(peer, Lane.DECODE, self._output, parts)
-
-    def _send_to_heads(self, tokens: Iterable[tuple[ShardSession, int, int]]) -> None:
-        """Send sampled tokens, each with its position, on to the next turn of the ring."""
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
-        for session, position, token in tokens:
-            row = Row(session.session, position, 1)
-            batches[PeerId(session.head.peer)].append((session, row, _token_bytes(token)))
-        for peer, parts in batches.items():
-            self._send_rows(peer, Lane.DECODE, self._to_head, parts)
-
-    def _send_rows(
-        self,
-        peer: PeerId,
-        lane: Lane,
-        shape: FrameShape,
-        parts: list[tuple[ShardSession, Row, memoryview]],
-    ) -> None:
-        rows = Rows.of(*(row for _, row, _ in parts))
-        payload = tuple(data for _, _, data in parts)
-        try:
-            self._links.send(peer, lane, Outgoing(shape, rows, payload))
-        except PalsError as error:
-            for session, _, _ in parts:
-                self._fail(session, error, lost=peer)
-
-
-def _token_bytes(token: int) -> memoryview:
-    return memoryview(token.to_bytes(4, "little", signed=True))
+            to_drivers.add(session.driver, session, position, token, last=is_last)
+        # The ring first: the driver only listens.
+        self._outbound.send_tokens(self._to_head, to_heads)
+        self._outbound.send_tokens(self._output, to_drivers)

@@ -74,7 +74,7 @@ class Bench:
 
     def finish(self, item: WorkItem) -> None:
         token = np.array([7], np.int32)
-        step = StepResult(items=[item], outputs=[token], free_s=0.0, started_s=1.0, finished_s=2.0)
+        step = StepResult(items=[item], outputs=token, free_s=0.0, started_s=1.0, finished_s=2.0)
         self.service.on_step(step)
 
 
@@ -155,7 +155,12 @@ async def test_step_that_fails_ends_all_sessions_and_one_that_is_refused_its_own
             items.append(bench.send_prompt(session))
         bench.service.on_step(
             StepResult(
-                items=items[:1], outputs=[], free_s=0.0, started_s=1.0, finished_s=2.0, error=error
+                items=items[:1],
+                outputs=np.empty(0, np.int32),
+                free_s=0.0,
+                started_s=1.0,
+                finished_s=2.0,
+                error=error,
             )
         )
     failed = [message for message in bench.links.control() if isinstance(message, Failed)]

@@ -134,7 +134,7 @@ class _SteppedCompute:
                 await self._changed.wait()
                 continue
             await trio.sleep(self._seconds(items))
-            outputs = [self._output_of(item) for item in items]
+            outputs = np.concatenate([self._output_of(item) for item in items])
             deliver(StepResult(items=items, outputs=outputs, free_s=0, started_s=0, finished_s=0))
 
     def _output_of(self, item: WorkItem) -> np.ndarray:
