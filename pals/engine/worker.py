@@ -91,7 +91,11 @@ class ComputeThread:
         self._shard = shard
         self._deliver = deliver
         self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=max_queued_bytes)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Held but while it wakes the thread: a condition would cost some more of each step.
+        self._work = threading.Lock()
+        self._work.acquire()
+        self._is_idle = False
         self._closing = False
         self._running: list[WorkItem] = []
         self._free_s = time.perf_counter()
@@ -106,27 +110,26 @@ class ComputeThread:
         Raises:
             QueueFull: They do not fit; those before the first that does not are queued.
         """
-        with self._changed:
-            try:
+        try:
+            with self._lock:
                 for item in items:
                     self._scheduler.add(item)
-            finally:
-                self._changed.notify()
+        finally:
+            self._wake()
 
     def drop(self, session: Hashable) -> None:
         """Forget the waiting rows of a session; the step that runs now is not touched.
 
         Call it before the session's slot is given to another.
         """
-        with self._changed:
+        with self._lock:
             self._scheduler.drop(session)
             self._running = [item for item in self._running if item.session != session]
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step it is in, waiting at most ``timeout_s``."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._closing = True
+        self._wake()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -136,13 +139,22 @@ class ComputeThread:
             self._free_s = time.perf_counter()
 
     def _wait_for_step(self) -> list[WorkItem] | None:
-        with self._changed:
-            while not self._closing:
+        while True:
+            with self._lock:
+                if self._closing:
+                    return None
                 if step := self._scheduler.next_step():
                     self._running = list(step)
                     return step
-                self._changed.wait()
-        return None
+                self._is_idle = True
+            self._work.acquire()
+
+    def _wake(self) -> None:
+        """Let the thread look, if it waits for something to do."""
+        with self._lock:
+            was_idle, self._is_idle = self._is_idle, False
+        if was_idle:
+            self._work.release()
 
     def _run_step(self, items: list[WorkItem]) -> list[StepResult]:
         """Run a step; a batch that is refused is run row by row to find whose fault it is."""
@@ -152,7 +164,7 @@ class ComputeThread:
         return [result]
 
     def _is_wanted(self, item: WorkItem) -> bool:
-        with self._changed:
+        with self._lock:
             return any(item is running for running in self._running)
 
     def _try_step(self, items: list[WorkItem]) -> StepResult:

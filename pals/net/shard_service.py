@@ -428,20 +428,16 @@ class ShardService:
         if result.error is not None:
             self._fail_step(result.items, result.error)
             return
-        if result.items[0].is_decode:
+        is_decode = result.items[0].is_decode
+        if is_decode:
             self._timings.note_step(result, time.perf_counter())
         if self._is_tail:
             self._send_samples(result)
         else:
             sessions = [self._find(item) for item in result.items]
             self._outbound.send_hidden(self._output, result, sessions)
-        self._note_chunks(result)
-
-    def _note_chunks(self, result: StepResult) -> None:
-        for item in result.items:
-            session = None if item.is_decode else self._find(item)
-            if session is not None:
-                self._note_chunk(session, item)
+        if not is_decode and (session := self._find(result.items[0])) is not None:
+            self._note_chunk(session, result.items[0])
 
     def _fail_step(self, items: Iterable[WorkItem], error: Exception) -> None:
         """End the sessions of a refused step, and all when it failed: the cache is gone."""
