@@ -191,10 +191,9 @@ class Links:
             with trio.fail_after(HANDSHAKE_DEADLINE_S):
                 if peer not in self._host.connected_peers():
                     await self._host.connect(peer, addresses)
-                streams[Lane.CONTROL] = await self._host.open_stream(peer, LINK_PROTOCOL)
+                await self._open_streams(peer, streams)
                 keys = await self._shake_hands("initiator", streams[Lane.CONTROL])
                 for lane in (Lane.DECODE, Lane.PREFILL):
-                    streams[lane] = await self._host.open_stream(peer, LANE_PROTOCOL)
                     await streams[lane].write(keys.address.link + bytes([lane]))
         except BaseException as error:
             await _reset_all(streams.values())
@@ -205,6 +204,24 @@ class Links:
         live = self._add(keys)
         for lane, stream in streams.items():
             self._nursery.start_soon(self._run_lane, live, lane, stream)
+
+    async def _open_streams(self, peer: PeerId, streams: dict[Lane, Stream]) -> None:
+        """Open a stream for each lane, all in the same round trip, into ``streams``."""
+        errors: list[PalsError] = []
+
+        async def open_stream(lane: Lane, protocol: str) -> None:
+            try:
+                streams[lane] = await self._host.open_stream(peer, protocol)
+            except PalsError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_stream, Lane.CONTROL, LINK_PROTOCOL)
+            for lane in (Lane.DECODE, Lane.PREFILL):
+                nursery.start_soon(open_stream, lane, LANE_PROTOCOL)
+        if errors:
+            raise errors[0]
 
     async def _serve_link(self, stream: Stream) -> None:
         if not self._may_link(stream.peer_id):
