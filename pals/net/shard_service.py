@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ from pals.net.control import (
     StatsRequest,
     session_of,
 )
+from pals.net.early import EarlyRows
 from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
 from pals.net.links import Arrival, Links
 from pals.net.outbound import Outbound, Tokens
@@ -93,6 +95,15 @@ class ModelShape:
         return self.input_of(stop)
 
 
+class _Came(NamedTuple):
+    """A received row: its inputs, when its frame came, and what opening that took."""
+
+    row: Row
+    inputs: npt.NDArray[np.generic]
+    arrived_s: float
+    codec_s: float
+
+
 class ShardService:
     """One shard as the network sees it."""
 
@@ -112,6 +123,7 @@ class ShardService:
         self._timings = StepTimings()
         self._flows: dict[ShardSession, SessionFlow[WorkItem]] = {}
         self._openings: dict[ShardSession, trio.CancelScope] = {}
+        self._early: EarlyRows[_Came] = EarlyRows()
         self._is_draining = False
         self._idle = trio.Event()
 
@@ -143,6 +155,7 @@ class ShardService:
         """End sessions without traffic, until cancelled."""
         while True:
             await trio.sleep(EXPIRY_INTERVAL_S)
+            self._early.expire(trio.current_time())
             for session in self._table.remove_idle(trio.current_time()):
                 self._forget(session)
                 self._report(session, "PALS-SESSION-IDLE", f"idle for {self._table.idle_s} s")
@@ -188,6 +201,7 @@ class ShardService:
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         """Fail the sessions that cannot go on without ``peer``."""
+        self._early.forget_peer(peer)
         for session in self._table.remove_peer(peer):
             self._forget(session)
             text = f"lost peer {short_id(peer)}: {problem}"
@@ -206,9 +220,18 @@ class ShardService:
         except PalsError as error:
             self._refuse(driver, SessionId(message.session), error)
             return
+        early = self._early.take(session.upstream, session.session)
+        if early is None:
+            self._table.remove(session)
+            problem = "its prompt came too long before it, or with too many others"
+            refusal = SessionRefused(peer=self._table.local, problem=problem)
+            self._refuse(driver, session.session, refusal)
+            return
         self._flows[session] = self._build_flow(session)
         self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
+        for came in early:
+            self._take_row(session.upstream, Lane.PREFILL, came)
 
     def _admit_session(self, driver: PeerId, message: Open) -> ShardSession:
         """Take a session, for which one of a driver that has more than its share may end."""
@@ -227,7 +250,10 @@ class ShardService:
         return next((peer for peer in hops if not self._links.is_member(peer)), None)
 
     async def _link_onward(self, session: ShardSession) -> None:
-        """Link with the hop that rows go to, then say that the session is open."""
+        """Link with the hop that rows go to, then let rows go there and say so.
+
+        The prompt may be here before; what it makes waits for the link in its window.
+        """
         onward: Hop = session.downstream or session.head
         scope = self._openings.get(session)
         if scope is None:
@@ -242,12 +268,15 @@ class ShardService:
                 return
             if self._openings.pop(session, None) is None:
                 return  # ended while the link came up, too late for the scope to say so
+            self._flows[session].is_linked = True
+            self._go_on(session)
             self._send_control(session.driver, Opened(session=session.session))
 
     def _refuse(
         self, driver: PeerId, session: SessionId, error: PalsError, *, unreachable: str = ""
     ) -> None:
         problem = str(error)[:512]
+        self._early.note_over(session)
         refusal = Refused(session=session, code=error.code, problem=problem, peer=unreachable)
         self._send_control(driver, refusal)
 
@@ -260,6 +289,7 @@ class ShardService:
         """Drop what waits for a session whose slot is free again."""
         assert self._compute is not None
         self._compute.drop(session)
+        self._early.note_over(session.session)
         if (scope := self._openings.pop(session, None)) is not None:
             scope.cancel()
         self._flows.pop(session, None)
@@ -303,6 +333,11 @@ class ShardService:
         flow = self._flows[session]
         sent = session.prompt_tokens + session.sampled_tokens
         flow.acknowledge(min(message.position, sent))
+        self._go_on(session)
+
+    def _go_on(self, session: ShardSession) -> None:
+        """Take up what waited, now that there may be room for what it makes."""
+        flow = self._flows[session]
         self._submit(session, flow.release())
         if (held := flow.release_token()) is not None:
             to_head = Tokens()
@@ -327,14 +362,28 @@ class ShardService:
         inputs = values if frame.shape.width == 1 else values.reshape(-1, frame.shape.width)
         offset = 0
         for row in frame.rows:
-            session = self._take_row(peer, frame.lane, row)
             part = inputs[offset : offset + row.num_tokens]
-            if session is not None and self._is_sound(peer, session, row, part):
-                items = self._build_items(session, frame.lane, row, part, arrival)
-                self._submit(session, self._admit(session, frame.lane, items))
             offset += row.num_tokens
+            came = _Came(row, part, arrival.arrived_s, arrival.codec_s)
+            if frame.lane is Lane.PREFILL and self._table.get(row.session) is None:
+                self._take_early(peer, came)
+            else:
+                self._take_row(peer, frame.lane, came)
 
-    def _take_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
+    def _take_early(self, peer: PeerId, came: _Came) -> None:
+        """Keep a row whose `Open` may be on its way; one of a session that ended is late."""
+        session, inputs = came.row.session, came.inputs
+        if not self._early.is_over(session):
+            kept = came._replace(inputs=inputs.copy())  # the rest of its frame need not wait
+            self._early.keep(peer, session, kept, inputs.nbytes, trio.current_time())
+
+    def _take_row(self, peer: PeerId, lane: Lane, came: _Came) -> None:
+        session = self._admit_row(peer, lane, came.row)
+        if session is not None and self._is_sound(peer, session, came):
+            items = self._build_items(session, lane, came)
+            self._submit(session, self._admit_items(session, lane, items))
+
+    def _admit_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
         """Return the session that takes a row, having ended one that it does not fit.
 
         The link stays, for it carries other sessions, and ``peer`` need not be at fault: a
@@ -353,14 +402,12 @@ class ShardService:
             return None
         return session
 
-    def _is_sound(
-        self, peer: PeerId, session: ShardSession, row: Row, inputs: npt.NDArray[np.generic]
-    ) -> bool:
+    def _is_sound(self, peer: PeerId, session: ShardSession, came: _Came) -> bool:
         """Return whether a row can be computed on; if not, its session has ended."""
         if self._input.kind is not Kind.HIDDEN:
             return True
         try:
-            check_states(peer, inputs, position=row.position)
+            check_states(peer, came.inputs, position=came.row.position)
         except InvalidActivation as error:
             _log.warning("%s", error)
             self._fail(session, error, lost=peer)
@@ -373,7 +420,9 @@ class ShardService:
             problem = f"a prompt more than {flow.inbound.window} tokens ahead"
             raise InvalidFrame(peer=peer, problem=problem)
 
-    def _admit(self, session: ShardSession, lane: Lane, items: list[WorkItem]) -> list[WorkItem]:
+    def _admit_items(
+        self, session: ShardSession, lane: Lane, items: list[WorkItem]
+    ) -> list[WorkItem]:
         """Return those of ``items`` that may run; chunks whose output has no room wait."""
         if lane is Lane.DECODE or self._is_tail:
             return items
@@ -390,17 +439,11 @@ class ShardService:
         except PalsError as error:
             self._fail(session, error)
 
-    def _build_items(
-        self,
-        session: ShardSession,
-        lane: Lane,
-        row: Row,
-        inputs: npt.NDArray[np.generic],
-        arrival: Arrival,
-    ) -> list[WorkItem]:
+    def _build_items(self, session: ShardSession, lane: Lane, came: _Came) -> list[WorkItem]:
         """Cut a row into steps of at most the chunk that this shard compiled for."""
+        row, inputs, arrived_s, codec_s = came
         if lane is Lane.DECODE:
-            self._timings.note_arrival(session.session, arrival.arrived_s)
+            self._timings.note_arrival(session.session, arrived_s)
         chunk = self._table.limits.max_chunk_tokens
         items: list[WorkItem] = []
         for start in range(0, row.num_tokens, chunk):
@@ -415,8 +458,8 @@ class ShardService:
                     inputs=part,
                     sampling=session.sampling if samples else None,
                     is_decode=lane is Lane.DECODE,
-                    arrived_s=arrival.arrived_s,
-                    codec_s=arrival.codec_s,
+                    arrived_s=arrived_s,
+                    codec_s=codec_s,
                 )
             )
         return items
