@@ -81,6 +81,10 @@ class ChainOpener:
     async def try_chain(self, attempt: Attempt) -> None:
         """Open a session on a chain and give it prompt and answer so far.
 
+        A new session's prompt goes out right behind the `Open` messages, which saves a round
+        trip. One that goes on waits for the answers, since it may ask for many chains: each
+        that does not hold would have computed some of the prompt for nothing.
+
         An older attempt of the session goes on meanwhile; once the new chain is asked, the
         tokens of the old one are held until it is known which of the two goes on.
 
@@ -96,13 +100,19 @@ class ChainOpener:
             QueueFull: A shard reads too slowly.
         """
         session = attempt.owner
+        is_new = session.current is None
         self._attempts[attempt.session] = attempt
         try:
             await self._link_all(attempt)
-            if session.current is not None:
+            if not is_new:
                 session.held = []
-            await self._open(attempt, session.build_open(attempt))
-            self._send_prompt(attempt, session.history())
+            self._ask_all(attempt, session.build_open(attempt))
+            if is_new:
+                self._send_prompt(attempt, session.history())
+            await self._wait_for_answers(attempt)
+            attempt.check()
+            if not is_new:
+                self._send_prompt(attempt, session.history())
         except BaseException:
             self.drop(attempt)
             session.release_held(trio.current_time())
@@ -149,19 +159,16 @@ class ChainOpener:
         if errors:
             raise errors[0]
 
-    async def _open(self, attempt: Attempt, message: Open) -> None:
-        """Return when every shard keeps a slot and can reach the next."""
+    def _ask_all(self, attempt: Attempt, message: Open) -> None:
         for peer in attempt.peers:
             try:
                 send_control(self._links, peer, message)
             except PalsError:
                 self.blame(attempt, peer)
                 raise
-        await self._wait_for_answers(attempt)
-        if attempt.error is not None:
-            raise attempt.error
 
     async def _wait_for_answers(self, attempt: Attempt) -> None:
+        """Return when every shard keeps a slot and can reach the next, or one does not."""
         deadline = trio.current_time() + OPEN_DEADLINE_S
         while not attempt.answered.is_set():
             with trio.move_on_after(OPEN_SUSPICION_S):
@@ -180,6 +187,7 @@ class ChainOpener:
     def _send_prompt(self, attempt: Attempt, prompt: tuple[int, ...]) -> None:
         """Send all tokens that the chain has to compute before its first one."""
         attempt.next_position = len(prompt)
+        attempt.prompted_at = trio.current_time()
         attempt.acks = AckPolicy(self._window, len(prompt), len(prompt))
         head = attempt.chain.head.peer
         for start in range(0, len(prompt), MAX_ROW_TOKENS):

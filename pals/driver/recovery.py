@@ -103,15 +103,22 @@ class StepClock:
 
     @classmethod
     def start(
-        cls, *, limit_s: float, pace: PrefillPace, step_ms: float, prompt_tokens: int, now: float
+        cls,
+        *,
+        limit_s: float,
+        pace: PrefillPace,
+        step_ms: float,
+        prompt_tokens: int,
+        sent: float,
+        now: float,
     ) -> StepClock:
-        """Return the clock of a prompt that is sent now."""
+        """Return the clock of a prompt that was ``sent`` and whose shards have all answered."""
         return cls(
             limit_s=limit_s,
             pace=pace,
             step_s=step_ms / 1000,
             prompt_tokens=prompt_tokens,
-            last=now,
+            last=sent,
             asked=now,
         )
 

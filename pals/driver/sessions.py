@@ -122,9 +122,7 @@ class SessionClient:
 
     def close(self, session: ClientSession) -> None:
         """Free the session on every shard; may be called twice."""
-        session.ended = True
-        session.scope.cancel()
-        self._opener.drop_all(session)
+        self._supervisor.end(session)
 
     async def report(self) -> list[HopReport]:
         """Ask the shards of the last used chain how long their steps take."""
@@ -173,17 +171,9 @@ class SessionClient:
             problem = f"a token for position {row.position}, expected {attempt.next_position}"
             raise InvalidFrame(peer=peer, problem=problem)
         attempt.next_position += 1
-        session = attempt.owner
-        assert session.clock is not None
-        if session.silent or not session.clock.has_token:
-            self._routes.mark_good(attempt.peers)
-        is_end = attempt.next_position == session.context_tokens
+        is_end = attempt.next_position == attempt.owner.context_tokens
         last = bool(row.flags & FLAG_LAST) or is_end
-        session.take_token(token, last=last, now=trio.current_time())
-        if last:
-            self.close(session)
-        else:
-            self._opener.acknowledge(attempt)
+        self._supervisor.take_token(attempt, token, last=last)
 
     def needs(self, peer: PeerId) -> bool:
         """Return whether a session is open that goes by way of ``peer``."""

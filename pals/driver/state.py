@@ -67,6 +67,9 @@ class Attempt:
         broken_link: A shard and the neighbour that it says it lost.
         leaving: Shards that are about to stop.
         acks: When the tail is told what was taken; None before it has the prompt.
+        prompted_at: When it was given the prompt.
+        early: Tokens that came before the driver knew that every shard holds, and whether
+            each is the last; they wait for that. The tail is told of none, and stops soon.
     """
 
     chain: Chain
@@ -80,6 +83,8 @@ class Attempt:
     broken_link: tuple[PeerId, PeerId] | None = None
     leaving: set[PeerId] = field(default_factory=set[PeerId])
     acks: AckPolicy | None = None
+    prompted_at: float = 0.0
+    early: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])
 
     def __post_init__(self) -> None:
         self.unanswered = set(self.peers)
@@ -97,6 +102,11 @@ class Attempt:
         self.unanswered.discard(peer)
         if not self.unanswered:
             self.answered.set()
+
+    def check(self) -> None:
+        """Raise the `PalsError` that it is over for, if it is."""
+        if self.error is not None:
+            raise self.error
 
     def fail(self, error: PalsError) -> None:
         """End it, for the first reason that comes."""

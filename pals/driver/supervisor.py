@@ -95,6 +95,30 @@ class Supervisor:
                 _log.exception("session %s failed", short_id(session.attempt.session))
                 self._fail(session, PalsError())
 
+    def end(self, session: ClientSession) -> None:
+        """Free a session on every shard; may be called twice."""
+        session.ended = True
+        session.scope.cancel()
+        self._opener.drop_all(session)
+
+    def take_token(self, attempt: Attempt, token: int, *, last: bool) -> None:
+        """Give a session its next token, once its attempt is the one that makes them.
+
+        The first ones may be here before the last shard's answer, which alone they wait for.
+        """
+        session = attempt.owner
+        if attempt is not session.current:
+            attempt.early.append((token, last))
+            return
+        assert session.clock is not None
+        if session.silent or not session.clock.has_token:
+            self._routes.mark_good(attempt.peers)
+        session.take_token(token, last=last, now=trio.current_time())
+        if last:
+            self.end(session)
+        else:
+            self._opener.acknowledge(attempt)
+
     def _fail(self, session: ClientSession, error: PalsError) -> None:
         if session.ended:
             return
@@ -174,11 +198,14 @@ class Supervisor:
             pace=self._pace,
             step_ms=attempt.chain.step_ms,
             prompt_tokens=tokens,
+            sent=attempt.prompted_at,
             now=trio.current_time(),
         )
         self.last_chain = attempt.chain
         name = short_id(attempt.session)
         _log.info("session %s: %d prompt tokens over %s", name, tokens, attempt.chain)
+        for token, last in attempt.early:
+            self.take_token(attempt, token, last=last)
 
     async def _find_fault(self, attempt: Attempt) -> None:
         """Learn who is at fault where a shard says that it lost another.

@@ -23,6 +23,7 @@ from pals.types import EngineLimits, Sampling
 _log = logging.getLogger(__name__)
 
 _NOT_SAMPLED = Sampling()
+_NOTHING: npt.NDArray[np.generic] = np.empty(0, np.int32)
 
 
 class StepRunner(Protocol):
@@ -55,7 +56,8 @@ class StepResult:
 
     Attributes:
         items: The rows that ran together.
-        outputs: One array for each item: ``[T, D]``, or at the tail ``int32[0 or 1]``.
+        outputs: What came out, item after item: ``[sum(T), D]``, or at the tail
+            ``int32[n]``, an id for each item that samples.
         free_s: When the thread had nothing to do before it, seconds of `time.perf_counter`.
         started_s: When the step began.
         finished_s: When its outputs were on the host.
@@ -63,7 +65,7 @@ class StepResult:
     """
 
     items: list[WorkItem]
-    outputs: list[npt.NDArray[np.generic]]
+    outputs: npt.NDArray[np.generic]
     free_s: float
     started_s: float
     finished_s: float
@@ -89,7 +91,11 @@ class ComputeThread:
         self._shard = shard
         self._deliver = deliver
         self._scheduler = Scheduler(max_rows=shard.limits.max_sessions, max_bytes=max_queued_bytes)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Held but while it wakes the thread: a condition would cost some more of each step.
+        self._work = threading.Lock()
+        self._work.acquire()
+        self._is_idle = False
         self._closing = False
         self._running: list[WorkItem] = []
         self._free_s = time.perf_counter()
@@ -104,27 +110,26 @@ class ComputeThread:
         Raises:
             QueueFull: They do not fit; those before the first that does not are queued.
         """
-        with self._changed:
-            try:
+        try:
+            with self._lock:
                 for item in items:
                     self._scheduler.add(item)
-            finally:
-                self._changed.notify()
+        finally:
+            self._wake()
 
     def drop(self, session: Hashable) -> None:
         """Forget the waiting rows of a session; the step that runs now is not touched.
 
         Call it before the session's slot is given to another.
         """
-        with self._changed:
+        with self._lock:
             self._scheduler.drop(session)
             self._running = [item for item in self._running if item.session != session]
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step it is in, waiting at most ``timeout_s``."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._closing = True
+        self._wake()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -134,13 +139,22 @@ class ComputeThread:
             self._free_s = time.perf_counter()
 
     def _wait_for_step(self) -> list[WorkItem] | None:
-        with self._changed:
-            while not self._closing:
+        while True:
+            with self._lock:
+                if self._closing:
+                    return None
                 if step := self._scheduler.next_step():
                     self._running = list(step)
                     return step
-                self._changed.wait()
-        return None
+                self._is_idle = True
+            self._work.acquire()
+
+    def _wake(self) -> None:
+        """Let the thread look, if it waits for something to do."""
+        with self._lock:
+            was_idle, self._is_idle = self._is_idle, False
+        if was_idle:
+            self._work.release()
 
     def _run_step(self, items: list[WorkItem]) -> list[StepResult]:
         """Run a step; a batch that is refused is run row by row to find whose fault it is."""
@@ -150,15 +164,15 @@ class ComputeThread:
         return [result]
 
     def _is_wanted(self, item: WorkItem) -> bool:
-        with self._changed:
+        with self._lock:
             return any(item is running for running in self._running)
 
     def _try_step(self, items: list[WorkItem]) -> StepResult:
         started_s = time.perf_counter()
-        outputs: list[npt.NDArray[np.generic]] = []
+        outputs = _NOTHING
         error: Exception | None = None
         try:
-            outputs = self._decode(items) if items[0].is_decode else [self._prefill(items[0])]
+            outputs = self._decode(items) if items[0].is_decode else self._prefill(items[0])
         except PalsError as refused:
             error = refused
         except Exception as failure:  # one bad step must not end every other session
@@ -178,14 +192,13 @@ class ComputeThread:
             slot=item.slot, position=item.position, inputs=item.inputs, sampling=item.sampling
         )
 
-    def _decode(self, items: list[WorkItem]) -> list[npt.NDArray[np.generic]]:
+    def _decode(self, items: list[WorkItem]) -> npt.NDArray[np.generic]:
         inputs = items[0].inputs
         if len(items) > 1:
             inputs = np.concatenate([item.inputs for item in items])
-        outputs = self._shard.decode(
+        return self._shard.decode(
             slots=[item.slot for item in items],
             positions=[item.position for item in items],
             inputs=inputs,
             samplings=[item.sampling or _NOT_SAMPLED for item in items],
         )
-        return [outputs[i : i + 1] for i in range(len(items))]

@@ -77,6 +77,7 @@ class SessionFlow(Generic[Chunk]):
         inbound: Of the prompt that comes in.
         window: Tokens that may leave before the receiver says that it has taken them.
         acknowledged: Position before which the receiver has taken everything.
+        is_linked: Whether the receiver can be reached yet; nothing has room before.
         waiting: Chunks of the prompt whose output has no room yet, each with the position
             at which it ends.
         held_token: At the tail, the position and id of a sampled token that has not gone
@@ -86,6 +87,7 @@ class SessionFlow(Generic[Chunk]):
     inbound: AckPolicy
     window: int
     acknowledged: int
+    is_linked: bool = False
     waiting: deque[tuple[int, Chunk]] = field(default_factory=deque[tuple[int, Chunk]])
     held_token: tuple[int, int] | None = None
 
@@ -95,7 +97,7 @@ class SessionFlow(Generic[Chunk]):
 
     def has_room(self, end: int) -> bool:
         """Return whether tokens up to ``end`` may leave."""
-        return end - self.acknowledged <= self.window
+        return self.is_linked and end - self.acknowledged <= self.window
 
     def acknowledge(self, position: int) -> None:
         """Note what the receiver has taken; late and repeated news changes nothing."""

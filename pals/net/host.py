@@ -109,6 +109,27 @@ class Stream:
         except BaseLibp2pError as error:
             raise self._unreachable(error) from error
 
+    def try_write(self, data: Buffer) -> bool:
+        """Write all of ``data`` if that waits for nothing, else none of it; return which.
+
+        Raises:
+            PeerUnreachable: The stream is closed.
+        """
+        try:
+            return self._bytes.try_write(data)
+        except BaseLibp2pError as error:
+            raise self._unreachable(error) from error
+
+    def deliver_to(self, take: Callable[[bytes], None]) -> None:
+        """Have ``take`` called with bytes as they come, where the muxer can do that.
+
+        `read_some` goes on to return what it cannot, what came before, and the end.
+
+        Args:
+            take: Runs on the task that reads the connection: it raises nothing.
+        """
+        self._bytes.deliver_to(take)
+
     async def close(self) -> None:
         """Tell the peer that nothing more will be written."""
         with suppress(BaseLibp2pError, ValueError):

@@ -26,8 +26,7 @@ is not through in time ends the link, as does a link that stays behind its epoch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import lru_cache
@@ -128,6 +127,7 @@ class Link:
         self._senders = {lane: LaneSender(keys, lane) for lane in Lane}
         self._receivers = {lane: LaneReceiver(keys, lane) for lane in Lane}
         self._outgoing: dict[Lane, bytearray] = {lane: bytearray() for lane in Lane}
+        self._shapes: dict[Lane, tuple[Sequence[FrameShape], Sequence[FrameShape]]] = {}
         self._keyed_at = now
         self._offer: _Offer | None = None
         self._held: bytes | None = None
@@ -135,6 +135,8 @@ class Link:
         self._change_due: float | None = None
         self._epoch_due: float | None = None
         self._failure: PalsError | None = None
+        self.has_outgoing = False
+        """Whether there are `waiting_lanes`."""
         self._offer_if_due(now)
 
     @property
@@ -151,6 +153,10 @@ class Link:
         """The lanes on which the link has something to say by itself."""
         return tuple(lane for lane, data in self._outgoing.items() if data)
 
+    def is_coded(self, lane: Lane) -> bool:
+        """Return whether hidden states on a lane are written in a codec, now and later."""
+        return lane is Lane.PREFILL and self._keys.prefill_codec is not Codec.RAW
+
     def wire_shape(self, lane: Lane, shape: FrameShape) -> FrameShape:
         """Return the shape as it is written on a lane: the codec is the link's."""
         if lane is Lane.PREFILL and shape.kind is Kind.HIDDEN:
@@ -160,6 +166,7 @@ class Link:
     def take_outgoing(self, lane: Lane) -> bytearray:
         """Return what the link has to say on a lane, once."""
         data, self._outgoing[lane] = self._outgoing[lane], bytearray()
+        self.has_outgoing = any(self._outgoing.values())
         return data
 
     def seal(self, lane: Lane, outgoing: Outgoing, now: float) -> bytearray:
@@ -169,11 +176,17 @@ class Link:
             FrameKeyExhausted: The lane's key is used up, for the other side did not
                 answer in time.
         """
-        with self._ending():
-            data = self._senders[lane].seal(outgoing)
+        if self._failure is not None:
+            raise self._failure
+        sender = self._senders[lane]
+        try:
+            data = sender.seal(outgoing)
+        except PalsError as error:
+            self._failure = error
+            raise
         if self._outgoing[lane]:
             data = self.take_outgoing(lane) + data
-        if self._senders[lane].counter >= REKEY_FRAMES:
+        if sender.counter >= REKEY_FRAMES:
             self._offer_if_due(now)
         return data
 
@@ -192,15 +205,27 @@ class Link:
             InvalidFrame: They are not what the lane may carry now.
             LinkRefused: The other side's new key is degenerate.
         """
-        shapes = (*(self.wire_shape(lane, shape) for shape in accepted), KEY_SHAPE)
+        if self._failure is not None:
+            raise self._failure
         events: list[LinkEvent] = []
-        with self._ending():
-            for frame in self._receivers[lane].receive(data, shapes):
+        try:
+            for frame in self._receivers[lane].receive(data, self._wire_shapes(lane, accepted)):
                 if frame.shape.kind is Kind.KEY:
                     events += self._on_key_frame(lane, frame, now)
                 else:
                     events.append(frame)
+        except PalsError as error:
+            self._failure = error
+            raise
         return events
+
+    def _wire_shapes(self, lane: Lane, accepted: Sequence[FrameShape]) -> Sequence[FrameShape]:
+        """Return ``accepted`` as it is written on a lane, and the shape of key messages."""
+        known, shapes = self._shapes.get(lane, ((), (KEY_SHAPE,)))
+        if accepted != known:
+            shapes = (*(self.wire_shape(lane, shape) for shape in accepted), KEY_SHAPE)
+            self._shapes[lane] = accepted, shapes
+        return shapes
 
     def rekey(self, secrets: LinkSecrets, now: float) -> None:
         """Learn a later epoch's secret; from here the link has `REKEY_DEADLINE_S` to reach it.
@@ -221,22 +246,14 @@ class Link:
         Raises:
             LinkRefused: The other side has let a change of keys wait for too long.
         """
-        with self._ending():
-            for due in (self._change_due, self._epoch_due):
-                if due is not None and now >= due:
-                    problem = f"it did not change keys within {REKEY_DEADLINE_S:g} s"
-                    raise LinkRefused(peer=self.remote, problem=problem)
-        self._offer_if_due(now)
-
-    @contextmanager
-    def _ending(self) -> Generator[None]:
         if self._failure is not None:
             raise self._failure
-        try:
-            yield
-        except PalsError as error:
-            self._failure = error
-            raise
+        for due in (self._change_due, self._epoch_due):
+            if due is not None and now >= due:
+                problem = f"it did not change keys within {REKEY_DEADLINE_S:g} s"
+                self._failure = LinkRefused(peer=self.remote, problem=problem)
+                raise self._failure
+        self._offer_if_due(now)
 
     # --- changing keys ---------------------------------------------------------------
 
@@ -267,6 +284,7 @@ class Link:
     def _say(self, lane: Lane, message: _Message, content: bytes) -> None:
         outgoing = Outgoing(KEY_SHAPE, NO_ROWS, (bytes([message]), content))
         self._outgoing[lane] += self._senders[lane].seal(outgoing)
+        self.has_outgoing = True
 
     def _on_key_frame(self, lane: Lane, frame: Frame, now: float) -> list[LinkEvent]:
         number, content = frame.payload[0], bytes(frame.payload[1:])

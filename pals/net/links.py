@@ -1,11 +1,11 @@
-"""Links over libp2p streams: who is linked to whom, and the tasks that move frames.
+"""Links over libp2p streams: who is linked to whom, and how links begin and end.
 
 A link is dialled by whoever first needs it and is used in both directions. It has one
 stream for each lane: the control lane runs on the stream of the handshake, the others
 name the link when they open. When any stream of a link ends, the whole link ends.
 
-What the bytes mean, and when keys change, is `pals.net.link`'s; this shell has the clock,
-the randomness, the streams and the queues.
+What the bytes mean, and when keys change, is `pals.net.link`'s; how frames move is
+`pals.net.live_link`'s; this shell has the clock and the randomness.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pals.errors import InvalidFrame, PalsError, PeerUnreachable, QueueFull
-from pals.net.codec import decode, encode
+from pals.errors import PalsError, PeerUnreachable, QueueFull
 from pals.net.handshake import NONCE_BYTES, Handshake, KeyShare, LinkKeys, LinkSecrets
 from pals.net.host import Host, Stream
-from pals.net.link import Link, Rekeyed
-from pals.net.wire import Codec, Frame, FrameShape, Lane, Outgoing
+from pals.net.link import Link
+from pals.net.live_link import Arrival, LinkEvents, LiveLink
+from pals.net.wire import Frame, Lane, Outgoing
 from pals.swarm.keys import LINK_ID_BYTES, Role, epoch_prk
 from pals.types import PeerId, short_id
 
@@ -37,88 +36,11 @@ _log = logging.getLogger(__name__)
 LINK_PROTOCOL = "/pals/link"
 LANE_PROTOCOL = "/pals/lane"
 HANDSHAKE_DEADLINE_S = 10.0
-OUTBOX_FRAMES = {Lane.CONTROL: 256, Lane.DECODE: 256, Lane.PREFILL: 1024}
-"""A session has one row on its way to a neighbour, but as many chunks as fit its window."""
 LOCAL_FRAMES = 256
 MAX_LINKS_PER_PEER = 4
-READ_BYTES = 1 << 18
 SEAL_SAMPLES = 256
 TICK_S = 5.0
 """How often links are asked whether their keys are due."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A received frame: when it came (`time.perf_counter`) and what opening it took."""
-
-    frame: Frame
-    arrived_s: float
-    codec_s: float
-
-
-class LinkEvents(Protocol):
-    """What the owner of the links answers and is told; all calls are on the trio thread."""
-
-    def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
-        """Return the shapes that ``peer`` may send on ``lane`` now."""
-        ...
-
-    def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
-        """Take a frame; raise `InvalidFrame` to drop the link."""
-        ...
-
-    def on_link_lost(self, peer: PeerId, problem: str) -> None:
-        """Learn that a link with ``peer`` ended: frames on it, either way, may be lost.
-
-        Another link with it may be left, but what the frames were part of cannot go on.
-        """
-        ...
-
-
-class _LaneQueue:
-    """The frames that wait to be written on one lane of one link.
-
-    None among them only wakes the writer: the link has something to say itself.
-    """
-
-    def __init__(self, lane: Lane) -> None:
-        self.send, self.receive = trio.open_memory_channel[Outgoing | None](OUTBOX_FRAMES[lane])
-        self.woken = False
-
-    def wake(self) -> None:
-        """Let the writer ask the link; while it is busy, once is enough."""
-        if not self.woken:
-            with suppress(trio.WouldBlock):  # a full queue has an awake writer
-                self.send.send_nowait(None)
-                self.woken = True
-
-
-class _LiveLink:
-    """One live link, its outboxes, and the scopes of the tasks that serve it."""
-
-    def __init__(self, keys: LinkKeys, link: Link) -> None:
-        self.link_id = keys.address.link
-        self.remote = keys.remote
-        self.link = link
-        self.outboxes = {lane: _LaneQueue(lane) for lane in Lane}
-        self.attached: set[Lane] = set()
-        self.problem = ""
-        self._scopes: list[trio.CancelScope] = []
-
-    def enter(self, scope: trio.CancelScope) -> None:
-        self._scopes.append(scope)
-        if self.problem:
-            scope.cancel()
-
-    def wake_writers(self) -> None:
-        for lane in self.link.waiting_lanes:
-            self.outboxes[lane].wake()
-
-    def end(self, problem: str) -> None:
-        """Stop every lane; the first reason is the one that is told."""
-        self.problem = self.problem or problem
-        for scope in self._scopes:
-            scope.cancel()
 
 
 class Links:
@@ -139,7 +61,7 @@ class Links:
         self._make_ephemeral = make_ephemeral
         self._make_nonce = make_nonce
         # Both hold peers that are linked or being dialled, and none that was only named.
-        self._links: dict[PeerId, list[_LiveLink]] = {}
+        self._links: dict[PeerId, list[LiveLink]] = {}
         self._dialling: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
         self._added = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -174,7 +96,7 @@ class Links:
                 await self._dial(peer, addresses)
 
     def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
-        """Queue a frame for ``peer``.
+        """Send a frame to ``peer``, or queue it where that has to wait.
 
         Raises:
             PeerUnreachable: There is no link with it.
@@ -184,16 +106,10 @@ class Links:
         if peer == self._host.peer_id:
             self._send_local(lane, outgoing)
             return
-        links = self._links_with(peer)
+        links = self._links.get(peer)
         if not links:
             raise PeerUnreachable(peer=peer, problem="no link")
-        try:
-            links[0].outboxes[lane].send.send_nowait(outgoing)
-        except trio.WouldBlock:
-            if lane is not Lane.PREFILL:
-                links[0].end("it reads too slowly")
-            name, limit = f"{lane.name.lower()} lane", f"{OUTBOX_FRAMES[lane]} frames"
-            raise QueueFull(queue=name, limit=limit) from None
+        links[0].send(lane, outgoing)
 
     def drop(self, peer: PeerId, problem: str) -> None:
         """End every link with ``peer``."""
@@ -204,7 +120,7 @@ class Links:
         """Return whether ``peer`` may be linked with now."""
         return self._host.is_member(peer)
 
-    def _links_with(self, peer: PeerId) -> Sequence[_LiveLink]:
+    def _links_with(self, peer: PeerId) -> Sequence[LiveLink]:
         return tuple(self._links.get(peer, ()))
 
     def linked_peers(self) -> frozenset[PeerId]:
@@ -260,7 +176,7 @@ class Links:
                     live.end(str(error))
                 live.wake_writers()
 
-    def _all_links(self) -> Sequence[_LiveLink]:
+    def _all_links(self) -> Sequence[LiveLink]:
         return tuple(live for links in self._links.values() for live in links)
 
     def _make_share(self) -> KeyShare:
@@ -275,10 +191,9 @@ class Links:
             with trio.fail_after(HANDSHAKE_DEADLINE_S):
                 if peer not in self._host.connected_peers():
                     await self._host.connect(peer, addresses)
-                streams[Lane.CONTROL] = await self._host.open_stream(peer, LINK_PROTOCOL)
+                await self._open_streams(peer, streams)
                 keys = await self._shake_hands("initiator", streams[Lane.CONTROL])
                 for lane in (Lane.DECODE, Lane.PREFILL):
-                    streams[lane] = await self._host.open_stream(peer, LANE_PROTOCOL)
                     await streams[lane].write(keys.address.link + bytes([lane]))
         except BaseException as error:
             await _reset_all(streams.values())
@@ -289,6 +204,24 @@ class Links:
         live = self._add(keys)
         for lane, stream in streams.items():
             self._nursery.start_soon(self._run_lane, live, lane, stream)
+
+    async def _open_streams(self, peer: PeerId, streams: dict[Lane, Stream]) -> None:
+        """Open a stream for each lane, all in the same round trip, into ``streams``."""
+        errors: list[PalsError] = []
+
+        async def open_stream(lane: Lane, protocol: str) -> None:
+            try:
+                streams[lane] = await self._host.open_stream(peer, protocol)
+            except PalsError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_stream, Lane.CONTROL, LINK_PROTOCOL)
+            for lane in (Lane.DECODE, Lane.PREFILL):
+                nursery.start_soon(open_stream, lane, LANE_PROTOCOL)
+        if errors:
+            raise errors[0]
 
     async def _serve_link(self, stream: Stream) -> None:
         if not self._may_link(stream.peer_id):
@@ -348,17 +281,17 @@ class Links:
         await _write_outgoing(handshake, stream)
         return handshake.keys
 
-    def _add(self, keys: LinkKeys) -> _LiveLink:
+    def _add(self, keys: LinkKeys) -> LiveLink:
         now = trio.current_time()
         link = Link(keys, self._secrets, now=now, make_share=self._make_share)
-        live = _LiveLink(keys, link)
+        live = LiveLink(keys, link, self._events, self.decode_seal_s)
         self._links.setdefault(keys.remote, []).append(live)
         self._added.set()
         self._added = trio.Event()
         _log.debug("= link with %s", short_id(keys.remote))
         return live
 
-    async def _wait_for(self, peer: PeerId, link_id: bytes) -> _LiveLink:
+    async def _wait_for(self, peer: PeerId, link_id: bytes) -> LiveLink:
         """Return a link by its first id; a lane may overtake the end of the handshake."""
         while True:
             for live in self._links_with(peer):
@@ -366,67 +299,11 @@ class Links:
                     return live
             await self._added.wait()
 
-    # --- moving frames ---------------------------------------------------------------
+    # --- serving links ---------------------------------------------------------------
 
-    async def _run_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
-        live.attached.add(lane)
-        with trio.CancelScope() as scope:
-            live.enter(scope)
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write_lane, live, lane, stream)
-                    await self._read_lane(live, lane, stream)
-                    nursery.cancel_scope.cancel()
-            except* PalsError as group:
-                self._end_for(live, group)
-            except* Exception:  # whatever one peer's bytes did, the others go on
-                _log.exception("link with %s failed", short_id(live.remote))
-                live.end("internal error")
-        await self._end_lane(live, stream)
-
-    async def _read_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
-        peer = live.remote
-        while data := await stream.read_some(READ_BYTES):
-            arrived_s = time.perf_counter()
-            accepted = self._events.accepted(peer, lane)
-            events = live.link.receive(lane, data, accepted, trio.current_time())
-            codec_s = (time.perf_counter() - arrived_s) / max(1, len(events))
-            live.wake_writers()
-            for event in events:
-                if isinstance(event, Rekeyed):
-                    _log.debug("= link with %s: new keys, epoch %d", short_id(peer), event.epoch)
-                    continue
-                frame = event
-                if frame.shape.codec is not Codec.RAW:  # milliseconds, which others need not wait
-                    frame = await trio.to_thread.run_sync(decode, frame)
-                self._events.on_frame(peer, Arrival(frame, arrived_s, codec_s))
-        live.end("it closed the link")
-
-    async def _write_lane(self, live: _LiveLink, lane: Lane, stream: Stream) -> None:
-        live.wake_writers()  # the link may have had something to say before the lane was there
-        async for outgoing in live.outboxes[lane].receive:
-            if outgoing is None:
-                live.outboxes[lane].woken = False
-                data = live.link.take_outgoing(lane)
-            else:
-                shape = live.link.wire_shape(lane, outgoing.shape)
-                if shape.codec is not Codec.RAW:
-                    outgoing = await trio.to_thread.run_sync(encode, outgoing, shape)
-                data = self._seal(live, lane, outgoing)
-            if data:
-                await stream.write(data)
-
-    def _seal(self, live: _LiveLink, lane: Lane, outgoing: Outgoing) -> bytearray:
-        started_s = time.perf_counter()
-        data = live.link.seal(lane, outgoing, trio.current_time())
-        if lane is Lane.DECODE:
-            self.decode_seal_s.append(time.perf_counter() - started_s)
-        live.wake_writers()
-        return data
-
-    async def _end_lane(self, live: _LiveLink, stream: Stream) -> None:
-        """Close one stream of an ended link; the first to get here reports the loss."""
-        live.end("it closed the link")
+    async def _run_lane(self, live: LiveLink, lane: Lane, stream: Stream) -> None:
+        """Serve one stream of a link to its end; the first to end reports the loss."""
+        await live.run_lane(lane, stream)
         peer = live.remote
         if live in self._links_with(peer):
             self._links[peer].remove(live)
@@ -435,20 +312,6 @@ class Links:
             _log.debug("= link with %s ended: %s", short_id(peer), live.problem)
             self._events.on_link_lost(peer, live.problem)
         await _reset_all([stream])
-
-    def _end_for(self, live: _LiveLink, group: ExceptionGroup[PalsError]) -> None:
-        error = _first_error(group)
-        level = logging.WARNING if isinstance(error, InvalidFrame) else logging.DEBUG
-        _log.log(level, "link with %s: %s", short_id(live.remote), error)
-        live.end(str(error))
-
-
-def _first_error(group: ExceptionGroup[PalsError]) -> PalsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, PalsError)
-    return error
 
 
 async def _write_outgoing(handshake: Handshake, stream: Stream) -> None:

@@ -83,7 +83,7 @@ class StreamOpened:
 
 @dataclass(frozen=True, slots=True)
 class StreamChanged:
-    """Bytes, an end or a window came, or a message left: whoever waits may look again."""
+    """Bytes or an end came, or a message left that is awaited: whoever waits may look again."""
 
     stream: StreamState
 
@@ -269,7 +269,8 @@ class Multiplexer:
         stream.allowance -= size
         if message.is_sent:
             stream.outbox.popleft()
-            self._events.append(StreamChanged(stream))
+            if message.is_awaited:
+                self._events.append(StreamChanged(stream))
             if stream.is_closing and not stream.outbox:
                 batch.append(pack_header(WINDOW_UPDATE, FIN, stream.stream_id, 0))
                 self._forget_if_done(stream)

@@ -47,10 +47,17 @@ class ReceiveBudget:
 
 @dataclass(slots=True, eq=False)
 class Message:
-    """Bytes that one write queued; they leave in one or more frames, in order."""
+    """Bytes that one write queued; they leave in one or more frames, in order.
+
+    Attributes:
+        data: The bytes.
+        sent: How many of them have left.
+        is_awaited: Whether somebody wants to be told when all have.
+    """
 
     data: memoryview
     sent: int = 0
+    is_awaited: bool = False
 
     @property
     def is_sent(self) -> bool:

@@ -25,6 +25,7 @@ from libp2p.stream_muxer.exceptions import (
 from multiaddr import Multiaddr
 
 from pals.net.mux import (
+    MAX_PAYLOAD_BYTES,
     ConnectionEnded,
     Multiplexer,
     MuxLimits,
@@ -56,7 +57,9 @@ class MuxedStream(IMuxedStream):
         self._connection = connection
         self._mux = connection.mux
         self.state = state
-        self._changed = trio.lowlevel.ParkingLot()
+        self._take: Callable[[bytes], None] | None = None
+        self._readable = trio.lowlevel.ParkingLot()
+        self._sent = trio.lowlevel.ParkingLot()
 
     async def read(self, n: int | None = None) -> bytes:
         """Return 1 to ``n`` bytes, or as many as there are.
@@ -74,10 +77,20 @@ class MuxedStream(IMuxedStream):
                 raise MuxedStreamReset(self.state.problem)
             if self.state.peer_closed:
                 raise MuxedStreamEOF("the peer has closed it")
-            await self._changed.park()
+            await self._readable.park()
         if self._mux.has_news:
             self._connection.pump()
         return data
+
+    def deliver_to(self, take: Callable[[bytes], None]) -> None:
+        """Have ``take`` called with what comes from now on, by the task that receives it.
+
+        What came before, and the end, are still for `read`.
+
+        Args:
+            take: Takes 1 or more bytes, and raises nothing.
+        """
+        self._take = take
 
     async def write(self, data: Buffer) -> None:
         """Return when all of ``data`` is sealed, which is when the socket takes it.
@@ -88,10 +101,7 @@ class MuxedStream(IMuxedStream):
                 the connection is gone.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self.state.problem:
-            raise MuxedStreamReset(self.state.problem)
-        if self.state.is_closing:
-            raise MuxedStreamClosed("this side has closed it")
+        self._check_writable()
         if not len(data):
             return
         message = self._mux.queue(self.state, data, trio.current_time())
@@ -101,10 +111,38 @@ class MuxedStream(IMuxedStream):
         if self.state.problem:
             raise MuxedStreamReset(self.state.problem)
 
+    def try_write(self, data: Buffer) -> bool:
+        """Write all of ``data``, at least a byte, if it can be sealed at once, else none of it.
+
+        Raises:
+            MuxedStreamClosed: This side has closed the stream.
+            MuxedStreamReset: The stream was reset or the connection is gone.
+        """
+        self._check_writable()
+        state = self.state
+        fits = len(data) <= min(state.allowance, MAX_PAYLOAD_BYTES)
+        if not fits or state.outbox or self._connection.secured_conn.has_unsent:
+            return False
+        now = trio.current_time()
+        message = self._mux.queue(state, data, now)
+        self._connection.pump(now)
+        if state.problem:
+            raise MuxedStreamReset(state.problem)
+        if not message.sent:  # others came first; one frame holds it, so that none of it left
+            self._mux.withdraw(state, message)
+        return message.sent > 0
+
+    def _check_writable(self) -> None:
+        if self.state.problem:
+            raise MuxedStreamReset(self.state.problem)
+        if self.state.is_closing:
+            raise MuxedStreamClosed("this side has closed it")
+
     async def _wait_until_sent(self, message: Message) -> None:
+        message.is_awaited = True
         try:
             while not (message.is_sent or self.state.problem):
-                await self._changed.park()
+                await self._sent.park()
         finally:
             self._mux.withdraw(self.state, message)
 
@@ -118,9 +156,23 @@ class MuxedStream(IMuxedStream):
         self._mux.reset(self.state)
         self._connection.pump()
 
-    def wake(self) -> None:
-        """Let whoever waits look at the stream again."""
-        self._changed.unpark_all()
+    def wake(self) -> bool:
+        """Let whoever waits look at the stream again; return whether `deliver` is due."""
+        state = self.state
+        if self._sent:
+            self._sent.unpark_all()
+        if state.unread and self._take is not None:
+            return True
+        if self._readable and (state.unread or state.peer_closed or state.problem):
+            self._readable.unpark_all()
+        return False
+
+    def deliver(self) -> None:
+        """Give what has come to whoever takes it, and let a reader see the end."""
+        assert self._take is not None
+        while data := self._mux.read(self.state, READ_BYTES):
+            self._take(data)
+        self.wake()
 
     def set_deadline(self, ttl: int) -> None:
         raise ValueError("a deadline here is the cancel scope of whoever reads or writes")
@@ -158,6 +210,7 @@ class MuxedConnection(IMuxedConn):
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self._streams: dict[StreamState, MuxedStream] = {}
+        self._due: list[MuxedStream] = []
         self._opened, self._inbox = trio.open_memory_channel[MuxedStream](
             limits.max_inbound_streams
         )
@@ -187,7 +240,8 @@ class MuxedConnection(IMuxedConn):
                 now = trio.current_time()
                 for plaintext in opened:
                     self.mux.receive(plaintext, now)
-                self.pump()
+                self.pump(now)
+                self._deliver()
             self.mux.lose("the peer closed the connection")
         except (PipeBroken, RecordError) as error:
             self.mux.lose(str(error))
@@ -214,10 +268,15 @@ class MuxedConnection(IMuxedConn):
             self.mux.tick(trio.current_time())
             self.pump()
 
-    def pump(self) -> None:
-        """Send what goes out at once, and tell what happened."""
+    def pump(self, now: float | None = None) -> None:
+        """Send what goes out at once, and tell what happened.
+
+        Args:
+            now: The time, where the caller has just asked for it.
+        """
         if not self.secured_conn.has_unsent and not self.event_closed.is_set():
-            batch = self.mux.next_batch(BATCH_BYTES, trio.current_time())
+            now = trio.current_time() if now is None else now
+            batch = self.mux.next_batch(BATCH_BYTES, now)
             try:
                 if batch:
                     self.secured_conn.send_now(batch)
@@ -244,9 +303,22 @@ class MuxedConnection(IMuxedConn):
     def _wake(self, state: StreamState) -> None:
         stream = self._streams.get(state)
         if stream is not None:
-            stream.wake()
+            if stream.wake():
+                self._due.append(stream)
             if state.is_forgotten:
                 del self._streams[state]
+
+    def _deliver(self) -> None:
+        """Give the streams that have a taker what came; the reading task alone does it.
+
+        So no taker is called out of what another one does, and the peer is read no further
+        before all of them are done.
+        """
+        due, self._due = self._due, []
+        for stream in due:
+            stream.deliver()
+        if due and self.mux.has_news:
+            self.pump()
 
     def _offer(self, state: StreamState) -> None:
         stream = self._streams[state] = MuxedStream(self, state)

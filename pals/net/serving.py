@@ -9,7 +9,7 @@ from functools import partial
 
 import trio
 
-from pals.engine.worker import ComputeThread, StepResult, StepRunner
+from pals.engine.worker import ComputeThread, StepRunner
 from pals.errors import LayersOutsideModel
 from pals.models.config import ModelConfig
 from pals.net.announce import (
@@ -19,6 +19,7 @@ from pals.net.announce import (
     useful_first,
 )
 from pals.net.announcer import Announcer
+from pals.net.handback import StepResults
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
@@ -182,33 +183,27 @@ async def run_shard(
         idle_s=node.options.settings.session_idle_s,
     )
     service = ShardService(node.links, table, shard.model, node.nursery)
-    compute = _start_compute(shard.runner, service)
+    results = StepResults()
+    compute = ComputeThread(
+        shard.runner, results.deliver, max_queued_bytes=service.max_queued_bytes
+    )
+    compute.start()
     try:
         service.attach(compute)
         node.add_role(service)
         node.nursery.start_soon(service.expire_sessions)
-        await _announce_until_left(node, shard, service, on_ready, drain or Drain())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(results.run, service.on_step)
+            await _announce_until_left(node, shard, service, on_ready, drain or Drain())
+            nursery.cancel_scope.cancel()
     finally:
         compute.close()
+        results.close()
 
 
 async def _look_up_own_record(node: Node) -> None:
     """Learn the number that a process before reached; its clock may have been ahead."""
     await node.discovery.find((node.peer_id,), deadline_s=OWN_RECORD_DEADLINE_S)
-
-
-def _start_compute(runner: StepRunner, service: ShardService) -> ComputeThread:
-    token = trio.lowlevel.current_trio_token()
-
-    def deliver(result: StepResult) -> None:
-        try:
-            token.run_sync_soon(service.on_step, result)
-        except trio.RunFinishedError:
-            return  # the process is leaving, and its sessions with it
-
-    compute = ComputeThread(runner, deliver, max_queued_bytes=service.max_queued_bytes)
-    compute.start()
-    return compute
 
 
 async def _announce_until_left(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,25 +40,21 @@ from pals.net.control import (
     Opened,
     Refused,
     StatsRequest,
-    encode_control,
     session_of,
 )
+from pals.net.early import EarlyRows
 from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
 from pals.net.links import Arrival, Links
+from pals.net.outbound import Outbound, Tokens
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.timings import StepTimings
 from pals.net.wire import (
     CONTROL_SHAPE,
-    FLAG_LAST,
-    NO_ROWS,
     NUMPY_DTYPES,
     FrameShape,
     Kind,
     Lane,
-    Outgoing,
     Row,
-    Rows,
-    buffer_of,
     hidden_shape,
     sampled_shape,
     tokens_shape,
@@ -99,6 +95,15 @@ class ModelShape:
         return self.input_of(stop)
 
 
+class _Came(NamedTuple):
+    """A received row: its inputs, when its frame came, and what opening that took."""
+
+    row: Row
+    inputs: npt.NDArray[np.generic]
+    arrived_s: float
+    codec_s: float
+
+
 class ShardService:
     """One shard as the network sees it."""
 
@@ -106,6 +111,7 @@ class ShardService:
         self, links: Links, table: SessionTable, model: ModelShape, nursery: trio.Nursery
     ) -> None:
         self._links = links
+        self._outbound = Outbound(links, self._on_unsent)
         self._table = table
         self._model = model
         self._nursery = nursery
@@ -117,6 +123,7 @@ class ShardService:
         self._timings = StepTimings()
         self._flows: dict[ShardSession, SessionFlow[WorkItem]] = {}
         self._openings: dict[ShardSession, trio.CancelScope] = {}
+        self._early: EarlyRows[_Came] = EarlyRows()
         self._is_draining = False
         self._idle = trio.Event()
 
@@ -148,6 +155,7 @@ class ShardService:
         """End sessions without traffic, until cancelled."""
         while True:
             await trio.sleep(EXPIRY_INTERVAL_S)
+            self._early.expire(trio.current_time())
             for session in self._table.remove_idle(trio.current_time()):
                 self._forget(session)
                 self._report(session, "PALS-SESSION-IDLE", f"idle for {self._table.idle_s} s")
@@ -193,6 +201,7 @@ class ShardService:
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None:
         """Fail the sessions that cannot go on without ``peer``."""
+        self._early.forget_peer(peer)
         for session in self._table.remove_peer(peer):
             self._forget(session)
             text = f"lost peer {short_id(peer)}: {problem}"
@@ -211,9 +220,18 @@ class ShardService:
         except PalsError as error:
             self._refuse(driver, SessionId(message.session), error)
             return
+        early = self._early.take(session.upstream, session.session)
+        if early is None:
+            self._table.remove(session)
+            problem = "its prompt came too long before it, or with too many others"
+            refusal = SessionRefused(peer=self._table.local, problem=problem)
+            self._refuse(driver, session.session, refusal)
+            return
         self._flows[session] = self._build_flow(session)
         self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
+        for came in early:
+            self._take_row(session.upstream, Lane.PREFILL, came)
 
     def _admit_session(self, driver: PeerId, message: Open) -> ShardSession:
         """Take a session, for which one of a driver that has more than its share may end."""
@@ -232,7 +250,10 @@ class ShardService:
         return next((peer for peer in hops if not self._links.is_member(peer)), None)
 
     async def _link_onward(self, session: ShardSession) -> None:
-        """Link with the hop that rows go to, then say that the session is open."""
+        """Link with the hop that rows go to, then let rows go there and say so.
+
+        The prompt may be here before; what it makes waits for the link in its window.
+        """
         onward: Hop = session.downstream or session.head
         scope = self._openings.get(session)
         if scope is None:
@@ -247,12 +268,15 @@ class ShardService:
                 return
             if self._openings.pop(session, None) is None:
                 return  # ended while the link came up, too late for the scope to say so
+            self._flows[session].is_linked = True
+            self._go_on(session)
             self._send_control(session.driver, Opened(session=session.session))
 
     def _refuse(
         self, driver: PeerId, session: SessionId, error: PalsError, *, unreachable: str = ""
     ) -> None:
         problem = str(error)[:512]
+        self._early.note_over(session)
         refusal = Refused(session=session, code=error.code, problem=problem, peer=unreachable)
         self._send_control(driver, refusal)
 
@@ -265,6 +289,7 @@ class ShardService:
         """Drop what waits for a session whose slot is free again."""
         assert self._compute is not None
         self._compute.drop(session)
+        self._early.note_over(session.session)
         if (scope := self._openings.pop(session, None)) is not None:
             scope.cancel()
         self._flows.pop(session, None)
@@ -277,14 +302,16 @@ class ShardService:
         self._forget(session)
         self._report(session, error.code, str(error), lost=lost)
 
+    def _on_unsent(self, session: ShardSession, error: PalsError, peer: PeerId) -> None:
+        self._fail(session, error, lost=peer)
+
     def _report(self, session: ShardSession, code: str, problem: str, *, lost: str = "") -> None:
         message = Failed(session=session.session, code=code, problem=problem[:512], peer=lost)
         self._send_control(session.driver, message)
 
     def _send_control(self, peer: PeerId, message: Control) -> None:
         try:
-            outgoing = Outgoing(CONTROL_SHAPE, NO_ROWS, (encode_control(message),))
-            self._links.send(peer, Lane.CONTROL, outgoing)
+            self._outbound.send_control(peer, message)
         except PalsError as error:  # whoever asked is gone, and its sessions with it
             _log.debug("no answer to %s: %s", short_id(peer), error)
 
@@ -306,9 +333,16 @@ class ShardService:
         flow = self._flows[session]
         sent = session.prompt_tokens + session.sampled_tokens
         flow.acknowledge(min(message.position, sent))
+        self._go_on(session)
+
+    def _go_on(self, session: ShardSession) -> None:
+        """Take up what waited, now that there may be room for what it makes."""
+        flow = self._flows[session]
         self._submit(session, flow.release())
         if (held := flow.release_token()) is not None:
-            self._send_to_heads([(session, *held)])
+            to_head = Tokens()
+            to_head.add(PeerId(session.head.peer), session, *held)
+            self._outbound.send_tokens(self._to_head, to_head)
 
     def _note_chunk(self, session: ShardSession, item: WorkItem) -> None:
         """Tell the shard before this one what of a prompt is computed, where it may wait."""
@@ -328,14 +362,28 @@ class ShardService:
         inputs = values if frame.shape.width == 1 else values.reshape(-1, frame.shape.width)
         offset = 0
         for row in frame.rows:
-            session = self._take_row(peer, frame.lane, row)
             part = inputs[offset : offset + row.num_tokens]
-            if session is not None and self._is_sound(peer, session, row, part):
-                items = self._build_items(session, frame.lane, row, part, arrival)
-                self._submit(session, self._admit(session, frame.lane, items))
             offset += row.num_tokens
+            came = _Came(row, part, arrival.arrived_s, arrival.codec_s)
+            if frame.lane is Lane.PREFILL and self._table.get(row.session) is None:
+                self._take_early(peer, came)
+            else:
+                self._take_row(peer, frame.lane, came)
 
-    def _take_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
+    def _take_early(self, peer: PeerId, came: _Came) -> None:
+        """Keep a row whose `Open` may be on its way; one of a session that ended is late."""
+        session, inputs = came.row.session, came.inputs
+        if not self._early.is_over(session):
+            kept = came._replace(inputs=inputs.copy())  # the rest of its frame need not wait
+            self._early.keep(peer, session, kept, inputs.nbytes, trio.current_time())
+
+    def _take_row(self, peer: PeerId, lane: Lane, came: _Came) -> None:
+        session = self._admit_row(peer, lane, came.row)
+        if session is not None and self._is_sound(peer, session, came):
+            items = self._build_items(session, lane, came)
+            self._submit(session, self._admit_items(session, lane, items))
+
+    def _admit_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
         """Return the session that takes a row, having ended one that it does not fit.
 
         The link stays, for it carries other sessions, and ``peer`` need not be at fault: a
@@ -354,14 +402,12 @@ class ShardService:
             return None
         return session
 
-    def _is_sound(
-        self, peer: PeerId, session: ShardSession, row: Row, inputs: npt.NDArray[np.generic]
-    ) -> bool:
+    def _is_sound(self, peer: PeerId, session: ShardSession, came: _Came) -> bool:
         """Return whether a row can be computed on; if not, its session has ended."""
         if self._input.kind is not Kind.HIDDEN:
             return True
         try:
-            check_states(peer, inputs, position=row.position)
+            check_states(peer, came.inputs, position=came.row.position)
         except InvalidActivation as error:
             _log.warning("%s", error)
             self._fail(session, error, lost=peer)
@@ -374,7 +420,9 @@ class ShardService:
             problem = f"a prompt more than {flow.inbound.window} tokens ahead"
             raise InvalidFrame(peer=peer, problem=problem)
 
-    def _admit(self, session: ShardSession, lane: Lane, items: list[WorkItem]) -> list[WorkItem]:
+    def _admit_items(
+        self, session: ShardSession, lane: Lane, items: list[WorkItem]
+    ) -> list[WorkItem]:
         """Return those of ``items`` that may run; chunks whose output has no room wait."""
         if lane is Lane.DECODE or self._is_tail:
             return items
@@ -391,17 +439,11 @@ class ShardService:
         except PalsError as error:
             self._fail(session, error)
 
-    def _build_items(
-        self,
-        session: ShardSession,
-        lane: Lane,
-        row: Row,
-        inputs: npt.NDArray[np.generic],
-        arrival: Arrival,
-    ) -> list[WorkItem]:
+    def _build_items(self, session: ShardSession, lane: Lane, came: _Came) -> list[WorkItem]:
         """Cut a row into steps of at most the chunk that this shard compiled for."""
+        row, inputs, arrived_s, codec_s = came
         if lane is Lane.DECODE:
-            self._timings.note_arrival(session.session, arrival.arrived_s)
+            self._timings.note_arrival(session.session, arrived_s)
         chunk = self._table.limits.max_chunk_tokens
         items: list[WorkItem] = []
         for start in range(0, row.num_tokens, chunk):
@@ -416,8 +458,8 @@ class ShardService:
                     inputs=part,
                     sampling=session.sampling if samples else None,
                     is_decode=lane is Lane.DECODE,
-                    arrived_s=arrival.arrived_s,
-                    codec_s=arrival.codec_s,
+                    arrived_s=arrived_s,
+                    codec_s=codec_s,
                 )
             )
         return items
@@ -429,19 +471,16 @@ class ShardService:
         if result.error is not None:
             self._fail_step(result.items, result.error)
             return
-        if result.items[0].is_decode:
+        is_decode = result.items[0].is_decode
+        if is_decode:
             self._timings.note_step(result, time.perf_counter())
         if self._is_tail:
             self._send_samples(result)
         else:
-            self._send_hidden(result)
-        self._note_chunks(result)
-
-    def _note_chunks(self, result: StepResult) -> None:
-        for item in result.items:
-            session = None if item.is_decode else self._find(item)
-            if session is not None:
-                self._note_chunk(session, item)
+            sessions = [self._find(item) for item in result.items]
+            self._outbound.send_hidden(self._output, result, sessions)
+        if not is_decode and (session := self._find(result.items[0])) is not None:
+            self._note_chunk(session, result.items[0])
 
     def _fail_step(self, items: Iterable[WorkItem], error: Exception) -> None:
         """End the sessions of a refused step, and all when it failed: the cache is gone."""
@@ -465,68 +504,29 @@ class ShardService:
         session = item.session
         return session if self._table.get(session.session) is session else None
 
-    def _send_hidden(self, result: StepResult) -> None:
-        lane = Lane.DECODE if result.items[0].is_decode else Lane.PREFILL
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
-        for item, output in zip(result.items, result.outputs, strict=True):
-            session = self._find(item)
-            if session is not None and session.downstream is not None:
-                row = Row(session.session, item.position, len(output))
-                batches[PeerId(session.downstream.peer)].append((session, row, buffer_of(output)))
-        for peer, parts in batches.items():
-            self._send_rows(peer, lane, self._output, parts)
-
     def _send_samples(self, result: StepResult) -> None:
         """Send each sampled token to its driver and, unless it is the last, to the head.
 
         A driver that lags a window behind gets its token; the head gets it once that driver
         has caught up.
         """
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
-        to_heads: list[tuple[ShardSession, int, int]] = []
-        for item, output in zip(result.items, result.outputs, strict=True):
+        tokens: list[int] = result.outputs.tolist()
+        if not tokens:
+            return  # a chunk that is not its prompt's last
+        to_heads, to_drivers = Tokens(), Tokens()
+        for item, token in zip(result.items, tokens, strict=True):
             session = self._find(item)
-            if session is None or not len(output):
+            if session is None:
                 continue
-            token = int(output[0])
             is_last = self._table.take_sample(session, token)
             position = item.position + len(item.inputs)
             flow = self._flows[session]
             if not is_last and flow.has_room(position):
-                to_heads.append((session, position, token))
+                to_heads.add(PeerId(session.head.peer), session, position, token)
             elif not is_last:
                 flow.held_token = position, token
                 self._timings.note_pause(session.session)
-            row = Row(session.session, position, 1, FLAG_LAST if is_last else 0)
-            batches[session.driver].append((session, row, _token_bytes(token)))
-        self._send_to_heads(to_heads)  # the ring first: the driver only listens
-        for peer, parts in batches.items():
-            self._send_rows(peer, Lane.DECODE, self._output, parts)
-
-    def _send_to_heads(self, tokens: Iterable[tuple[ShardSession, int, int]]) -> None:
-        """Send sampled tokens, each with its position, on to the next turn of the ring."""
-        batches: defaultdict[PeerId, list[tuple[ShardSession, Row, memoryview]]] = defaultdict(list)
-        for session, position, token in tokens:
-            row = Row(session.session, position, 1)
-            batches[PeerId(session.head.peer)].append((session, row, _token_bytes(token)))
-        for peer, parts in batches.items():
-            self._send_rows(peer, Lane.DECODE, self._to_head, parts)
-
-    def _send_rows(
-        self,
-        peer: PeerId,
-        lane: Lane,
-        shape: FrameShape,
-        parts: list[tuple[ShardSession, Row, memoryview]],
-    ) -> None:
-        rows = Rows.of(*(row for _, row, _ in parts))
-        payload = tuple(data for _, _, data in parts)
-        try:
-            self._links.send(peer, lane, Outgoing(shape, rows, payload))
-        except PalsError as error:
-            for session, _, _ in parts:
-                self._fail(session, error, lost=peer)
-
-
-def _token_bytes(token: int) -> memoryview:
-    return memoryview(token.to_bytes(4, "little", signed=True))
+            to_drivers.add(session.driver, session, position, token, last=is_last)
+        # The ring first: the driver only listens.
+        self._outbound.send_tokens(self._to_head, to_heads)
+        self._outbound.send_tokens(self._output, to_drivers)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 
@@ -118,6 +118,8 @@ class FrameShape:
         manifest: The model's manifest, 32 bytes; zeros for control frames.
         width: Elements of one token: ``D`` for hidden states, 1 for ids, 0 for control.
         codec: How the elements are written.
+        token_bytes: Bytes of one token on the wire.
+        raw_token_bytes: Bytes of one token's elements once they are decoded.
     """
 
     kind: Kind
@@ -127,17 +129,15 @@ class FrameShape:
     width: int
     codec: Codec = Codec.RAW
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token on the wire."""
-        if self.codec is Codec.INT8:
-            return self.width + SCALE_BYTES * -(-self.width // INT8_BLOCK)
-        return self.raw_token_bytes
+    token_bytes: int = field(init=False, repr=False, compare=False)
+    raw_token_bytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def raw_token_bytes(self) -> int:
-        """Bytes of one token's elements once they are decoded."""
-        return 0 if self.width == 0 else self.width * NUMPY_DTYPES[self.dtype].itemsize
+    def __post_init__(self) -> None:
+        # Both are asked for in every frame, and a shape lives as long as what it describes.
+        raw = self.width * NUMPY_DTYPES[self.dtype].itemsize if self.width else 0
+        coded = self.width + SCALE_BYTES * -(-self.width // INT8_BLOCK)
+        object.__setattr__(self, "raw_token_bytes", raw)
+        object.__setattr__(self, "token_bytes", coded if self.codec is Codec.INT8 else raw)
 
 
 CONTROL_SHAPE = FrameShape(

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import trio
 from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.network.stream.exceptions import StreamEOF
@@ -120,6 +122,13 @@ class YamuxBytes:
                 assert isinstance(self._muxed.conn.secured_conn, NoiseSession)
                 self._muxed.conn.secured_conn.abort()
                 raise MuxedStreamError(f"the peer took no bytes for {self._write_s} s")
+
+    def try_write(self, data: Buffer) -> bool:
+        """Return that nothing was written: stock writes in tasks only."""
+        return False
+
+    def deliver_to(self, take: Callable[[bytes], None]) -> None:
+        """Do nothing: all that comes is there to `read`."""
 
     async def _write_in_windows(self, data: memoryview) -> None:
         while data:

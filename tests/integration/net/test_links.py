@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import trio
 
-from pals.errors import LinkRefused, PalsError, PeerUnreachable, QueueFull
+from pals.errors import InvalidFrame, LinkRefused, PalsError, PeerUnreachable, QueueFull
 from pals.net import link as link_module
 from pals.net import links as links_module
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, Stream
-from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, OUTBOX_FRAMES, Arrival, Links
+from pals.net.links import LINK_PROTOCOL, MAX_LINKS_PER_PEER, Arrival, Links
+from pals.net.live_link import OUTBOX_FRAMES
 from pals.net.wire import (
     CONTROL_SHAPE,
     NO_ROWS,
@@ -39,7 +40,7 @@ STATES = np.random.default_rng(0).normal(size=(7, 64)).astype(ml_dtypes.bfloat16
 NEXT_SECRET = b"n" * 32
 
 
-@dataclass(slots=True)
+@dataclass
 class Events:
     """Notes what comes and what is lost."""
 
@@ -129,22 +130,112 @@ async def test_the_loss_of_one_of_two_links_is_told_and_the_other_is_used() -> N
         assert (one.events.lost, other.events.lost) == ([other.host.peer_id], [one.host.peer_id])
 
 
+LARGE = bytes(100_000)
+"""A frame that does not go out in one go."""
+
+
+async def lanes_up(side: Side, other: Side) -> None:
+    """Wait until every lane of the one link may be written at once."""
+    [live] = side.links._links_with(other.host.peer_id)
+    await until(lambda: all(outbox.idle is not None for outbox in live._outboxes.values()))
+
+
 @pytest.mark.parametrize("lane", Lane)
-async def test_a_lane_that_overflows_ends_the_link_unless_it_carries_prompts(lane: Lane) -> None:
+@pytest.mark.parametrize("first", [b"x", LARGE], ids=["before it is up", "behind a large one"])
+async def test_a_lane_that_overflows_ends_the_link_unless_it_carries_prompts(
+    lane: Lane, first: bytes
+) -> None:
     async with open_sides() as (_, one, other):
         await one.dial(other)
-        for _ in range(OUTBOX_FRAMES[lane]):
+        written = first == LARGE
+        if written:
+            await lanes_up(one, other)
+        one.say(other, first, lane)
+        for _ in range(OUTBOX_FRAMES[lane] - 1 + written):
             one.say(other, b"x", lane)
         with pytest.raises(QueueFull):
             one.say(other, b"x", lane)
         if lane is Lane.PREFILL:
-            await until(lambda: len(other.events.taken) == OUTBOX_FRAMES[lane])
+            await until(lambda: len(other.events.taken) == OUTBOX_FRAMES[lane] + written)
             one.say(other, b"next")
             await until(lambda: other.events.taken[-1] == b"next")
         else:
             await until(lambda: one.events.lost == [other.host.peer_id])
             with pytest.raises(PeerUnreachable):
                 one.say(other, b"next")
+
+
+async def test_frames_leave_in_the_call_that_sends_them_and_in_order_behind_those_that_wait() -> (
+    None
+):
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await lanes_up(one, other)
+        [live] = one.links._links_with(other.host.peer_id)
+        said = [b"a", b"b", LARGE, b"c", LARGE, b"d"]
+        for payload in said:
+            one.say(other, payload)
+            is_idle = live._outboxes[Lane.CONTROL].idle is not None
+            assert is_idle == (payload in (b"a", b"b"))
+        await until(lambda: other.events.taken == said)
+        await lanes_up(one, other)
+        one.say(other, b"e")
+        assert live._outboxes[Lane.CONTROL].idle is not None
+        await until(lambda: other.events.taken[-1] == b"e")
+
+
+async def test_nothing_leaves_on_a_link_that_was_cut_in_the_same_breath() -> None:
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await lanes_up(one, other)
+        one.links.drop(other.host.peer_id, "no longer a member")
+        one.say(other, b"x")
+        await until(lambda: one.events.lost == [other.host.peer_id])
+        await until(lambda: other.events.lost == [one.host.peer_id])
+        assert other.events.taken == []
+
+
+async def test_nothing_is_taken_from_a_link_that_was_cut_in_the_same_breath(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await until(lambda: other.count(one) == 1)
+        take = other.events.on_frame
+
+        def take_and_cut(peer: PeerId, arrival: Arrival) -> None:
+            take(peer, arrival)
+            other.links.drop(peer, "no longer a member")
+
+        monkeypatch.setattr(other.events, "on_frame", take_and_cut, raising=False)
+        for sides in ((one, other), (other, one)):
+            await lanes_up(*sides)
+        one.say(other, b"first")
+        one.say(other, b"later", Lane.DECODE)
+        await until(lambda: other.events.lost == [one.host.peer_id])
+        assert other.events.taken == [b"first"]
+
+
+@pytest.mark.parametrize("problem", [InvalidFrame(peer=PeerId("x"), problem="bad"), ValueError()])
+async def test_a_frame_that_cannot_be_taken_ends_its_link_and_no_other_stream(
+    monkeypatch: pytest.MonkeyPatch, problem: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_sides() as (_, one, other):
+        await one.dial(other)
+        await lanes_up(one, other)
+
+        def refuse(peer: PeerId, arrival: Arrival) -> None:
+            raise problem
+
+        monkeypatch.setattr(other.events, "on_frame", refuse, raising=False)
+        one.say(other, b"x")
+        await until(lambda: other.events.lost == [one.host.peer_id])
+        await until(lambda: one.events.lost == [other.host.peer_id])
+        assert one.host.peer_id in other.host.connected_peers()
+        monkeypatch.undo()
+        await one.dial(other)
+        one.say(other, b"again")
+        await until(lambda: other.events.taken == [b"again"])
 
 
 async def test_handshakes_at_the_same_time_make_no_more_links_than_allowed() -> None:

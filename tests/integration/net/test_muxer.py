@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 
 import pytest
 import trio
@@ -16,6 +17,7 @@ from libp2p.stream_muxer.exceptions import (
     MuxedStreamReset,
 )
 
+from pals.net.mux import MAX_PAYLOAD_BYTES
 from pals.net.mux_frames import DATA, INITIAL_WINDOW_BYTES, SYN, WINDOW_UPDATE, pack_header
 from pals.net.muxer import BATCH_BYTES
 from tests.integration.net.harness import until
@@ -122,6 +124,125 @@ async def test_concurrent_writes_of_one_stream_do_not_mix():
             b"".join(bytes([letter]) * size for letter in order)
             for order in (b"abc", b"acb", b"bac", b"bca", b"cab", b"cba")
         }
+
+
+# --- without a turn of the scheduler -------------------------------------------------
+
+
+async def test_bytes_that_fit_are_written_by_a_plain_call_and_others_not_at_all():
+    async with muxed() as (dialler, listener):
+        ours, theirs = await open_stream(dialler, listener)
+        assert ours.try_write(b"token")
+        assert not ours.try_write(bytes(MAX_PAYLOAD_BYTES + 1))
+        sent = 5
+        while ours.try_write(bytes(MAX_PAYLOAD_BYTES)):
+            sent += MAX_PAYLOAD_BYTES
+        assert sent <= INITIAL_WINDOW_BYTES
+        assert not ours.state.outbox
+        received = await read_exactly(theirs, sent)
+        assert received[:5] == b"token"
+        await until(lambda: ours.state.allowance >= MAX_PAYLOAD_BYTES)
+        assert ours.try_write(b"next")
+        assert await theirs.read() == b"next"
+
+
+async def test_a_plain_call_writes_nothing_before_what_waits():
+    async with muxed() as (dialler, listener), trio.open_nursery() as nursery:
+        ours, theirs = await open_stream(dialler, listener)
+        other, _ = await open_stream(dialler, listener)
+        nursery.start_soon(ours.write, b"x" * BULK)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not ours.try_write(b"never")
+        assert other.try_write(b"of another stream")
+        assert await read_exactly(theirs, BULK) == b"x" * BULK
+        await ours.write(b"next")
+        assert await theirs.read() == b"next"
+
+
+async def test_a_plain_call_behind_unsent_records_or_after_others_of_a_batch_writes_nothing():
+    async with muxed() as (dialler, listener):
+        streams = [await open_stream(dialler, listener) for _ in range(4)]
+        dialler.secured_conn._pipe = Slow(dialler.secured_conn._pipe)
+        accepted = [stream.try_write(b"token%d" % i) for i, (stream, _) in enumerate(streams)]
+        assert accepted == [True, False, False, False]
+        assert await streams[0][1].read() == b"token0"
+        await until(lambda: streams[1][0].try_write(b"later"))
+        assert await streams[1][1].read() == b"later"
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "lost"])
+async def test_a_plain_call_on_an_ended_stream_says_so(end: str):
+    async with muxed() as (dialler, listener):
+        ours, _ = await open_stream(dialler, listener)
+        await (listener.close() if end == "lost" else getattr(ours, end)())
+        if end == "lost":
+            await until(lambda: bool(ours.state.problem))
+        with pytest.raises(MuxedStreamClosed if end == "close" else MuxedStreamReset):
+            ours.try_write(b"x")
+
+
+async def test_a_taker_gets_what_comes_and_a_reader_what_came_before_and_the_end():
+    async with muxed() as (dialler, listener), trio.open_nursery() as nursery:
+        ours, theirs = await open_stream(dialler, listener)
+        await ours.write(b"before")
+        await until(lambda: theirs.state.unread_bytes == 6)
+        taken, read = [], []
+        theirs.deliver_to(taken.append)
+
+        async def read_all():
+            with contextlib.suppress(MuxedStreamEOF):
+                while True:
+                    read.append(await theirs.read())
+
+        nursery.start_soon(read_all)
+        await trio.testing.wait_all_tasks_blocked()
+        for part in (b"one", b"two", b"three"):
+            await ours.write(part)
+            await until(lambda part=part: b"".join(taken).endswith(part))
+        await ours.write(b"last")
+        await ours.close()
+        await until(lambda: not nursery.child_tasks)
+        assert (read, b"".join(taken)) == ([b"before"], b"onetwothreelast")
+
+
+async def test_a_taker_opens_the_window_again_and_may_write_to_its_own_stream():
+    async with muxed() as (dialler, listener), trio.open_nursery() as nursery:
+        ours, theirs = await open_stream(dialler, listener)
+        size = 0
+
+        def take(data: bytes) -> None:
+            nonlocal size
+            size += len(data)
+            if size == BULK:
+                theirs.try_write(b"all of it")
+
+        theirs.deliver_to(take)
+        nursery.start_soon(ours.write, b"x" * BULK)
+        assert await ours.read() == b"all of it"
+
+
+async def test_a_taker_is_never_called_out_of_another():
+    async with muxed() as (dialler, listener):
+        pairs = [await open_stream(dialler, listener) for _ in range(3)]
+        running, calls = [], []
+
+        def take(number: int, data: bytes) -> None:
+            assert not running
+            running.append(number)
+            calls.append((number, data))
+            for _, theirs in pairs:
+                theirs.try_write(b"answer")
+            running.pop()
+
+        for number, (_, theirs) in enumerate(pairs):
+            theirs.deliver_to(partial(take, number))
+        for number, (ours, _) in enumerate(pairs):
+            assert ours.try_write(b"%d" % number)
+        await until(lambda: len(calls) == 3)
+        assert calls == [(number, b"%d" % number) for number in range(3)]
+
+
+# --- cancelled and ended -------------------------------------------------------------
 
 
 async def test_a_cancelled_write_ends_at_once_and_its_message_is_whole():

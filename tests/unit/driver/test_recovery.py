@@ -42,6 +42,7 @@ def make_clock(
         pace=pace or PrefillPace(),
         step_ms=step_ms,
         prompt_tokens=prompt,
+        sent=NOW,
         now=NOW,
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 from pals.driver.recovery import Patience
 from pals.driver.routes import RouteTable, ServedModel
@@ -23,7 +24,7 @@ from pals.errors import (
     WireVersionMismatch,
 )
 from pals.net.announce import Announcement
-from pals.net.control import Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
+from pals.net.control import Ack, Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
 from pals.net.links import Arrival
 from pals.net.wire import FLAG_LAST, Frame, Lane, Outgoing, Row, Rows, sampled_shape
 from pals.types import LayerRange, PeerId, SessionId
@@ -86,6 +87,9 @@ class FakeLinks:
         self.closed: list[PeerId] = []
         self.client: SessionClient | None = None
         self.on_refusal: Callable[[PeerId, object], None] = lambda *_: None
+        self.prompted: list[tuple[PeerId, SessionId]] = []
+        self.acknowledged: list[int] = []
+        self.late: list[tuple[PeerId, Any]] | None = None
 
     async def ensure(self, peer: PeerId, addresses: Sequence[str]) -> None:
         await trio.lowlevel.checkpoint()
@@ -94,6 +98,8 @@ class FakeLinks:
 
     def send(self, peer: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         assert self.client is not None
+        if lane is Lane.PREFILL:
+            self.prompted.append((peer, outgoing.rows.sessions[0]))
         if lane is not Lane.CONTROL or peer in self.silent:
             return
         message = decode_control(peer, memoryview(b"".join(outgoing.payload)))
@@ -106,13 +112,25 @@ class FakeLinks:
                 self.on_refusal(peer, answer)
             else:
                 answer = Opened(session=message.session)
-            self.client.on_control(peer, answer)
+            if self.late is None:
+                self.client.on_control(peer, answer)
+            else:
+                self.late.append((peer, answer))
         elif isinstance(message, StatsRequest):
             parts = {"queue_ms": 0.0, "handover_ms": 0.0, "codec_ms": 0.0, "turn_ms": 3.0}
             stats = Stats(steps=1, step_ms=1.0, **parts)
             self.client.on_control(peer, stats)
         elif isinstance(message, Close):
             self.closed.append(peer)
+        elif isinstance(message, Ack):
+            self.acknowledged.append(message.position)
+
+    def answer(self) -> None:
+        """Let the answers come that were held back."""
+        assert self.client is not None
+        late, self.late = self.late, None
+        for peer, answer in late or ():
+            self.client.on_control(peer, answer)
 
 
 class FakeNode:
@@ -206,6 +224,47 @@ async def test_a_row_of_several_sampled_tokens_is_refused(nursery: trio.Nursery)
 
     with pytest.raises(InvalidFrame):
         bench.client.on_rows(A, Arrival(frame, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+async def test_tokens_before_the_last_answer_wait_for_it_and_are_acknowledged_then(
+    nursery: trio.Nursery, is_last: bool
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
+    bench.links.late = []
+    async with trio.open_nursery() as opening:
+        opening.start_soon(bench.open, 20)
+        await trio.testing.wait_all_tasks_blocked()
+        ((head, session),) = bench.links.prompted
+        assert (head, len(bench.links.late)) == (A, 2)
+        for position in range(2, 19):
+            bench.sample(B, session, position)
+        bench.sample(B, session, 19, flags=FLAG_LAST if is_last else 0)
+        assert (bench.events, bench.links.acknowledged) == ([], [])
+        bench.links.answer()
+
+    tokens = [SampledToken(7, False)] * 17 + [SampledToken(7, is_last)]
+    assert bench.events == tokens
+    assert bench.links.acknowledged != []
+    assert sorted(bench.links.closed) == ([A, B] if is_last else [])
+
+
+async def test_tokens_of_a_chain_that_does_not_hold_are_nobody_s(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
+    bench.node.discovery.announced[C] = announcement(C, "0:2")
+    bench.links.late = []
+    bench.links.refusals[A] = ShardFull.code, "full"
+    async with trio.open_nursery() as opening:
+        opening.start_soon(bench.open)
+        await trio.testing.wait_all_tasks_blocked()
+        ((_, session),) = bench.links.prompted
+        bench.sample(B, session, 2)
+        bench.node.discovery._listed = bench.node.discovery.announced
+        bench.links.answer()
+
+    assert bench.events == []
+    assert bench.links.opened[-1] == (C, B)
+    assert [head for head, _ in bench.links.prompted] == [A, C]
 
 
 async def test_another_chain_is_taken_when_a_shard_cannot_be_reached(nursery: trio.Nursery) -> None:

@@ -88,6 +88,7 @@ class _Running:
 
     message: Open
     open_at: set[PeerId] = field(default_factory=set)
+    linked: set[PeerId] = field(default_factory=set)
     history: list[int] = field(default_factory=list)
     is_decoding: bool = False
 
@@ -268,6 +269,7 @@ class VirtualShards:
             return
         match message:
             case Open():
+                self._sessions.setdefault(SessionId(message.session), _Running(message))
                 self.nursery.start_soon(self._open, shard, message)
             case Close():
                 self._close(shard, SessionId(message.session))
@@ -294,7 +296,7 @@ class VirtualShards:
 
     async def _open(self, shard: PeerId, message: Open) -> None:
         session = SessionId(message.session)
-        running = self._sessions.setdefault(session, _Running(message))
+        running = self._sessions[session]
         room = self.announced[shard].max_context_tokens
         assert message.prompt_tokens + message.max_new_tokens <= room
         full = shard in self.full or self.sessions_at(shard) >= self.slots
@@ -314,6 +316,8 @@ class VirtualShards:
             code = PeerUnreachable.code
             self._tell(shard, Refused(session=session, code=code, problem="cut", peer=onward))
         elif shard in running.open_at:
+            running.linked.add(shard)
+            self._run_if_ready(running)
             self._tell(shard, Opened(session=session))
 
     def _take_prompt(self, outgoing: Outgoing) -> None:
@@ -323,7 +327,13 @@ class VirtualShards:
             running.history += np.frombuffer(b"".join(outgoing.payload), "<i4").tolist()
             if len(running.history) == running.message.prompt_tokens:
                 self.prompts.append((trio.current_time(), running.peers))
-                self.nursery.start_soon(self._run, running)
+                self._run_if_ready(running)
+
+    def _run_if_ready(self, running: _Running) -> None:
+        """Compute a prompt once it is whole and every shard can send on what it makes."""
+        is_whole = len(running.history) == running.message.prompt_tokens
+        if is_whole and running.linked >= set(running.peers):
+            self.nursery.start_soon(self._run, running)
 
     async def _run(self, running: _Running) -> None:
         self._reach("prefill", *running.peers)

@@ -93,8 +93,8 @@ def make_item(
     )
 
 
-def outputs(result: StepResult) -> list[list[int]]:
-    return [output.tolist() for output in result.outputs]
+def outputs(result: StepResult) -> list[int]:
+    return result.outputs.tolist()
 
 
 def test_decode_rows_that_wait_run_as_one_batch(bench: Bench) -> None:
@@ -106,7 +106,7 @@ def test_decode_rows_that_wait_run_as_one_batch(bench: Bench) -> None:
         ("decode", [0, 2, 1], [10, 12, 11], [5, 6, 7], [Sampling(), HOT, Sampling()])
     ]
     assert result.items == items
-    assert outputs(result) == [[6], [7], [8]]
+    assert outputs(result) == [6, 7, 8]
     assert result.error is None
     assert result.free_s <= result.started_s <= result.finished_s
 
@@ -114,7 +114,7 @@ def test_decode_rows_that_wait_run_as_one_batch(bench: Bench) -> None:
 def test_chunk_runs_with_its_own_sampling(bench: Bench) -> None:
     bench.compute.start()
     bench.compute.submit([make_item(1, 5, is_decode=False, sampling=HOT)])
-    assert outputs(bench.next()) == [[6]]
+    assert outputs(bench.next()) == [6]
     bench.compute.submit([make_item(2, 5, is_decode=False)])
     bench.next()
     assert bench.shard.calls == [
@@ -138,11 +138,11 @@ def test_failed_step_is_delivered_and_the_next_one_runs(bench: Bench, failure: E
     item = make_item(0)
     bench.compute.submit([item])
     result = bench.next()
-    assert (result.items, result.outputs, result.error) == ([item], [], failure)
+    assert (result.items, outputs(result), result.error) == ([item], [], failure)
     assert len(bench.shard.calls) == 1
     bench.shard.failure = None
     bench.compute.submit([make_item(1, 5)])
-    assert outputs(bench.next()) == [[6]]
+    assert outputs(bench.next()) == [6]
 
 
 def test_only_an_unexpected_failure_is_logged(
@@ -162,14 +162,14 @@ def test_refused_row_fails_alone_and_the_rest_of_its_batch_runs(bench: Bench) ->
     bench.compute.start()
     results = [bench.next() for _ in range(3)]
     assert [result.items[0].slot for result in results] == [0, 1, 2]
-    assert [outputs(result) for result in results] == [[[6]], [], [[8]]]
+    assert [outputs(result) for result in results] == [[6], [], [8]]
     assert [type(result.error) for result in results] == [type(None), InvalidStep, type(None)]
 
 
 def test_second_row_of_a_session_in_one_batch_harms_nobody(bench: Bench) -> None:
     bench.compute.submit([make_item(0, 5), make_item(0, 6), make_item(1, 7)])
     bench.compute.start()
-    assert [outputs(bench.next()) for _ in range(3)] == [[[6]], [[7]], [[8]]]
+    assert [outputs(bench.next()) for _ in range(3)] == [[6], [7], [8]]
 
 
 def test_batch_that_failed_unexpectedly_is_not_run_again(bench: Bench) -> None:
@@ -186,7 +186,7 @@ def test_rows_before_the_one_that_does_not_fit_run() -> None:
     small.compute.start()
     with pytest.raises(QueueFull):
         small.compute.submit([make_item(0, 5), make_item(1, 6)])
-    assert outputs(small.next()) == [[6]]
+    assert outputs(small.next()) == [6]
     small.compute.close(WAIT_S)
 
 
@@ -198,7 +198,7 @@ def test_dropped_rows_do_not_run_but_the_running_step_ends(bench: Bench) -> None
     bench.compute.submit([make_item(0, 6), make_item(1, 7)])
     bench.compute.drop("session-0")
     bench.shard.released.set()
-    assert [outputs(bench.next()) for _ in range(2)] == [[[6]], [[8]]]
+    assert [outputs(bench.next()) for _ in range(2)] == [[6], [8]]
 
 
 def test_dropped_row_of_a_refused_batch_is_not_run_again(bench: Bench) -> None:
@@ -217,7 +217,7 @@ def test_session_that_was_dropped_before_may_come_again(bench: Bench) -> None:
     bench.compute.drop("session-0")
     bench.compute.submit([make_item(0, 5)])
     bench.compute.start()
-    assert outputs(bench.next()) == [[6]]
+    assert outputs(bench.next()) == [6]
 
 
 def test_close_ends_the_step_that_runs_and_starts_no_other(bench: Bench) -> None:

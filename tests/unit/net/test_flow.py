@@ -19,7 +19,9 @@ MANIFEST = b"m" * 32
 
 
 def make_flow(window: int) -> SessionFlow[int]:
-    return SessionFlow(inbound=AckPolicy(window), window=window, acknowledged=0)
+    flow: SessionFlow[int] = SessionFlow(inbound=AckPolicy(window), window=window, acknowledged=0)
+    flow.is_linked = True
+    return flow
 
 
 def test_a_prompt_of_ids_always_fits_the_window() -> None:
@@ -57,6 +59,16 @@ def test_chunks_wait_for_room_and_leave_in_order() -> None:
     assert flow.release() == []
     flow.acknowledge(8)
     assert flow.release() == [16]
+
+
+def test_nothing_has_room_before_its_receiver_can_be_reached() -> None:
+    flow = make_flow(window=8)
+    flow.is_linked = False
+    flow.waiting.append((4, 4))
+    flow.held_token = 1, 77
+    assert (flow.release(), flow.release_token()) == ([], None)
+    flow.is_linked = True
+    assert (flow.release(), flow.release_token()) == ([4], (1, 77))
 
 
 def test_a_token_is_held_until_its_driver_has_caught_up() -> None:

@@ -588,9 +588,21 @@ def test_events_say_whose_turn_it_is_to_look():
     wire = Wire()
     ours, theirs = wire.open()
     wire.listener.take_events()
-    wire.dialler.queue(ours, b"x", 0.0)
+    wire.dialler.queue(ours, b"x", 0.0).is_awaited = True
 
     wire.carry()
 
     assert wire.dialler.take_events() == [StreamChanged(ours)]
+    assert wire.listener.take_events() == [StreamChanged(theirs)]
+
+
+def test_a_message_that_nobody_waits_for_leaves_without_an_event():
+    wire = Wire()
+    ours, theirs = wire.open()
+    wire.listener.take_events()
+    wire.dialler.queue(ours, b"x", 0.0)
+
+    wire.carry()
+
+    assert wire.dialler.take_events() == []
     assert wire.listener.take_events() == [StreamChanged(theirs)]

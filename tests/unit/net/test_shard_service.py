@@ -27,9 +27,10 @@ from pals.net.control import (
     Opened,
     Refused,
 )
+from pals.net.early import EARLY_S
 from pals.net.links import Arrival, Links
 from pals.net.ring import SessionTable
-from pals.net.shard_service import ModelShape, ShardService
+from pals.net.shard_service import EXPIRY_INTERVAL_S, ModelShape, ShardService
 from pals.net.wire import Frame, Lane, Row, Rows, tokens_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 from tests.unit.net.shard_fakes import DRIVER, LOCAL, NEXT, FakeCompute, FakeLinks
@@ -74,7 +75,7 @@ class Bench:
 
     def finish(self, item: WorkItem) -> None:
         token = np.array([7], np.int32)
-        step = StepResult(items=[item], outputs=[token], free_s=0.0, started_s=1.0, finished_s=2.0)
+        step = StepResult(items=[item], outputs=token, free_s=0.0, started_s=1.0, finished_s=2.0)
         self.service.on_step(step)
 
 
@@ -155,7 +156,12 @@ async def test_step_that_fails_ends_all_sessions_and_one_that_is_refused_its_own
             items.append(bench.send_prompt(session))
         bench.service.on_step(
             StepResult(
-                items=items[:1], outputs=[], free_s=0.0, started_s=1.0, finished_s=2.0, error=error
+                items=items[:1],
+                outputs=np.empty(0, np.int32),
+                free_s=0.0,
+                started_s=1.0,
+                finished_s=2.0,
+                error=error,
             )
         )
     failed = [message for message in bench.links.control() if isinstance(message, Failed)]
@@ -186,7 +192,8 @@ async def test_rows_of_a_session_whose_next_hop_is_unreachable_do_not_run(
     bench = Bench(nursery, stop=1)
     bench.links.silent.add(NEXT)
     await bench.open()
-    bench.send_prompt()
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 0, 3))
+    assert bench.compute.items == []
     bench.links.unreachable.set()
     await trio.testing.wait_all_tasks_blocked()
     (refused,) = bench.links.control()
@@ -221,6 +228,124 @@ async def test_a_session_that_ends_as_its_link_comes_up_is_not_told_as_open(
     await trio.testing.wait_all_tasks_blocked()
 
     assert not any(isinstance(message, Opened) for message in bench.links.control())
+
+
+# --- a prompt that comes before it is known where it goes ----------------------------
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("stop", [1, 2])
+async def test_prompt_before_its_open_runs_once_that_comes(
+    nursery: trio.Nursery, stop: int
+) -> None:
+    bench = Bench(nursery, stop)
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 0, 2), Row(OTHER, 0, 1))
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 2, 1))
+    assert bench.compute.items == []
+    await bench.open()
+
+    assert [(item.position, item.inputs.tolist()) for item in bench.compute.items] == [
+        (0, [0, 1]),
+        (2, [0]),
+    ]
+    assert bench.links.control() == [Opened(session=SESSION)]
+
+
+@pytest.mark.trio
+async def test_prompt_waits_for_the_link_to_the_next_hop_and_then_runs(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, stop=1)
+    come_up = trio.Event()
+
+    async def ensure(peer: PeerId, addresses: Sequence[str]) -> None:
+        await come_up.wait()
+
+    bench.links.ensure = ensure
+    await bench.open()
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 0, 2))
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 2, 1))
+    assert (bench.compute.items, bench.links.control()) == ([], [])
+    come_up.set()
+    await trio.testing.wait_all_tasks_blocked()
+
+    assert [item.position for item in bench.compute.items] == [0, 2]
+    assert bench.links.control() == [Opened(session=SESSION)]
+
+
+@pytest.mark.trio
+async def test_a_tail_that_does_not_reach_its_head_yet_gives_it_the_token_later(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery)
+    come_up = trio.Event()
+
+    async def ensure(peer: PeerId, addresses: Sequence[str]) -> None:
+        await come_up.wait()
+
+    bench.links.ensure = ensure
+    await bench.open()
+    bench.finish(bench.send_prompt())
+    assert bench.links.rows() == [(DRIVER, Row(SESSION, 3, 1))]
+    come_up.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert bench.links.rows() == [(DRIVER, Row(SESSION, 3, 1)), (LOCAL, Row(SESSION, 3, 1))]
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("end", ["closed", "refused"])
+async def test_late_rows_of_a_session_that_is_over_are_not_kept(
+    nursery: trio.Nursery, end: str
+) -> None:
+    bench = Bench(nursery, stop=1)
+    await bench.open(next_hop=NEXT if end == "closed" else PeerId("stranger"))
+    bench.service.on_control(DRIVER, Close(session=SESSION))
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 0, 3))
+    bench.send_rows(DRIVER, Lane.DECODE, Row(OTHER, 0, 1))
+
+    assert len(bench.service._early) == 0
+
+
+@pytest.mark.trio
+async def test_early_rows_of_another_than_the_upstream_are_no_part_of_the_prompt(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery)
+    bench.send_rows(PeerId("stranger"), Lane.PREFILL, Row(SESSION, 0, 3))
+    await bench.open()
+    assert bench.compute.items == []
+    bench.send_prompt()
+    assert len(bench.compute.items) == 1
+
+
+@pytest.mark.trio
+async def test_session_whose_early_rows_were_given_up_is_refused_and_keeps_no_slot(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    bench = Bench(nursery)
+    nursery.start_soon(bench.service.expire_sessions)
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 0, 3))
+    await trio.sleep(EARLY_S + EXPIRY_INTERVAL_S + 0.1)
+    assert len(bench.service._early) == 0
+    await bench.open()
+
+    (refused,) = bench.links.control()
+    assert isinstance(refused, Refused)
+    assert (refused.code, bench.service.free_sessions) == (SessionRefused.code, 2)
+    await bench.open()
+    assert bench.links.control()[1:] == [Opened(session=SESSION)]
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
+async def test_early_rows_that_do_not_fit_their_session_end_it(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery)
+    bench.send_rows(DRIVER, Lane.PREFILL, Row(SESSION, 1, 2))
+    await bench.open()
+
+    assert bench.compute.items == []
+    assert bench.service.free_sessions == 2
+    assert [type(m) for m in bench.links.control()] == [Failed]
 
 
 # --- leaving -------------------------------------------------------------------------

@@ -23,7 +23,9 @@ def make_result(*, free_s: float) -> StepResult:
         arrived_s=10.0,
         codec_s=0.1,
     )
-    return StepResult(items=[item], outputs=[], free_s=free_s, started_s=10.5, finished_s=11.0)
+    return StepResult(
+        items=[item], outputs=np.empty(0, np.int32), free_s=free_s, started_s=10.5, finished_s=11.0
+    )
 
 
 @pytest.mark.parametrize(

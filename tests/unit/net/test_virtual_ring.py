@@ -173,3 +173,23 @@ async def test_a_prompt_keeps_no_more_than_a_window_before_a_slow_shard(
     assert 0 < ring.wires.most_bytes[ring.peers[0], ring.peers[1]] <= window
     assert ring.computes[1].most_waiting <= window // chunk_bytes
     assert ring.computes[0].most_waiting <= window // chunk_bytes
+
+
+# --- a prompt right behind its session -----------------------------------------------
+
+
+async def test_the_first_token_takes_no_round_trip_to_open_its_session(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    ring = make_ring(nursery)
+    driver = VirtualDriver("driver", ring)
+    started_s = trio.current_time()
+    driver.ask(256, 1)
+    driver.send_prompt(256)
+    await driver.finish()
+    took_s = driver.arrivals_s[0] - started_s
+    nursery.cancel_scope.cancel()
+
+    compute_s = sum(0.4 + 0.1 * place for place in range(3))
+    wire_s = (4 * 256 + 2 * 256 * 4 * HIDDEN_SIZE) / BYTES_PER_S
+    assert took_s == pytest.approx(4 * DELAY_S + compute_s + wire_s, abs=0.001)

@@ -39,52 +39,55 @@ StepSeconds = Callable[[int, Sequence[WorkItem]], float]
 
 
 class Wires:
-    """One line for each direction between two peers, all alike.
+    """One line for each direction between two peers, all alike but where a test says more.
+
+    What one lane carries stays in order; lanes overtake each other.
 
     Attributes:
         delay_s: Of every line.
+        delays_s: Of one lane of a line, where it is another.
         bytes_per_s: Of every line.
         most_bytes: The most payload that was ever under way on a line.
     """
 
     def __init__(self, nursery: trio.Nursery, *, delay_s: float, bytes_per_s: float) -> None:
         self.delay_s = delay_s
+        self.delays_s: dict[tuple[PeerId, PeerId, Lane], float] = {}
         self.bytes_per_s = bytes_per_s
         self.most_bytes: defaultdict[tuple[PeerId, PeerId], int] = defaultdict(int)
         self._nursery = nursery
         self._ends: dict[PeerId, Receive] = {}
         self._free_s: defaultdict[tuple[PeerId, PeerId], float] = defaultdict(float)
         self._bytes: defaultdict[tuple[PeerId, PeerId], int] = defaultdict(int)
-        self._lines: dict[
-            tuple[PeerId, PeerId], trio.MemorySendChannel[tuple[float, Lane, Outgoing]]
+        self._lanes: dict[
+            tuple[PeerId, PeerId, Lane], trio.MemorySendChannel[tuple[float, Outgoing]]
         ] = {}
 
     def attach(self, peer: PeerId, receive: Receive) -> None:
         self._ends[peer] = receive
 
     def send(self, sender: PeerId, receiver: PeerId, lane: Lane, outgoing: Outgoing) -> None:
-        line = sender, receiver
-        if line not in self._lines:
-            self._lines[line], channel = trio.open_memory_channel[tuple[float, Lane, Outgoing]](
-                10_000
-            )
-            self._nursery.start_soon(self._carry, line, channel)
+        line, lane_of = (sender, receiver), (sender, receiver, lane)
+        if lane_of not in self._lanes:
+            self._lanes[lane_of], channel = trio.open_memory_channel[tuple[float, Outgoing]](10_000)
+            self._nursery.start_soon(self._carry, lane_of, channel)
         size = sum(map(len, outgoing.payload))
         self._bytes[line] += size
         self.most_bytes[line] = max(self.most_bytes[line], self._bytes[line])
         start_s = max(trio.current_time(), self._free_s[line])
         self._free_s[line] = start_s + size / self.bytes_per_s
-        self._lines[line].send_nowait((self._free_s[line] + self.delay_s, lane, outgoing))
+        due_s = self._free_s[line] + self.delays_s.get(lane_of, self.delay_s)
+        self._lanes[lane_of].send_nowait((due_s, outgoing))
 
     async def _carry(
         self,
-        line: tuple[PeerId, PeerId],
-        channel: trio.MemoryReceiveChannel[tuple[float, Lane, Outgoing]],
+        lane_of: tuple[PeerId, PeerId, Lane],
+        channel: trio.MemoryReceiveChannel[tuple[float, Outgoing]],
     ) -> None:
-        sender, receiver = line
-        async for due_s, lane, outgoing in channel:
+        sender, receiver, lane = lane_of
+        async for due_s, outgoing in channel:
             await trio.sleep_until(due_s)
-            self._bytes[line] -= sum(map(len, outgoing.payload))
+            self._bytes[sender, receiver] -= sum(map(len, outgoing.payload))
             self._ends[receiver](sender, lane, outgoing)
 
 
@@ -134,7 +137,7 @@ class _SteppedCompute:
                 await self._changed.wait()
                 continue
             await trio.sleep(self._seconds(items))
-            outputs = [self._output_of(item) for item in items]
+            outputs = np.concatenate([self._output_of(item) for item in items])
             deliver(StepResult(items=items, outputs=outputs, free_s=0, started_s=0, finished_s=0))
 
     def _output_of(self, item: WorkItem) -> np.ndarray:
@@ -236,6 +239,11 @@ class VirtualDriver:
 
     async def open(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Open the session and return once it is open at every shard."""
+        self.ask(prompt_tokens, max_new_tokens)
+        await self._opened.wait()
+
+    def ask(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Ask every shard to open the session."""
         self._position, self._max_new_tokens = prompt_tokens, max_new_tokens
         message = Open(
             session=self.session,
@@ -245,7 +253,6 @@ class VirtualDriver:
         )
         for peer in self._ring.peers:
             self._send_control(peer, message)
-        await self._opened.wait()
 
     def send_prompt(self, row_tokens: int) -> None:
         """Send the whole prompt to the head, in rows of ``row_tokens``."""
