@@ -10,7 +10,7 @@ I4  who was removed is on no later list unless invited again;
 I5  entries are numbered without a gap and each names the one before;
 I6  a peer is a member once;
 I7  a later list begins with every list that the same client saw;
-I8  nothing that was stored holds a secret (the tests look, when the play is over).
+I8  nothing that is stored holds a secret (`play` returns them, for its caller to look).
 """
 
 from __future__ import annotations
@@ -68,6 +68,13 @@ class MembershipMachine(RuleBasedStateMachine):
     """Five peers and an operator over one backend; subclasses say which."""
 
     backend: Crashing
+    secrets: list[bytes]
+
+    def teardown(self) -> None:
+        invites = [known.invite for known in self.invites]
+        self.secrets += [invite.auth for invite in invites]
+        self.secrets += [invite.signing_key.reveal_seed() for invite in invites]
+        self.secrets.append(self.chain.operator.reveal_seed())
 
     @initialize()
     def create_swarm(self) -> None:
@@ -231,16 +238,17 @@ class MembershipMachine(RuleBasedStateMachine):
             self.stored.add(decode_entry(outcome.entry).record)
 
 
-def play(backend: Crashing, *, games: int, steps: int) -> None:
-    """Play against a backend, one swarm a game."""
+def play(backend: Crashing, *, games: int, steps: int) -> list[bytes]:
+    """Play against a backend, one swarm a game, and return every secret of the players."""
 
     class Machine(MembershipMachine):
         pass
 
-    Machine.backend = backend
+    Machine.backend, Machine.secrets = backend, [peer.reveal_seed() for peer in PEERS]
     run_state_machine_as_test(
         Machine,
         settings=settings(
             max_examples=games, stateful_step_count=steps, suppress_health_check=list(HealthCheck)
         ),
     )
+    return Machine.secrets

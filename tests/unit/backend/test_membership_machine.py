@@ -14,8 +14,11 @@ from tests.unit.backend.membership_machine import play
 
 def test_membership_holds_whatever_happens_when(path: Path) -> None:
     backend = Abandoned(sqlite_url(path))
-    play(backend, games=3, steps=25)
+    secrets = play(backend, games=3, steps=25)
     backend.close()
+    stored = b"".join(file.read_bytes() for file in path.parent.iterdir())
+    assert b"invite" in stored
+    assert not [secret for secret in secrets if secret in stored]
 
 
 @pytest.mark.slow
