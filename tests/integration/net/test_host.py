@@ -249,7 +249,13 @@ async def test_both_sides_may_dial_at_once():
         assert await ask_echo(b, a) == b"hello"
 
 
-@pytest.mark.parametrize("listen", ["", "/ip4/127.0.0.1", "/ip4/127.0.0.1/udp/1", "127.0.0.1:80"])
+@pytest.mark.parametrize(
+    "listen",
+    [
+        *("", "nonsense", "127.0.0.1:80"),
+        *("/ip4/127.0.0.1", "/ip4/127.0.0.1/udp/1", "/ip4/300.1.1.1/tcp/1"),
+    ],
+)
 async def test_a_listen_address_that_is_no_tcp_multiaddr_is_refused(listen):
     with pytest.raises(InvalidConfig):
         async with open_host(identity(1), listen=listen, allow=lambda _: True):
