@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from pals.errors import InvalidConfig, PalsError, PeerUnreachable
+from pals.net.announce import Announcement
 from pals.net.nat.reachability import Reach
 from pals.types import PeerId
 
@@ -48,6 +49,7 @@ class PeerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         path: The way to it; None when there is none.
         relay: The member that relays.
         round_trip_ms: The shortest of a few round trips of a small message.
+        layers: What it serves, as ``0:10``; empty for nothing.
         problem: Why there is no way, or no answer.
         code: The code of that error, and ``hint`` what to do about it.
     """
@@ -56,6 +58,7 @@ class PeerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     path: Literal["direct", "punched", "relayed"] | None = None
     relay: _Text | None = None
     round_trip_ms: float | None = None
+    layers: _Text = ""
     problem: _Text = ""
     code: _Text = ""
     hint: _Text = ""
@@ -68,12 +71,14 @@ class NetworkReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         peer: This member.
         reach: Whether members can dial it.
         addresses: What it tells others.
+        layers: What it serves, as ``0:10``; empty for nothing.
         peers: The other members.
     """
 
     peer: _Text
     reach: Reach
     addresses: tuple[_Text, ...]
+    layers: _Text = ""
     peers: tuple[PeerReport, ...]
 
 
@@ -92,7 +97,8 @@ async def report_network(node: Node) -> NetworkReport:
         if peer in announced:
             addresses += announced[peer].addresses
         async with limiter:
-            reports[peer] = await _report_peer(node, peer, addresses)
+            found = await _report_peer(node, peer, addresses)
+        reports[peer] = msgspec.structs.replace(found, layers=_layers(announced.get(peer)))
 
     async with trio.open_nursery() as nursery:
         for peer in others:
@@ -101,8 +107,13 @@ async def report_network(node: Node) -> NetworkReport:
         peer=node.peer_id,
         reach=node.traversal.state.reach,
         addresses=node.host.addresses(),
+        layers=_layers(node.discovery.announcements().get(node.peer_id)),
         peers=tuple(reports[peer] for peer in sorted(reports)),
     )
+
+
+def _layers(announcement: Announcement | None) -> str:
+    return "" if announcement is None else str(announcement.layers)
 
 
 async def _report_peer(node: Node, peer: PeerId, addresses: tuple[str, ...]) -> PeerReport:

@@ -114,6 +114,16 @@ class Invite:
         secret_half = _SECRET.pack(self.epoch, key, _checksum(redeem, self.epoch, key))
         return f"{PREFIX}{_encode(redeem)}.{_encode(secret_half)}"
 
+    def with_secret(self, *, epoch: int, secret: SwarmSecret) -> Invite:
+        """Return the same invite with the secret of a later epoch."""
+        return Invite(
+            token=self._token,
+            swarm_id=self.swarm_id,
+            backend_url=self.backend_url,
+            epoch=epoch,
+            secret=secret,
+        )
+
     @property
     def auth(self) -> bytes:
         """The 32 bytes that the joiner shows to the backend."""

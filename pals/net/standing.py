@@ -1,0 +1,132 @@
+"""Where a profile stands in its swarm: what `pals status` and `pals swarm list` show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import trio
+
+from pals.config import Profile, SwarmEntry
+from pals.errors import InvalidRecord, PalsError, RosterRefused
+from pals.net.administration import load_operator
+from pals.net.membership import MembershipClient, fetch_roster, load_roster, save_roster
+from pals.net.removal import needs_rotation
+from pals.swarm import kept
+from pals.swarm.allowlist import AllowList, AllowState
+from pals.swarm.identity import Identity, load_or_create_identity
+from pals.swarm.records import Record, decode_entry, decode_record
+from pals.swarm.roster import Roster
+from pals.types import SwarmId
+
+LOOK_S = 5.0
+
+Part = Literal["operator", "admin", "member", "removed", "unknown"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """One swarm of a profile, as far as it is known.
+
+    Attributes:
+        entry: What the profile holds.
+        part: What the profile may do there; ``unknown`` without a verified list.
+        roster: The newest verified list, or None.
+        state: Whether that list is in force.
+        age_s: Seconds since it was verified; None without one.
+        alarms: What is wrong with the backend, in words.
+        next_step: What to do now, in words; empty for nothing.
+    """
+
+    entry: SwarmEntry
+    part: Part
+    roster: Roster | None
+    state: AllowState
+    age_s: float | None
+    alarms: tuple[str, ...]
+    next_step: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    roster: Roster | None
+    age_s: float | None
+    records: tuple[Record, ...] = ()
+    problem: PalsError | None = None
+
+    @property
+    def state(self) -> AllowState:
+        allow_list = AllowList()
+        if self.roster is not None and self.age_s is not None:
+            allow_list.update(self.roster, trio.current_time(), age_s=self.age_s)
+        return allow_list.state(trio.current_time())
+
+
+async def look_at(profile: Profile, entry: SwarmEntry, *, deadline_s: float = LOOK_S) -> Standing:
+    """Return where the profile stands, by the backend's list or the last one verified.
+
+    Raises:
+        ProfileExposed: Others can read a file of the profile.
+        InvalidConfig: A file of the profile is damaged.
+    """
+    client = MembershipClient(entry.backend_url, deadline_s=deadline_s)
+    swarm_id = SwarmId(bytes.fromhex(entry.swarm_id))
+    found = await _find(profile, swarm_id, client)
+    part = _part(profile, entry, found.roster)
+    waiting = len(kept.load_removals(profile, swarm_id))
+    return Standing(
+        entry=entry,
+        part=part,
+        roster=found.roster,
+        state=found.state,
+        age_s=found.age_s,
+        alarms=_alarms(found.problem),
+        next_step=_next_step(entry, part, found, waiting),
+    )
+
+
+async def _find(profile: Profile, swarm_id: SwarmId, client: MembershipClient) -> _Found:
+    saved = load_roster(profile, swarm_id)
+    known, age_s = (None, None) if saved is None else saved
+    try:
+        roster, entries, _ = await fetch_roster(client, swarm_id, known=known)
+    except PalsError as problem:
+        return _Found(roster=known, age_s=age_s, problem=problem)
+    save_roster(profile, swarm_id, entries)
+    records = tuple(decode_record(decode_entry(data).record) for data in entries)
+    return _Found(roster=roster, age_s=0.0, records=records)
+
+
+def _part(profile: Profile, entry: SwarmEntry, roster: Roster | None) -> Part:
+    if load_operator(profile, entry) is not None:
+        return "operator"
+    if roster is None:
+        return "unknown"
+    identity: Identity = load_or_create_identity(profile)
+    if identity.peer_id not in roster.live:
+        return "removed"
+    return "admin" if roster.may_administer(identity.public_key) else "member"
+
+
+def _alarms(problem: PalsError | None) -> tuple[str, ...]:
+    # No answer is no attack; another list than the one verified before may be.
+    return (str(problem),) if isinstance(problem, RosterRefused | InvalidRecord) else ()
+
+
+def _next_step(entry: SwarmEntry, part: Part, found: _Found, waiting: int) -> str:
+    roster, signs = found.roster, part in ("operator", "admin")
+    if part == "removed":
+        return "this machine was removed: run `pals swarm leave`, and ask for a new invite"
+    if roster is None or found.state == "expired":
+        return f"members refuse each other: start the backend at {entry.backend_url}"
+    if waiting and signs:
+        return f"{waiting} removals wait for the backend: run `pals swarm rotate` when it answers"
+    if found.problem is not None:
+        return f"check the backend: {found.problem}"
+    if entry.epoch < roster.epoch:
+        return "the swarm has a newer secret: run `pals shard` or `pals serve` to get it"
+    if signs and needs_rotation(found.records):
+        return "a machine that went knows the secret: run `pals swarm rotate`"
+    if signs and len(roster.live) == 1:
+        return "let another machine in with `pals invite create`"
+    return ""
