@@ -116,7 +116,7 @@ async def _create_swarm(
     write_private(profile.operator_key_path(swarm_id.hex()), operator.to_pem())
     try:
         client = MembershipClient(backend_url)
-        backend_key = await client.fetch_key()
+        backend_key = await _fetch_key(client)
         stored = await client.create_swarm(record)
         roster = begin(swarm_id, decode_entry(stored))
         appointed = await _appoint_backend(client, operator, swarm_id, backend_key, now)
@@ -129,6 +129,17 @@ async def _create_swarm(
         shutil.rmtree(profile.swarm_folder(swarm_id.hex()))
         raise
     return entry
+
+
+async def _fetch_key(client: MembershipClient) -> bytes:
+    try:
+        return await client.fetch_key()
+    except BackendRefused as error:
+        raise InvalidConfig(
+            source=f"the backend at {client.url}",
+            problem=f"it does not say with which key it signs: {error}",
+            advice="run `pals backend` of this version there",
+        ) from error
 
 
 async def _appoint_backend(

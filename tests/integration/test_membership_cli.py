@@ -78,7 +78,7 @@ def test_login_from_the_environment_or_standard_input(
     capsys.readouterr()
     assert run(["swarm", "show", "--json", "--config-dir", str(tmp_path / "b")]) == 0
     shown = document(capsys)
-    assert (shown["members"], shown["operator"], shown["member_list"]) == (3, False, "fresh")
+    assert (shown["members"], shown["role"], shown["list"]) == (3, "member", "fresh")
 
 
 @pytest.mark.usefixtures("swarm")
