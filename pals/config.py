@@ -439,6 +439,7 @@ def _damaged(path: Path, problem: str) -> InvalidConfig:
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+_StaleSeconds = Annotated[float, msgspec.Meta(ge=300, le=30 * 86400)]
 _SecondsOrNone = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
@@ -470,6 +471,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     allow_relay: bool = False
     use_relay: bool = False
     poll_interval_s: _Seconds = 27.0
+    max_stale_s: _StaleSeconds = 86400.0
     step_deadline_s: _Seconds = 30.0
     wait_for_peers_s: _SecondsOrNone = 30.0
     session_idle_s: _Seconds = 120.0

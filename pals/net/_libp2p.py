@@ -404,7 +404,9 @@ class MemberSwarm(Swarm):
 
         async def guarded(stream: INetStream) -> None:
             peer = stream.muxed_conn.peer_id
-            if self._inbound_streams[peer] >= self._limits.max_streams_per_peer:
+            is_full = self._inbound_streams[peer] >= self._limits.max_streams_per_peer
+            # What runs may end in its time, when a list expires; nothing new begins.
+            if is_full or not self.allow(PeerId(peer.to_base58())):
                 await _reset_quietly(stream)
                 return
             self._inbound_streams[peer] += 1
