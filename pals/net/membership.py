@@ -10,10 +10,11 @@ import base64
 import binascii
 import logging
 import math
+import ssl
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, TypeVar
 
 import httpx
@@ -168,7 +169,7 @@ class MembershipClient:
     ) -> tuple[httpx.Response, bytes]:
         # Proxy variables and redirects would let others choose where a token goes.
         client = httpx.AsyncClient(
-            trust_env=False, follow_redirects=False, timeout=self._deadline_s
+            verify=_trusted(), trust_env=False, follow_redirects=False, timeout=self._deadline_s
         )
         async with (
             client,
@@ -210,6 +211,12 @@ def _freshness(value: str) -> bytes:
         return base64.b64decode(value[:MAX_FRESHNESS_CHARS], altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
         return b""
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Return the certificates to trust, read once: it takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=False)
 
 
 async def fetch_roster(

@@ -59,14 +59,14 @@ NOW = time.time()
 pytestmark = pytest.mark.trio
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[BackendService]:
-    service = BackendService(sqlite_url(tmp_path / "backend" / "backend.db"))
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendService]:
+    service = BackendService(sqlite_url(tmp_path_factory.mktemp("backend") / "backend.db"))
     yield service
     service.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def url(service: BackendService) -> Iterator[str]:
     with running_backend(service) as url:
         yield url
