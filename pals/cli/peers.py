@@ -16,6 +16,7 @@ from pals.cli import console
 from pals.cli.announce import tell_members
 from pals.cli.formats import format_age, format_moment
 from pals.cli.options import ConfigDir, Json, SwarmName
+from pals.cli.process import ServerOptions, configure_logging
 from pals.config import Profile
 from pals.errors import PalsError
 from pals.swarm.identity import load_or_create_identity, public_key_of
@@ -63,6 +64,7 @@ def list_peers(
         config_dir: Profile folder.
         json: Print one JSON document on standard output.
     """
+    configure_logging(verbose=False)
     profile = Profile(config.config_dir(config_dir))
     membership, seen = trio.run(_look_up, profile, swarm)
     others = len(membership.roster.live) - 1
@@ -123,7 +125,6 @@ async def _look_up(profile: Profile, swarm: str | None) -> tuple[Membership, Map
 def _look_around(config_dir: ConfigDir, swarm: str | None) -> NetworkReport | None:
     """Return what members say now; None when there is no way to ask them."""
     from pals.cli.network import ask_network
-    from pals.cli.process import ServerOptions
 
     try:
         return ask_network(ServerOptions(config_dir=config_dir, swarm=swarm), deadline_s=LOOK_S)
@@ -150,7 +151,7 @@ def _peers(
             layers=layers.get(member.peer, ""),
             is_self=member.peer == own,
         )
-        for member in sorted(roster.live.values(), key=lambda m: (m.joined_at, m.peer))
+        for member in roster.live.values()
     ]
 
 

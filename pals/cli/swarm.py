@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
 
 from pals import config
 from pals.cli import console
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pals.net.standing import Standing
 
 STREAM = Path("-")
+KeyFile = Annotated[Path, Parameter(allow_leading_hyphen=True)]
 MAX_KEY_CHARS = 4096
 
 
@@ -173,7 +176,7 @@ async def appoint(
         console.out(f"{member} is {'an admin' if role == 'admin' else 'no admin'}")
 
 
-def export_key(file: Path, /, *, swarm: SwarmName = None, config_dir: ConfigDir = None) -> None:
+def export_key(file: KeyFile, /, *, swarm: SwarmName = None, config_dir: ConfigDir = None) -> None:
     """Write the operator's key to a file, to be kept elsewhere.
 
     Whoever has it lets machines in and removes them: keep it as you would a password.
@@ -199,7 +202,7 @@ def export_key(file: Path, /, *, swarm: SwarmName = None, config_dir: ConfigDir 
     console.note(f"the operator key is in `{file}`; `pals swarm import-key` reads it")
 
 
-def import_key(file: Path, /, *, swarm: SwarmName = None, config_dir: ConfigDir = None) -> None:
+def import_key(file: KeyFile, /, *, swarm: SwarmName = None, config_dir: ConfigDir = None) -> None:
     """Become an operator of a swarm that this machine is a member of.
 
     Args:
