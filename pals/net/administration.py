@@ -7,6 +7,7 @@ that signs, sends one record, and writes to the profile only what the backend ac
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
@@ -26,7 +27,7 @@ from pals.errors import (
     UnknownInvite,
     UnknownPeer,
 )
-from pals.net.membership import MembershipClient, fetch_roster, load_roster, save_roster
+from pals.net.membership import MembershipClient, fetch_list, keep_list, load_saved
 from pals.swarm import kept
 from pals.swarm.identity import Identity, load_or_create_identity, public_key_of
 from pals.swarm.invite import Invite
@@ -36,7 +37,6 @@ from pals.swarm.records import (
     Appoint,
     Record,
     Revoke,
-    decode_entry,
     decode_record,
     encode,
     sign_by,
@@ -59,7 +59,7 @@ class Administrator:
         signer: The key that signs.
         client: The backend.
         roster: The newest verified list.
-        records: What the backend's chain holds, in order; empty with a ``problem``.
+        records: What the chain of that list holds, in order.
         problem: Why the backend did not give the list, which is then the saved one.
     """
 
@@ -68,7 +68,7 @@ class Administrator:
     signer: Identity
     client: MembershipClient
     roster: Roster
-    records: tuple[Record, ...] = ()
+    records: tuple[Record, ...]
     problem: PalsError | None = None
 
     @property
@@ -80,6 +80,16 @@ class Administrator:
         data = encode(sign_by(record, self.signer))
         await self.client.append(self.swarm_id, data, signer=self.signer)
         return data
+
+    async def save_newest(self) -> None:
+        """Save the list as it is after what was appended, for a running node to see at once.
+
+        When the backend fails now, members hear of it at their next poll.
+        """
+        with suppress(PalsError):
+            saved = load_saved(self.profile, self.swarm_id)
+            newest = await fetch_list(self.client, self.swarm_id, saved)
+            keep_list(self.profile, self.swarm_id, newest.held)
 
 
 async def open_administrator(
@@ -120,34 +130,28 @@ async def open_offline(profile: Profile, wanted: str | None, *, now: float) -> A
     entry = profile.load_swarm(wanted)
     client = MembershipClient(entry.backend_url)
     swarm_id = SwarmId(bytes.fromhex(entry.swarm_id))
-    saved = load_roster(profile, swarm_id)
-    known = None if saved is None else saved[0]
+    saved = load_saved(profile, swarm_id)
+    problem: PalsError | None = None
     try:
-        roster, entries, _ = await fetch_roster(client, swarm_id, known=known)
-    except PalsError as problem:
-        if known is None:
+        saved = await fetch_list(client, swarm_id, saved)
+    except PalsError as error:
+        if saved is None:
             raise
-        signer = _load_signer(profile, entry, known)
-        return Administrator(
-            profile=profile,
-            entry=entry,
-            signer=signer,
-            client=client,
-            roster=known,
-            problem=problem,
-        )
-    signer = _load_signer(profile, entry, roster)
-    save_roster(profile, swarm_id, entries)
-    administrator = Administrator(
+        problem = error
+    signer = _load_signer(profile, entry, saved.roster)
+    if problem is None:
+        keep_list(profile, swarm_id, saved.held)
+        entry = _with_next_secret(profile, entry, saved.roster)
+        _tidy_invites(profile, saved.roster, now)
+    return Administrator(
         profile=profile,
-        entry=_with_next_secret(profile, entry, roster),
+        entry=entry,
         signer=signer,
         client=client,
-        roster=roster,
-        records=tuple(decode_record(decode_entry(data).record) for data in entries),
+        roster=saved.roster,
+        records=saved.held.records(),
+        problem=problem,
     )
-    _tidy_invites(administrator, now)
-    return administrator
 
 
 def load_operator(profile: Profile, entry: SwarmEntry) -> Identity | None:
@@ -300,12 +304,12 @@ async def revoke_invite(administrator: Administrator, line: InviteLine, *, now: 
         kept.drop_invite(administrator.profile, texts[line.key])
 
 
-def _tidy_invites(administrator: Administrator, now: float) -> None:
+def _tidy_invites(profile: Profile, roster: Roster, now: float) -> None:
     """Forget the texts of invites that let nobody in any more."""
-    for key, invite in kept.kept_invites(administrator.profile, administrator.swarm_id).items():
-        use = administrator.roster.invites.get(key)
+    for key, invite in kept.kept_invites(profile, roster.swarm_id).items():
+        use = roster.invites.get(key)
         if use is None or invite_status(use, now) != "open":
-            kept.drop_invite(administrator.profile, invite)
+            kept.drop_invite(profile, invite)
 
 
 # --- roles ---------------------------------------------------------------------------
@@ -393,8 +397,8 @@ def import_key(profile: Profile, entry: SwarmEntry, pem: bytes) -> None:
         operator = Identity.from_pem(pem)
     except ValueError as error:
         raise _bad_key(str(error)) from None
-    saved = load_roster(profile, SwarmId(bytes.fromhex(entry.swarm_id)))
-    if saved is None or saved[0].genesis.operator != operator.public_key:
+    saved = load_saved(profile, SwarmId(bytes.fromhex(entry.swarm_id)))
+    if saved is None or saved.roster.genesis.operator != operator.public_key:
         raise _bad_key(f"it is not that of the operator of `{entry.name}`")
     try:
         create_private(profile.operator_key_path(entry.swarm_id), operator.to_pem())

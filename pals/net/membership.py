@@ -235,6 +235,20 @@ async def fetch_roster(
     return roster, fetched.entries, fetched.etag
 
 
+async def fetch_list(client: Backend, swarm_id: SwarmId, saved: SavedList | None) -> SavedList:
+    """Return the backend's list, verified as the continuation of the saved one.
+
+    Raises:
+        BackendUnreachable: There is no proper answer.
+        BackendRefused: The answer is an error.
+        InvalidRecord: A record does not verify.
+        RosterRefused: It is older than, or departs from, the saved one.
+    """
+    known = None if saved is None else saved.roster
+    roster, fetched = await _fetch_whole(client, swarm_id, known)
+    return _renewed(saved, roster, fetched)
+
+
 async def _fetch_whole(
     client: Backend, swarm_id: SwarmId, known: Roster | None
 ) -> tuple[Roster, FetchedRecords]:

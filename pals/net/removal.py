@@ -79,7 +79,9 @@ async def remove_peer(
             await _remove(administrator, member, now)
         except PalsError as problem:
             return _remove_loosely(administrator, member, now, problem)
-        return await _rotate_after(administrator, member.peer, now)
+        removal = await _rotate_after(administrator, member.peer, now)
+        await administrator.save_newest()
+        return removal
 
 
 async def rotate(profile: Profile, *, now: float, swarm: str | None = None) -> SwarmEntry:
@@ -96,7 +98,9 @@ async def rotate(profile: Profile, *, now: float, swarm: str | None = None) -> S
     with profile.enrolment_lock():
         administrator = await open_administrator(profile, swarm, now=now)
         await _append_kept(administrator)
-        return await _rotate(administrator, now)
+        entry = await _rotate(administrator, now)
+        await administrator.save_newest()
+        return entry
 
 
 def needs_rotation(records: tuple[Record, ...]) -> bool:

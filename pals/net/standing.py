@@ -10,12 +10,11 @@ import trio
 from pals.config import Profile, SwarmEntry
 from pals.errors import InvalidRecord, PalsError, RosterRefused
 from pals.net.administration import load_operator
-from pals.net.membership import MembershipClient, fetch_roster, load_roster, save_roster
+from pals.net.membership import MembershipClient, SavedList, fetch_list, keep_list, load_saved
 from pals.net.removal import needs_rotation
 from pals.swarm import kept
 from pals.swarm.allowlist import AllowList, AllowState
 from pals.swarm.identity import Identity, load_or_create_identity
-from pals.swarm.records import Record, decode_entry, decode_record
 from pals.swarm.roster import Roster
 from pals.types import SwarmId
 
@@ -33,7 +32,8 @@ class Standing:
         part: What the profile may do there; ``unknown`` without a verified list.
         roster: The newest verified list, or None.
         state: Whether that list is in force.
-        age_s: Seconds since it was verified; None without one.
+        age_s: Seconds since somebody with authority called it the newest; None when that
+            is not known.
         alarms: What is wrong with the backend, in words.
         next_step: What to do now, in words; empty for nothing.
     """
@@ -49,16 +49,18 @@ class Standing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    roster: Roster | None
-    age_s: float | None
-    records: tuple[Record, ...] = ()
+    saved: SavedList | None
     problem: PalsError | None = None
+
+    @property
+    def roster(self) -> Roster | None:
+        return None if self.saved is None else self.saved.roster
 
     @property
     def state(self) -> AllowState:
         allow_list = AllowList()
-        if self.roster is not None and self.age_s is not None:
-            allow_list.update(self.roster, trio.current_time(), age_s=self.age_s)
+        if self.saved is not None:
+            allow_list.update(self.saved.roster, trio.current_time(), age_s=self.saved.age_s)
         return allow_list.state(trio.current_time())
 
 
@@ -79,22 +81,20 @@ async def look_at(profile: Profile, entry: SwarmEntry, *, deadline_s: float = LO
         part=part,
         roster=found.roster,
         state=found.state,
-        age_s=found.age_s,
+        age_s=None if found.saved is None else found.saved.age_s,
         alarms=_alarms(found.problem),
         next_step=_next_step(entry, part, found, waiting),
     )
 
 
 async def _find(profile: Profile, swarm_id: SwarmId, client: MembershipClient) -> _Found:
-    saved = load_roster(profile, swarm_id)
-    known, age_s = (None, None) if saved is None else saved
+    saved = load_saved(profile, swarm_id)
     try:
-        roster, entries, _ = await fetch_roster(client, swarm_id, known=known)
+        newest = await fetch_list(client, swarm_id, saved)
     except PalsError as problem:
-        return _Found(roster=known, age_s=age_s, problem=problem)
-    save_roster(profile, swarm_id, entries)
-    records = tuple(decode_record(decode_entry(data).record) for data in entries)
-    return _Found(roster=roster, age_s=0.0, records=records)
+        return _Found(saved=saved, problem=problem)
+    keep_list(profile, swarm_id, newest.held)
+    return _Found(saved=newest)
 
 
 def _part(profile: Profile, entry: SwarmEntry, roster: Roster | None) -> Part:
@@ -117,7 +117,7 @@ def _next_step(entry: SwarmEntry, part: Part, found: _Found, waiting: int) -> st
     roster, signs = found.roster, part in ("operator", "admin")
     if part == "removed":
         return "this machine was removed: run `pals swarm leave`, and ask for a new invite"
-    if roster is None or found.state == "expired":
+    if found.saved is None or roster is None or found.state in ("none", "expired"):
         return f"members refuse each other: start the backend at {entry.backend_url}"
     if waiting and signs:
         return f"{waiting} removals wait for the backend: run `pals swarm rotate` when it answers"
@@ -125,7 +125,7 @@ def _next_step(entry: SwarmEntry, part: Part, found: _Found, waiting: int) -> st
         return f"check the backend: {found.problem}"
     if entry.epoch < roster.epoch:
         return "the swarm has a newer secret: run `pals shard` or `pals serve` to get it"
-    if signs and needs_rotation(found.records):
+    if signs and needs_rotation(found.saved.held.records()):
         return "a machine that went knows the secret: run `pals swarm rotate`"
     if signs and len(roster.live) == 1:
         return "let another machine in with `pals invite create`"

@@ -25,7 +25,15 @@ from pals.swarm.freshness import (
 from pals.swarm.identity import Identity
 from pals.swarm.keys import secret_commitment
 from pals.swarm.news import MAX_REMOVALS, News
-from pals.swarm.records import Remove, decode_entry, decode_record, digest, encode, kind_of
+from pals.swarm.records import (
+    Record,
+    Remove,
+    decode_entry,
+    decode_record,
+    digest,
+    encode,
+    kind_of,
+)
 from pals.swarm.roster import Roster
 from pals.types import PeerId, short_id
 
@@ -114,6 +122,10 @@ class Held:
     entries: tuple[bytes, ...]
     word: bytes = b""
     removals: tuple[bytes, ...] = ()
+
+    def records(self) -> tuple[Record, ...]:
+        """Return what the entries hold, in order."""
+        return tuple(decode_record(decode_entry(data).record) for data in self.entries)
 
 
 @dataclass(slots=True, kw_only=True)
