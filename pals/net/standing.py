@@ -12,6 +12,7 @@ from pals.errors import InvalidRecord, PalsError, RosterRefused
 from pals.net.administration import load_operator
 from pals.net.membership import MembershipClient, SavedList, fetch_list, keep_list, load_saved
 from pals.net.removal import needs_rotation
+from pals.net.report import ask_list
 from pals.swarm import kept
 from pals.swarm.allowlist import AllowList, AllowState
 from pals.swarm.identity import Identity, load_or_create_identity
@@ -57,6 +58,10 @@ class _Found:
         return None if self.saved is None else self.saved.roster
 
     @property
+    def age_s(self) -> float | None:
+        return None if self.saved is None else self.saved.age_s
+
+    @property
     def state(self) -> AllowState:
         allow_list = AllowList()
         if self.saved is not None:
@@ -67,6 +72,8 @@ class _Found:
 async def look_at(profile: Profile, entry: SwarmEntry, *, deadline_s: float = LOOK_S) -> Standing:
     """Return where the profile stands, by the backend's list or the last one verified.
 
+    A process that runs with the profile is asked too: it knows what other members said.
+
     Raises:
         ProfileExposed: Others can read a file of the profile.
         InvalidConfig: A file of the profile is damaged.
@@ -74,15 +81,18 @@ async def look_at(profile: Profile, entry: SwarmEntry, *, deadline_s: float = LO
     client = MembershipClient(entry.backend_url, deadline_s=deadline_s)
     swarm_id = SwarmId(bytes.fromhex(entry.swarm_id))
     found = await _find(profile, swarm_id, client)
+    running = await ask_list(profile.path)
+    if running is not None and running.swarm_id != entry.swarm_id:
+        running = None
     part = _part(profile, entry, found.roster)
     waiting = len(kept.load_removals(profile, swarm_id))
     return Standing(
         entry=entry,
         part=part,
         roster=found.roster,
-        state=found.state,
-        age_s=None if found.saved is None else found.saved.age_s,
-        alarms=_alarms(found.problem),
+        state=found.state if running is None else running.state,
+        age_s=found.age_s if running is None else running.age_s,
+        alarms=_alarms(found.problem) + (() if running is None else running.alarms),
         next_step=_next_step(entry, part, found, waiting),
     )
 
