@@ -40,6 +40,7 @@ COMMANDS = {
     "swarm list": ("pals.cli.swarm:list_swarms", "List the swarms that the profile belongs to."),
     "swarm show": ("pals.cli.swarm:show", "Show a swarm that the profile belongs to."),
     "swarm rotate": ("pals.cli.swarm:rotate", "Give the swarm a new secret."),
+    "swarm move": ("pals.cli.swarm:move", "Follow the backend to another address."),
     "swarm leave": ("pals.cli.swarm:leave", "Leave a swarm and delete what is kept of it."),
     "swarm appoint": ("pals.cli.swarm:appoint", "Let a member invite and remove, or end that."),
     "swarm export-key": ("pals.cli.swarm:export_key", "Write the operator's key to a file."),

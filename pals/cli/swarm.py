@@ -124,6 +124,37 @@ async def rotate(
         console.out(f"epoch  {entry.epoch}")
 
 
+async def move(
+    url: str, /, *, swarm: SwarmName = None, config_dir: ConfigDir = None, json: Json = False
+) -> None:
+    """Follow the membership backend to another address; every member does it once.
+
+    The operator goes first, whose key says that the backend there may vouch for the list.
+
+    Args:
+        url: Where the backend answers now, with the swarm's records.
+        swarm: Name or id of the swarm.
+        config_dir: Profile folder.
+        json: Print one JSON document on standard output.
+    """
+    from pals.net.moving import move_swarm
+
+    profile = Profile(config.config_dir(config_dir))
+    entry = profile.load_swarm(swarm)
+    is_appointed = await move_swarm(profile, entry, url, now=time.time())
+    if json:
+        document = {"swarm_id": entry.swarm_id, "backend": url, "appointed": is_appointed}
+        console.json({"schema": 1, **document})
+    else:
+        console.out(f"backend  {url}")
+    if not is_appointed:
+        console.warn(
+            f"the operator of `{entry.name}` has not named this backend yet: nobody takes its "
+            "word for the list before"
+        )
+    console.note("start what runs with this profile anew")
+
+
 async def leave(
     *, swarm: SwarmName = None, force: bool = False, config_dir: ConfigDir = None
 ) -> None:

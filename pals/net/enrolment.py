@@ -91,7 +91,7 @@ async def create_swarm(
         BackendUnreachable: The backend does not answer.
         BackendRefused: The backend answers with an error.
     """
-    _check_backend_url(backend_url)
+    check_backend_url(backend_url)
     with _enrolling(profile) as identity:
         return await _create_swarm(profile, identity, name, model, backend_url, now)
 
@@ -182,7 +182,7 @@ async def create_invite(
     administrator = await open_administrator(profile, swarm, now=now)
     entry, swarm_id = administrator.entry, administrator.swarm_id
     joiners_url = backend_url or entry.backend_url
-    _check_backend_url(joiners_url)
+    check_backend_url(joiners_url)
     invite = Invite.generate(
         swarm_id=swarm_id,
         backend_url=joiners_url,
@@ -380,7 +380,8 @@ def _exchange(identity: Identity) -> bytes:
     return identity.exchange_key().public_key().public_bytes_raw()
 
 
-def _check_backend_url(url: str) -> None:
+def check_backend_url(url: str) -> None:
+    """Raise `InvalidConfig` unless ``url`` is the address of a backend."""
     problem = backend_url_problem(url)
     if problem is not None:
         raise InvalidConfig(

@@ -43,10 +43,11 @@ from pals.net.administration import (
 )
 from pals.net.enrolment import create_invite, create_swarm, leave_swarm, look_up, redeem_invite
 from pals.net.membership import MembershipClient
+from pals.net.moving import move_swarm
 from pals.net.removal import remove_peer, rotate
 from pals.net.standing import Standing, look_at
 from pals.swarm import kept
-from pals.swarm.identity import load_or_create_identity, public_key_of
+from pals.swarm.identity import Identity, load_or_create_identity, public_key_of
 from pals.swarm.invite import Invite
 from pals.swarm.keys import secret_commitment
 from pals.swarm.records import Epoch, Remove, decode_entry, decode_record
@@ -60,8 +61,13 @@ pytestmark = pytest.mark.trio
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BackendService]:
-    service = BackendService(sqlite_url(tmp_path_factory.mktemp("backend") / "backend.db"))
+def database_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return sqlite_url(tmp_path_factory.mktemp("backend") / "backend.db")
+
+
+@pytest.fixture(scope="module")
+def service(database_url: str) -> Iterator[BackendService]:
+    service = BackendService(database_url)
     yield service
     service.close()
 
@@ -534,6 +540,43 @@ async def test_key_of_another_swarm_or_none_is_refused(
         with pytest.raises(InvalidConfig):
             import_key(joiner, joiner.load_swarm(), pem)
     assert files(joiner) == before
+
+
+# --- a backend that moves ------------------------------------------------------------
+
+
+async def test_members_follow_a_backend_whose_key_the_operator_names(
+    operator: Profile, joiner: Profile, database_url: str, url: str
+) -> None:
+    old = await MembershipClient(url).fetch_key()
+    moved = BackendService(database_url, signer=Identity.generate())
+    with running_backend(moved) as new_url:
+        new = await MembershipClient(new_url).fetch_key()
+        assert not await move_swarm(joiner, joiner.load_swarm(), new_url, now=NOW)
+
+        assert await move_swarm(operator, operator.load_swarm(), new_url, now=NOW)
+
+        assert await move_swarm(joiner, joiner.load_swarm(), new_url, now=NOW)
+        for profile in (operator, joiner):
+            assert profile.load_swarm().backend_url == new_url
+            membership = await look_up(profile)
+            assert membership.state == "fresh"
+            assert membership.roster.authorities.get(new) == "backend"
+            assert old not in membership.roster.authorities
+    moved.close()
+
+
+async def test_move_to_where_the_swarm_is_not_changes_nothing(
+    operator: Profile, joiner: Profile, tmp_path: Path
+) -> None:
+    empty = BackendService(sqlite_url(tmp_path / "empty.db"))
+    before = contents(operator)
+    with running_backend(empty) as elsewhere:
+        for address in (elsewhere, "http://127.0.0.1:1", "ftp://x"):
+            with pytest.raises((BackendRefused, BackendUnreachable, InvalidConfig)):
+                await move_swarm(operator, operator.load_swarm(), address, now=NOW)
+    empty.close()
+    assert contents(operator) == before
 
 
 # --- leaving -------------------------------------------------------------------------
