@@ -239,11 +239,11 @@ async def _redeem(profile: Profile, identity: Identity, invite: Invite) -> Swarm
     record = encode(sign_join(join, invite=key, peer=identity))
     client = MembershipClient(invite.backend_url)
     receipt = await client.redeem(invite.swarm_id, invite.auth, record)
-    roster, entries, _ = await fetch_roster(client, invite.swarm_id)
+    roster, entries, word = await fetch_roster(client, invite.swarm_id)
     member = roster.live.get(identity.peer_id)
     if member is None or member.joined != digest(record):
         raise RosterRefused(problem="this machine joined and is not on it")
-    save_roster(profile, invite.swarm_id, entries)
+    save_roster(profile, invite.swarm_id, entries, word)
     entry = _entry(
         roster.genesis,
         invite.swarm_id,

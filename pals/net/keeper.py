@@ -29,6 +29,7 @@ from pals.net.rates import RateLimit
 from pals.net.roster_exchange import RosterExchange
 from pals.swarm.allowlist import AllowList, AllowState
 from pals.swarm.identity import Identity
+from pals.swarm.kept import load_removals, removals_path
 from pals.swarm.ledger import Action, Alarm, Ask, Cut, End, Ledger, Save, Seek, Tell, Warn
 from pals.swarm.news import News, decode_news, encode_news
 from pals.swarm.records import decode_entry
@@ -48,6 +49,7 @@ TICK_S = 1.0
 WATCH_S = 0.5
 SEEK_PAUSE_S = 1.0
 SEEK_AT_ONCE = 4
+TELL_PAUSE_S = 0.5
 ASK_AT_ONCE = 16
 OTHERS_ASKED = 2
 ASKS_PER_S = 0.5
@@ -136,11 +138,17 @@ class Keeper:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep list and secret until cancelled."""
+        """Keep list and secret until cancelled.
+
+        Raises:
+            InvalidConfig: A file of the profile is damaged.
+            ProfileExposed: Others can read one.
+        """
         self._seen = self._marks()
         self._around.host.on_connect(self.greet)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._read_removals()
             for loop in (self._poll, self._tick, self._watch, self._save, self._seek):
                 nursery.start_soon(loop)
             if self._ledger.roster.epoch > self._ledger.epoch:
@@ -421,7 +429,7 @@ class Keeper:
         return True
 
     def _load_entry(self) -> SwarmEntry:
-        return self._around.profile.load_swarm()
+        return self._around.profile.load_swarm(self._ledger.roster.swarm_id.hex())
 
     # --- the profile -----------------------------------------------------------------
 
@@ -437,34 +445,44 @@ class Keeper:
     def _marks(self) -> tuple[object, ...]:
         swarm_id = self._ledger.roster.swarm_id.hex()
         profile = self._around.profile
-        paths = (profile.roster_path(swarm_id), profile.swarm_folder(swarm_id) / "swarm.json")
+        paths = (
+            profile.roster_path(swarm_id),
+            profile.swarm_folder(swarm_id) / "swarm.json",
+            removals_path(profile, self._ledger.roster.swarm_id),
+        )
         return tuple(map(_mark, paths))
 
     async def _read_profile(self) -> None:
-        ledger = self._ledger
-        load = partial(
-            load_saved, self._around.profile, ledger.roster.swarm_id, known=ledger.roster
-        )
+        before = self._ledger.news()
         try:
-            saved = await trio.to_thread.run_sync(load)
+            await self._read_list()
+            self._read_removals()
         except PalsError as error:
             _log.warning("%s", error)
-            return
+        self._seeking.set()
+        after = self._ledger.news()
+        if (before.seq, before.removals) != (after.seq, after.removals):
+            for peer in self._around.host.connected_peers():
+                self._start(partial(self._ask, peer))
+
+    async def _read_list(self) -> None:
+        ledger, profile = self._ledger, self._around.profile
+        load = partial(load_saved, profile, ledger.roster.swarm_id, known=ledger.roster)
+        saved = await trio.to_thread.run_sync(load)
         if saved is None:
             return
-        before, now = self._ledger.news(), trio.current_time()
+        now = trio.current_time()
         try:
             self._act(ledger.adopt(saved.held.entries, saved.roster, now))
         except RosterRefused:  # a command was slower than this process, which has more
             self._unsaved.set()
         self._act(ledger.renew(saved.held.word, now, time.time()))
-        for removal in saved.held.removals:
-            with suppress(InvalidRecord):
-                self._act(ledger.deny(removal))
-        self._seeking.set()
-        if (before.seq, before.removals) != (ledger.roster.seq, ledger.news().removals):
-            for peer in self._around.host.connected_peers():
-                self._start(partial(self._ask, peer))
+
+    def _read_removals(self) -> None:
+        """Follow removals that the backend has not taken yet."""
+        for removal in load_removals(self._around.profile, self._ledger.roster.swarm_id):
+            with suppress(InvalidRecord):  # of a member that has come anew since
+                self._act(self._ledger.deny(removal))
 
     async def _save(self) -> None:
         """Write the list when it changed, one write at a time."""
@@ -481,25 +499,23 @@ class Keeper:
             self._act(self._ledger.tick(trio.current_time(), time.time()))
             self._asks.purge(trio.current_time())
             self._exchange.purge(trio.current_time())
-            await trio.sleep(TICK_S)
+            await trio.sleep(max(TICK_S, self._ledger.due_at - trio.current_time()))
 
-    async def tell_all(self) -> int:
+    async def tell_all(self) -> None:
         """Compare lists with connected members until all have list and secret of this one.
 
         Cancel it when that takes too long.
-
-        Returns:
-            How many have them.
         """
-        while True:
+        while not self.told() or self.told() < self._around.host.connected_peers():
             async with trio.open_nursery() as nursery:
-                for peer in self._around.host.connected_peers():
-                    if not self._knows(peer):
-                        nursery.start_soon(self._ask, peer)
-            if (told := self.told()) and told >= self._around.host.connected_peers():
-                return len(told)
-            with trio.move_on_after(SEEK_PAUSE_S):
+                for peer in self._around.host.connected_peers() - self.told():
+                    nursery.start_soon(self._compare_quietly, peer)
+            with trio.move_on_after(TELL_PAUSE_S):
                 await self._changed.wait()
+
+    async def _compare_quietly(self, peer: PeerId) -> None:
+        with suppress(PalsError):
+            await self.compare(peer)
 
     def told(self) -> frozenset[PeerId]:
         """Return the connected members that have list and secret of this machine."""

@@ -221,8 +221,10 @@ def _trusted() -> ssl.SSLContext:
 
 async def fetch_roster(
     client: Backend, swarm_id: SwarmId, *, known: Roster | None = None
-) -> tuple[Roster, tuple[bytes, ...], str]:
-    """Return the backend's roster, verified, with its entries and tag.
+) -> tuple[Roster, tuple[bytes, ...], bytes]:
+    """Return the backend's roster, verified, with its entries and its word.
+
+    The word is empty unless it is an authority's and says that this list is the newest.
 
     Raises:
         BackendUnreachable: There is no proper answer.
@@ -230,9 +232,16 @@ async def fetch_roster(
         InvalidRecord: A record does not verify.
         RosterRefused: It is older than, or departs from, ``known``.
     """
-    roster, fetched = await _fetch_whole(client, swarm_id, known)
-    assert fetched.entries is not None
-    return roster, fetched.entries, fetched.etag
+    fetched = await client.fetch_records(swarm_id)
+    if fetched.entries is None:
+        raise RosterRefused(problem="an answer without a list")
+    roster = await verify_in_thread(swarm_id, fetched.entries, known)
+    try:
+        open_freshness(fetched.freshness, roster, now_unix=time.time())
+    except InvalidRecord as error:
+        _log.warning("the backend's member list is taken, but not as the newest: %s", error)
+        return roster, fetched.entries, b""
+    return roster, fetched.entries, fetched.freshness
 
 
 async def fetch_list(client: Backend, swarm_id: SwarmId, saved: SavedList | None) -> SavedList:
@@ -245,17 +254,10 @@ async def fetch_list(client: Backend, swarm_id: SwarmId, saved: SavedList | None
         RosterRefused: It is older than, or departs from, the saved one.
     """
     known = None if saved is None else saved.roster
-    roster, fetched = await _fetch_whole(client, swarm_id, known)
-    return _renewed(saved, roster, fetched)
-
-
-async def _fetch_whole(
-    client: Backend, swarm_id: SwarmId, known: Roster | None
-) -> tuple[Roster, FetchedRecords]:
-    fetched = await client.fetch_records(swarm_id)
-    if fetched.entries is None:
-        raise RosterRefused(problem="an answer without a list")
-    return await verify_in_thread(swarm_id, fetched.entries, known), fetched
+    roster, entries, word = await fetch_roster(client, swarm_id, known=known)
+    before = Held(entries=()) if saved is None else saved.held
+    held = replace(before, entries=entries, word=word or before.word)
+    return SavedList(roster=roster, held=held, age_s=age_of(held.word, roster, time.time()))
 
 
 async def verify_in_thread(
@@ -282,8 +284,7 @@ async def first_roster(
         _fill(allow_list, saved)
     problem: PalsError | None = None
     try:
-        roster, fetched = await _fetch_whole(client, swarm_id, allow_list.roster)
-        saved = _renewed(saved, roster, fetched)
+        saved = await fetch_list(client, swarm_id, saved)
         _fill(allow_list, saved)
     except PalsError as error:
         problem = error
@@ -304,20 +305,6 @@ def _fill(allow_list: AllowList, saved: SavedList) -> None:
         if isinstance(record, Remove):
             with suppress(InvalidRecord):  # of an administrator who is none any more
                 allow_list.deny(record)
-
-
-def _renewed(saved: SavedList | None, roster: Roster, fetched: FetchedRecords) -> SavedList:
-    assert fetched.entries is not None
-    before = Held(entries=()) if saved is None else saved.held
-    now_unix, word = time.time(), before.word
-    try:
-        open_freshness(fetched.freshness, roster, now_unix=now_unix)
-    except InvalidRecord as error:
-        _log.warning("the backend's member list is taken, but not as the newest: %s", error)
-    else:
-        word = fetched.freshness
-    held = Held(entries=fetched.entries, word=word, removals=before.removals)
-    return SavedList(roster=roster, held=held, age_s=age_of(word, roster, now_unix))
 
 
 def _unavailable(client: Backend, problem: PalsError | None) -> RosterUnavailable:
@@ -360,11 +347,13 @@ def keep_list(profile: Profile, swarm_id: SwarmId, held: Held) -> None:
         _log.warning("the verified member list could not be saved: %s", error.strerror)
 
 
-def save_roster(profile: Profile, swarm_id: SwarmId, entries: tuple[bytes, ...]) -> None:
-    """Keep verified entries, and what the file holds beside them."""
+def save_roster(
+    profile: Profile, swarm_id: SwarmId, entries: tuple[bytes, ...], word: bytes = b""
+) -> None:
+    """Keep verified entries and the word about them, and what the file holds beside them."""
     saved = load_saved(profile, swarm_id)
     before = Held(entries=()) if saved is None else saved.held
-    _write_list(profile, swarm_id, replace(before, entries=entries))
+    _write_list(profile, swarm_id, replace(before, entries=entries, word=word or before.word))
 
 
 def _write_list(profile: Profile, swarm_id: SwarmId, held: Held) -> None:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
 from pals.errors import InvalidFrame, InvalidRecord, NotAMember, SwarmSecretInvalid
+from pals.net.administration import load_operator
 from pals.net.bootstrap import Bootstrap, Meeting
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery, Sources
@@ -34,7 +35,7 @@ from pals.net.report import serve_reports
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts
-from pals.swarm.identity import Identity, load_operator_key
+from pals.swarm.identity import Identity
 from pals.swarm.keys import epoch_prk
 from pals.swarm.ledger import Held, Ledger, check_secret
 from pals.types import PeerId, SwarmId, short_id
@@ -289,7 +290,7 @@ def _make_ledger(options: NodeOptions, allow_list: AllowList, held: Held) -> Led
             check_secret(roster, roster.epoch, options.secret.reveal())
         except InvalidRecord:
             raise SwarmSecretInvalid(problem="not the one of this swarm") from None
-    operator = load_operator_key(options.profile, options.entry.swarm_id)
+    operator = load_operator(options.profile, options.entry)
     signers = (options.identity,) if operator is None else (operator, options.identity)
     ledger = Ledger(
         own=options.identity.peer_id,

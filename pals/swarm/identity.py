@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import Profile, create_private, read_private
-from pals.errors import InvalidConfig, InvalidRecord, ProfileMissing
+from pals.errors import InvalidConfig, InvalidRecord
 from pals.swarm.kdf import expand, extract
 from pals.types import PeerId
 
@@ -129,24 +129,6 @@ def public_key_of(peer_id: str) -> bytes:
     if peer_id_of(public_key) != peer_id:
         raise InvalidRecord(kind="peer id", problem="not an Ed25519 identity")
     return public_key
-
-
-def load_operator_key(profile: Profile, swarm_id: str) -> Identity | None:
-    """Return the operator's key of a swarm (hex), or None where the profile holds none.
-
-    Raises:
-        ProfileExposed: Others can read it.
-        InvalidConfig: The file is not an Ed25519 key.
-    """
-    path = profile.operator_key_path(swarm_id)
-    try:
-        return Identity.from_pem(read_private(path))
-    except ProfileMissing:
-        return None
-    except ValueError as error:
-        raise InvalidConfig(
-            source=path, problem=str(error), advice="restore it from a backup"
-        ) from error
 
 
 def load_or_create_identity(profile: Profile) -> Identity:

@@ -361,6 +361,11 @@ class Ledger:
         self.epoch = epoch
         return self._tell(now)
 
+    @property
+    def due_at(self) -> float:
+        """When `tick` has something to do next, unless something else happens."""
+        return min(self._renew_at, self._tell_at)
+
     def tick(self, now: float, now_unix: float) -> list[Action]:
         """Let time pass: renew as an authority, and tell others where this list ends."""
         actions: list[Action] = []
