@@ -461,6 +461,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The libp2p side of ``pals shard`` and ``pals serve``."""
 
     listen: str = "/ip4/0.0.0.0/tcp/0"
+    redeem_listen: str = "/ip4/0.0.0.0/tcp/8471"
     peers: tuple[str, ...] = ()
     mdns: bool = False
     gossip: bool = True

@@ -102,14 +102,18 @@ def replace_process(secrets: Mapping[str, str], arguments: Sequence[str]) -> NoR
 
 def node_options(member: Member, settings: Settings) -> NodeOptions:
     """Return what the member's node is made of."""
+    from pals.net.hosted import is_hosted_here, listen_as_host
     from pals.net.node import NodeOptions
 
+    node = settings.node
+    if is_hosted_here(member.entry.backend_url, member.identity):
+        node = listen_as_host(node)
     return NodeOptions(
         profile=member.profile,
         entry=member.entry,
         secret=member.secret,
         identity=member.identity,
-        settings=settings.node,
+        settings=node,
     )
 
 
@@ -120,6 +124,13 @@ class ServerOptions:
 
     listen: Annotated[
         str | None, Parameter(help="Multiaddr for members, such as `/ip4/0.0.0.0/tcp/4001`.")
+    ] = None
+    redeem_listen: Annotated[
+        str | None,
+        Parameter(
+            help="Multiaddr at which machines join, where this profile keeps the backend; "
+            "`/ip4/0.0.0.0/tcp/8471` when left out."
+        ),
     ] = None
     peer: Annotated[
         tuple[str, ...],
@@ -182,6 +193,7 @@ class ServerOptions:
         node = msgspec.structs.replace(
             settings.node,
             listen=self.listen or settings.node.listen,
+            redeem_listen=self.redeem_listen or settings.node.redeem_listen,
             peers=self.peer or settings.node.peers,
             mdns=self.mdns or settings.node.mdns,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,

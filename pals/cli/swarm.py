@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STREAM = Path("-")
 KeyFile = Annotated[Path, Parameter(allow_leading_hyphen=True)]
+OWN_BACKEND = "p2p"
 MAX_KEY_CHARS = 4096
 
 
@@ -37,24 +38,31 @@ async def create(
     Args:
         model: Model the swarm is for, such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
         name: What people call the swarm.
-        backend: Address of the membership backend; the preset's on this machine when left out.
+        backend: Address of the membership backend, or `p2p` to keep it in this profile; the
+            preset's on this machine when left out.
         config_dir: Profile folder.
         json: Print one JSON document on standard output.
     """
     from pals.net.enrolment import create_swarm
+    from pals.net.hosted import own_backend_address
 
-    settings = config.load_settings().backend
+    profile, settings = Profile(config.config_dir(config_dir)), config.load_settings().backend
+    address = backend or f"http://{settings.host}:{settings.port}"
+    if backend == OWN_BACKEND:
+        address = own_backend_address(profile)
     entry = await create_swarm(
-        Profile(config.config_dir(config_dir)),
+        profile,
         name=name,
         model=model,
-        backend_url=backend or f"http://{settings.host}:{settings.port}",
+        backend_url=address,
         now=time.time(),
     )
     if json:
         console.json({"schema": 1, **_describe_entry(entry)})
         return
     console.out(f"swarm  {entry.swarm_id}")
+    if backend == OWN_BACKEND:
+        console.note("next: `pals serve` or `pals shard` here, which lets other machines join")
     console.note("next: `pals invite create` for every other machine")
 
 

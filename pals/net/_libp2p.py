@@ -460,9 +460,7 @@ def build_host(seed: bytes, *, allow: Allow, limits: HostLimits) -> tuple[BasicH
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
     swarm = MemberSwarm(create_new_key_pair(seed), allow=allow, limits=limits)
-    host = BasicHost(
-        swarm, addrs_factory=_expand_wildcards, disable_identify_address_discovery=True
-    )
+    host = BasicHost(swarm, addrs_factory=expand_wildcards, disable_identify_address_discovery=True)
     return host, swarm
 
 
@@ -512,7 +510,7 @@ def host_and_port(address: Multiaddr) -> tuple[str, int]:
     return host, int(port)
 
 
-def _expand_wildcards(addresses: list[Multiaddr]) -> list[Multiaddr]:
+def expand_wildcards(addresses: list[Multiaddr]) -> list[Multiaddr]:
     """Replace ``0.0.0.0`` and ``::`` by the addresses of this machine's interfaces.
 
     Loopback is given only by a machine that has nothing else.

@@ -27,7 +27,9 @@ from pals.errors import (
     UnknownInvite,
     UnknownPeer,
 )
-from pals.net.membership import MembershipClient, fetch_list, keep_list, load_saved
+from pals.net.backend import Backend
+from pals.net.backends import open_backend
+from pals.net.membership import fetch_list, keep_list, load_saved
 from pals.swarm import kept
 from pals.swarm.identity import Identity, load_or_create_identity, public_key_of
 from pals.swarm.invite import Invite
@@ -66,7 +68,7 @@ class Administrator:
     profile: Profile
     entry: SwarmEntry
     signer: Identity
-    client: MembershipClient
+    client: Backend
     roster: Roster
     records: tuple[Record, ...]
     problem: PalsError | None = None
@@ -128,7 +130,7 @@ async def open_offline(profile: Profile, wanted: str | None, *, now: float) -> A
         PalsError: What the backend did, when no list is saved.
     """
     entry = profile.load_swarm(wanted)
-    client = MembershipClient(entry.backend_url)
+    client = open_backend(entry.backend_url, profile)
     swarm_id = SwarmId(bytes.fromhex(entry.swarm_id))
     saved = load_saved(profile, swarm_id)
     problem: PalsError | None = None

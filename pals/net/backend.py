@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +79,9 @@ class Backend(Protocol):
         """Return the members' address hints, unverified."""
         ...
 
+
+OnChange = Callable[[], Awaitable[None]]
+"""Called when a backend of this process took a record, before its sender is answered."""
 
 OpenBackend = Callable[[str, Profile], Backend]
 """Returns the backend at an address, as a profile reaches it; connects to nothing yet."""

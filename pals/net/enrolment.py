@@ -8,6 +8,7 @@ before, and taken back.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,15 @@ from pals.errors import (
     RosterRefused,
 )
 from pals.net.administration import check_own_record, load_operator, open_administrator
+from pals.net.backend import Backend
+from pals.net.backends import (
+    hinted_peers,
+    members_address,
+    open_backend,
+    open_redemption_backend,
+)
+from pals.net.hosted import invite_address
 from pals.net.membership import (
-    MembershipClient,
     fetch_roster,
     first_roster,
     load_roster,
@@ -34,6 +42,7 @@ from pals.net.membership import (
 )
 from pals.swarm import kept
 from pals.swarm.allowlist import AllowList, AllowState
+from pals.swarm.hints import AddressHint, open_usable_hints
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.swarm.invite import Invite, backend_url_problem
 from pals.swarm.keys import secret_commitment
@@ -115,7 +124,7 @@ async def _create_swarm(
     # Before the backend knows the swarm: nobody else could ever act for it.
     write_private(profile.operator_key_path(swarm_id.hex()), operator.to_pem())
     try:
-        client = MembershipClient(backend_url)
+        client = open_backend(backend_url, profile)
         backend_key = await _fetch_key(client)
         stored = await client.create_swarm(record)
         roster = begin(swarm_id, decode_entry(stored))
@@ -131,7 +140,7 @@ async def _create_swarm(
     return entry
 
 
-async def _fetch_key(client: MembershipClient) -> bytes:
+async def _fetch_key(client: Backend) -> bytes:
     try:
         return await client.fetch_key()
     except BackendRefused as error:
@@ -143,7 +152,7 @@ async def _fetch_key(client: MembershipClient) -> bytes:
 
 
 async def _appoint_backend(
-    client: MembershipClient, operator: Identity, swarm_id: SwarmId, key: bytes, now: float
+    client: Backend, operator: Identity, swarm_id: SwarmId, key: bytes, now: float
 ) -> bytes:
     """Let the backend say how new its lists are, and return the entry that says so."""
     record = Appoint(swarm_id=swarm_id, key=key, role="backend", created_at=int(now))
@@ -181,7 +190,8 @@ async def create_invite(
     """
     administrator = await open_administrator(profile, swarm, now=now)
     entry, swarm_id = administrator.entry, administrator.swarm_id
-    joiners_url = backend_url or entry.backend_url
+    identity = load_or_create_identity(profile)
+    joiners_url = invite_address(profile, identity, entry.backend_url, backend_url)
     check_backend_url(joiners_url)
     invite = Invite.generate(
         swarm_id=swarm_id,
@@ -237,23 +247,34 @@ async def _redeem(profile: Profile, identity: Identity, invite: Invite) -> Swarm
         exchange=_exchange(identity),
     )
     record = encode(sign_join(join, invite=key, peer=identity))
-    client = MembershipClient(invite.backend_url)
+    client = open_redemption_backend(invite.backend_url)
     receipt = await client.redeem(invite.swarm_id, invite.auth, record)
     roster, entries, word = await fetch_roster(client, invite.swarm_id)
     member = roster.live.get(identity.peer_id)
     if member is None or member.joined != digest(record):
         raise RosterRefused(problem="this machine joined and is not on it")
+    hints = await _fetch_hints(client, invite.swarm_id)
     save_roster(profile, invite.swarm_id, entries, word)
+    profile.save_known_peers(invite.swarm_id.hex(), hinted_peers(hints, roster))
     entry = _entry(
         roster.genesis,
         invite.swarm_id,
-        invite.backend_url,
+        members_address(invite.backend_url, roster, hints),
         epoch=invite.epoch,
         secret=invite.secret,
         receipt=receipt,
     )
     profile.save_swarm(entry)
     return entry
+
+
+async def _fetch_hints(client: Backend, swarm_id: SwarmId) -> list[AddressHint]:
+    """Return where members say that they are; a join does not fail without."""
+    try:
+        hints = await client.fetch_hints(swarm_id)
+    except (BackendRefused, BackendUnreachable):
+        return []
+    return open_usable_hints(hints, swarm_id=swarm_id, now_unix=time.time())
 
 
 async def leave_swarm(profile: Profile, entry: SwarmEntry, *, is_forced: bool = False) -> bool:
@@ -292,7 +313,7 @@ async def leave_swarm(profile: Profile, entry: SwarmEntry, *, is_forced: bool = 
 async def _leave(
     profile: Profile, entry: SwarmEntry, identity: Identity, *, is_forced: bool
 ) -> bool:
-    swarm_id, client = _swarm_id(entry), MembershipClient(entry.backend_url)
+    swarm_id, client = _swarm_id(entry), open_backend(entry.backend_url, profile)
     roster = await _fetch_known(profile, swarm_id, client)
     others = {key for key, role in roster.authorities.items() if role == "admin"}
     is_operator = load_operator(profile, entry) is not None
@@ -318,14 +339,14 @@ async def look_up(profile: Profile, wanted: str | None = None) -> Membership:
     """
     entry = profile.load_swarm(wanted)
     allow_list = AllowList()
-    client = MembershipClient(entry.backend_url)
+    client = open_backend(entry.backend_url, profile)
     await first_roster(client, _swarm_id(entry), allow_list, profile)
     assert allow_list.roster is not None
     state = allow_list.state(trio.current_time())
     return Membership(entry=entry, roster=allow_list.roster, state=state)
 
 
-async def _fetch_known(profile: Profile, swarm_id: SwarmId, client: MembershipClient) -> Roster:
+async def _fetch_known(profile: Profile, swarm_id: SwarmId, client: Backend) -> Roster:
     saved = load_roster(profile, swarm_id)
     known = None if saved is None else saved[0]
     roster, _, _ = await fetch_roster(client, swarm_id, known=known)

@@ -14,22 +14,26 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
-from pals.errors import InvalidFrame, InvalidRecord, NotAMember, SwarmSecretInvalid
+from pals.errors import InvalidFrame, InvalidRecord, NotAMember, PalsError, SwarmSecretInvalid
 from pals.net.administration import load_operator
+from pals.net.backend import Backend
+from pals.net.backend_peer import PeerBackend
+from pals.net.backends import open_node_backend
 from pals.net.bootstrap import Bootstrap, Meeting
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery, Sources
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
+from pals.net.hosting import run_hosting
 from pals.net.keeper import Keeper, Surroundings, cut_when_expired
 from pals.net.links import Arrival, Links
-from pals.net.membership import MembershipClient, first_roster
+from pals.net.membership import first_roster
 from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
 from pals.net.report import serve_reports
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
@@ -39,6 +43,9 @@ from pals.swarm.identity import Identity
 from pals.swarm.keys import epoch_prk
 from pals.swarm.ledger import Held, Ledger, check_secret
 from pals.types import PeerId, SwarmId, short_id
+
+if TYPE_CHECKING:
+    from pals.backend.service import BackendService
 
 _log = logging.getLogger(__name__)
 
@@ -188,8 +195,17 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
         PortInUse: The listening address is taken.
         InvalidConfig: An address to listen on or to announce is none.
     """
+    opened = open_node_backend(options.entry.backend_url, options.profile, options.identity)
+    with opened as (client, service):
+        async with _open_node(options, client) as node:
+            if service is not None:
+                await node.nursery.start(_host_backend, node, service)
+            yield node
+
+
+@asynccontextmanager
+async def _open_node(options: NodeOptions, client: Backend) -> AsyncGenerator[Node]:
     allow_list = AllowList(max_stale_s=options.settings.max_stale_s)
-    client = MembershipClient(options.entry.backend_url)
     held = await first_roster(client, options.swarm_id, allow_list, options.profile)
     ledger = _make_ledger(options, allow_list, held)
 
@@ -214,11 +230,13 @@ async def _start(
     traversal: Traversal,
     nursery: trio.Nursery,
     ledger: Ledger,
-    client: MembershipClient,
+    client: Backend,
     allow: Callable[[PeerId], bool],
 ) -> Node:
     """Start what a node runs and connect it to a few members."""
     allow_list = ledger.allow_list
+    if isinstance(client, PeerBackend):
+        client.use_host(host)
     dispatch = _Dispatch()
     links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
     await nursery.start(links.run)
@@ -260,6 +278,32 @@ async def _start(
     if settings.mdns:
         nursery.start_soon(_run_local_network, node, bootstrap)
     return node
+
+
+async def _host_backend(
+    node: Node,
+    service: BackendService,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer members and strangers for the backend in this node's profile."""
+
+    async def follow() -> None:
+        try:
+            await node.keeper.poll_once()
+        except PalsError as error:
+            _log.warning("the member list could not be renewed: %s", error)
+
+    options = node.options
+    await run_hosting(
+        service,
+        options.profile,
+        node.host,
+        options.swarm_id,
+        listen=options.settings.redeem_listen,
+        on_change=follow,
+        task_status=task_status,
+    )
 
 
 async def _run_local_network(node: Node, bootstrap: Bootstrap) -> None:
@@ -309,7 +353,7 @@ def _make_keeper(
     host: Host,
     links: Links,
     discovery: Discovery,
-    client: MembershipClient,
+    client: Backend,
     nursery: trio.Nursery,
     ledger: Ledger,
 ) -> Keeper:

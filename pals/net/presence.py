@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pals.config import Profile, SwarmEntry
 from pals.errors import PalsError
-from pals.net.membership import MembershipClient
+from pals.net.backends import open_backend
 from pals.swarm.hints import AddressHint, open_usable_hints
 from pals.types import PeerId, SwarmId
 
@@ -22,14 +22,14 @@ async def fetch_sightings(profile: Profile, entry: SwarmEntry) -> Mapping[PeerId
     """
     known = profile.load_known_peers(entry.swarm_id)
     seen = {PeerId(peer.peer): peer.reached_at for peer in known}
-    for hint in await _fetch_hints(entry):
+    for hint in await _fetch_hints(profile, entry):
         seen[hint.peer] = max(hint.issued_at, seen.get(hint.peer, 0))
     return seen
 
 
-async def _fetch_hints(entry: SwarmEntry) -> list[AddressHint]:
+async def _fetch_hints(profile: Profile, entry: SwarmEntry) -> list[AddressHint]:
     swarm_id = SwarmId(bytes.fromhex(entry.swarm_id))
-    client = MembershipClient(entry.backend_url, deadline_s=HINTS_S)
+    client = open_backend(entry.backend_url, profile, deadline_s=HINTS_S)
     try:
         data = await client.fetch_hints(swarm_id)
     except PalsError:

@@ -10,7 +10,9 @@ import trio
 from pals.config import Profile, SwarmEntry
 from pals.errors import InvalidRecord, PalsError, RosterRefused
 from pals.net.administration import load_operator
-from pals.net.membership import MembershipClient, SavedList, fetch_list, keep_list, load_saved
+from pals.net.backend import Backend
+from pals.net.backends import open_backend
+from pals.net.membership import SavedList, fetch_list, keep_list, load_saved
 from pals.net.removal import needs_rotation
 from pals.net.report import ask_list
 from pals.swarm import kept
@@ -78,7 +80,7 @@ async def look_at(profile: Profile, entry: SwarmEntry, *, deadline_s: float = LO
         ProfileExposed: Others can read a file of the profile.
         InvalidConfig: A file of the profile is damaged.
     """
-    client = MembershipClient(entry.backend_url, deadline_s=deadline_s)
+    client = open_backend(entry.backend_url, profile, deadline_s=deadline_s)
     swarm_id = SwarmId(bytes.fromhex(entry.swarm_id))
     found = await _find(profile, swarm_id, client)
     running = await ask_list(profile.path)
@@ -97,7 +99,7 @@ async def look_at(profile: Profile, entry: SwarmEntry, *, deadline_s: float = LO
     )
 
 
-async def _find(profile: Profile, swarm_id: SwarmId, client: MembershipClient) -> _Found:
+async def _find(profile: Profile, swarm_id: SwarmId, client: Backend) -> _Found:
     saved = load_saved(profile, swarm_id)
     try:
         newest = await fetch_list(client, swarm_id, saved)
