@@ -57,13 +57,23 @@ async def open_service_door(
     identity: Identity,
     *,
     listen: str,
+    limiter: BackendLimiter | None = None,
     on_join: OnChange | None = None,
     limits: DoorLimits | None = None,
 ) -> AsyncGenerator[Door]:
-    """Let strangers join the swarms of a service; arguments and errors as `open_redemption`."""
+    """Let strangers join the swarms of a service; errors and the rest as `open_redemption`.
+
+    Args:
+        service: What they join.
+        identity: The door's.
+        listen: Multiaddr to listen on.
+        limiter: The one of the other transports of the service.
+        on_join: Called when somebody joined, before it hears of it.
+        limits: What is spent on strangers.
+    """
     from pals.backend.limiter import BackendLimiter
 
-    redeemer = ServiceRedeemer(service, BackendLimiter())
+    redeemer = ServiceRedeemer(service, limiter or BackendLimiter())
     opening = open_redemption(
         identity, listen=listen, redeemer=redeemer, on_join=on_join, limits=limits
     )
