@@ -14,6 +14,7 @@ from pals.cli import console
 from pals.cli.formats import format_moment
 from pals.cli.options import ConfigDir, Json, SwarmName
 from pals.config import Profile
+from pals.swarm.addresses import host_in, is_peer_address
 from pals.swarm.records import MAX_INVITE_USES
 from pals.types import short_id
 
@@ -208,7 +209,8 @@ def _qr_code(text: str) -> str:
 
 
 def _warn_of_loopback(address: str) -> None:
-    if urlsplit(address).hostname in LOOPBACK_HOSTS:
+    host = host_in(address) if is_peer_address(address) else urlsplit(address).hostname
+    if host in LOOPBACK_HOSTS:
         console.warn(
             f"the invite names the backend `{address}`, which only this machine reaches; "
             "for another machine give its address with `--backend`"

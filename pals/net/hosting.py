@@ -6,6 +6,7 @@ and strangers at a door beside it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pals.net.redemption import open_redemption
 from pals.swarm.calls import Joined, RedeemCall
 from pals.swarm.identity import Identity
 from pals.types import SwarmId
+
+_log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pals.backend.limiter import BackendLimiter
@@ -125,6 +128,7 @@ async def run_hosting(
 ) -> None:
     """Do as `host_backend` for ever."""
     hosting = host_backend(service, profile, host, swarm_id, listen=listen, on_change=on_change)
-    async with hosting:
+    async with hosting as door:
+        _log.info("machines join at %s", ", ".join(door.addresses()))
         task_status.started()
         await trio.sleep_forever()

@@ -23,6 +23,11 @@ def peer_in_address(address: str) -> PeerId:
     return PeerId(address.rpartition("/p2p/")[2])
 
 
+def host_in(address: str) -> str:
+    """Return the host that a multiaddr without a problem names: an IP address or a name."""
+    return address.split("/")[2]
+
+
 def peer_address_problem(address: str) -> str | None:
     """Return what keeps ``address`` from being ``/ip4/HOST/tcp/PORT/p2p/PEER``, or None."""
     match = _PEER.fullmatch(address)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pals.swarm.addresses import is_peer_address, peer_address_problem, peer_in_address
+from pals.swarm.addresses import host_in, is_peer_address, peer_address_problem, peer_in_address
 from pals.swarm.invite import backend_url_problem
 from tests.unit.swarm.chains import identity
 
@@ -22,6 +22,7 @@ def test_a_multiaddr_that_names_a_peer_is_an_address(address):
     assert peer_address_problem(address) is None
     assert backend_url_problem(address) is None
     assert peer_in_address(address) == PEER
+    assert host_in(address) in ("203.0.113.7", "2001:db8::1", "pals.example.org")
 
 
 @pytest.mark.parametrize(
