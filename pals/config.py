@@ -5,6 +5,7 @@ A profile is one folder (mode 0700)::
     identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
     node.lock                 held by the process that runs with this identity
     enrolment.lock            held by the process that enters a swarm, or changes one
+    hosted.db, redeem.key, redeem.addresses  a backend inside the profile: `pals.net.hosted`
     swarms/<hex>/swarm.json   SwarmEntry, 0600: it holds the swarm secret
     swarms/<hex>/operator.key Ed25519 private key, PEM, 0600 (the operator only)
     swarms/<hex>/roster.bin   the last verified roster

@@ -35,7 +35,10 @@ class BackendUnreachable(PeerError):
 
     code = "PALS-BACKEND-UNREACHABLE"
     message = "the backend at {url} did not answer: {problem}"
-    hint_template = "check that `pals backend` runs there and that this machine can reach it"
+    hint_template = (
+        "check that `pals backend`, or the operator's server, runs there and that this machine "
+        "can reach it"
+    )
 
 
 class BackendRefused(PeerError):

@@ -1,13 +1,13 @@
 """The members' shell of a backend: `/pals/backend/1` on the host of the node that runs it.
 
-The host's gate has let nobody in who is no member. One call a stream, one call of each member
-at a time, and few at a time in all; a member that is removed loses its connection like
-everywhere else.
+The host's gate has let nobody in who is no member. One call a stream, few of each member at a
+time, and few in all; a member that is removed loses its connection like everywhere else.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 PROTOCOL = "/pals/backend/1"
 CALL_DEADLINE_S = 5.0
 ANSWER_DEADLINE_S = 30.0
+MEMBER_CALLS_AT_ONCE = 4
 CALLS_PER_S = 0.5
 CALLS_BURST = 30.0
 
@@ -68,15 +69,15 @@ class MembersBackend:
         self._swarm_id = swarm_id
         self._on_change = on_change
         self._rates = RateLimit(per_s=CALLS_PER_S, burst=CALLS_BURST)
-        self._answering: set[PeerId] = set()
+        self._answering = Counter[PeerId]()
         self._threads = trio.CapacityLimiter(CALLS_AT_ONCE)
         host.handle(PROTOCOL, self._serve)
 
     async def _serve(self, stream: Stream) -> None:
         peer = stream.peer_id
-        if peer in self._answering:
-            raise PeerUnreachable(peer=peer, problem="it makes several calls at once")
-        self._answering.add(peer)
+        if self._answering[peer] >= MEMBER_CALLS_AT_ONCE:
+            raise PeerUnreachable(peer=peer, problem="it makes too many calls at once")
+        self._answering[peer] += 1
         try:
             with trio.fail_after(CALL_DEADLINE_S):
                 call = decode_call(await read_message(stream, max_bytes=MAX_CALL_BYTES))
@@ -88,7 +89,8 @@ class MembersBackend:
         except trio.TooSlowError:
             raise PeerUnreachable(peer=peer, problem="its call took too long") from None
         finally:
-            self._answering.discard(peer)
+            self._answering[peer] -= 1
+            self._answering += Counter()  # drops whoever is at 0
 
     async def _answer(self, peer: PeerId, call: Call) -> Answer:
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,18 @@ import httpx
 import pytest
 import trio
 
+from pals.backend.database import sqlite_url
+from pals.backend.limiter import BackendLimiter
+from pals.backend.service import BackendService
+from pals.cli.door import Doorway, door_beside
 from pals.config import NodeSettings, Profile, SwarmSecret
-from pals.errors import BackendRefused, BackendUnreachable, InviteRefused, PeerUnreachable
+from pals.errors import (
+    BackendRefused,
+    BackendUnreachable,
+    InviteRefused,
+    PeerUnreachable,
+    PortInUse,
+)
 from pals.net.administration import find_invite, list_invites, open_administrator, revoke_invite
 from pals.net.backend import Backend
 from pals.net.backend_members import PROTOCOL as MEMBERS_PROTOCOL
@@ -21,10 +32,12 @@ from pals.net.backends import open_backend
 from pals.net.door import knock
 from pals.net.enrolment import create_invite, create_swarm, look_up, redeem_invite
 from pals.net.framed import read_message, write_message
+from pals.net.host import open_host
 from pals.net.hosted import load_door_addresses, own_backend_address
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.redemption import PROTOCOL
 from pals.net.removal import remove_peer
+from pals.swarm.addresses import host_in
 from pals.swarm.calls import (
     Failed,
     HintsCall,
@@ -39,7 +52,8 @@ from pals.swarm.hints import sign_hint
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.swarm.invite import Invite
 from pals.swarm.records import Join, encode, sign_join
-from pals.types import SwarmId
+from pals.types import PeerId, SwarmId
+from tests.integration.backends import running_backend
 from tests.integration.net.harness import until
 
 pytestmark = pytest.mark.trio
@@ -321,3 +335,61 @@ async def test_a_member_cannot_write_what_it_may_not_sign(hosted):
     record = make_join(Invite.parse(await hosted.invite()), identity)
     with pytest.raises(BackendRefused):
         await backend.append(hosted.swarm_id, record, signer=identity)
+
+
+async def test_a_node_whose_gate_lets_nobody_in_still_asks_the_backend(hosted):
+    profile = await hosted.join("peer")
+    backend = backend_of(profile)
+
+    class ClosedHost:
+        def is_member(self, _: PeerId) -> bool:
+            return False
+
+    backend.use_host(ClosedHost())
+    assert (await backend.fetch_records(hosted.swarm_id)).entries
+
+
+async def test_whoever_is_no_member_is_not_asked(hosted):
+    profile = await hosted.join("peer")
+    called = trio.Event()
+    stranger = open_host(Identity.generate(), listen=LOOPBACK, allow=lambda _: True)
+    async with stranger as host:
+        host.on_connect(lambda _: called.set())
+        backend = open_backend(host.addresses()[0], profile)
+        with pytest.raises(BackendUnreachable, match="no member"):
+            await backend.fetch_hints(hosted.swarm_id)
+        assert not called.is_set()
+
+
+# --- a door beside a service ---------------------------------------------------------
+
+
+async def test_machines_join_a_service_over_libp2p_and_live_from_the_members(tmp_path):
+    service = BackendService(sqlite_url(tmp_path / "backend.db"))
+    doorway = Doorway(folder=tmp_path, port=0, announced=("/ip4/203.0.113.7/tcp/8471",))
+    operator, peer = Profile(tmp_path / "operator"), Profile(tmp_path / "peer")
+    with (
+        closing(service),
+        running_backend(service) as url,
+        door_beside(doorway, service, BackendLimiter(), on_crash=lambda: None) as addresses,
+    ):
+        await create_swarm(operator, name="home", model="m", backend_url=url, now=time.time())
+        here = addresses[1].replace(host_in(addresses[1]), "127.0.0.1")
+        text = await create_invite(operator, backend_url=here, now=time.time())
+        entry = await redeem_invite(peer, text)
+
+        assert addresses[0].startswith("/ip4/203.0.113.7/tcp/8471/p2p/")
+        assert entry.backend_url == here
+        with pytest.raises(BackendUnreachable, match="no member"):
+            await backend_of(peer).fetch_hints(SwarmId(bytes.fromhex(entry.swarm_id)))
+        assert (await look_up(peer)).state == "fresh"
+
+
+async def test_a_door_whose_port_is_taken_says_so(tmp_path):
+    with socket.socket() as taken, closing(BackendService("sqlite://")) as service:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        doorway = Doorway(folder=tmp_path, port=taken.getsockname()[1], announced=())
+        door = door_beside(doorway, service, BackendLimiter(), on_crash=lambda: None)
+        with pytest.raises(PortInUse), door:
+            pass
