@@ -6,8 +6,9 @@ from msgspec.structs import replace
 
 from pals.config import Profile, SwarmEntry
 from pals.net.administration import load_operator
+from pals.net.backends import open_backend
 from pals.net.enrolment import check_backend_url
-from pals.net.membership import MembershipClient, fetch_list, keep_list, load_saved
+from pals.net.membership import fetch_list, keep_list, load_saved
 from pals.swarm.records import Appoint, Appointment, encode, sign_by
 from pals.swarm.roster import Roster
 from pals.types import SwarmId
@@ -35,7 +36,7 @@ async def move_swarm(profile: Profile, entry: SwarmEntry, url: str, *, now: floa
         RosterRefused: Its list is not a continuation of the verified one.
     """
     check_backend_url(url)
-    swarm_id, client = SwarmId(bytes.fromhex(entry.swarm_id)), MembershipClient(url)
+    swarm_id, client = SwarmId(bytes.fromhex(entry.swarm_id)), open_backend(url, profile)
     newest = await fetch_list(client, swarm_id, load_saved(profile, swarm_id))
     key, operator = await client.fetch_key(), load_operator(profile, entry)
     if operator is not None:
