@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -54,11 +55,12 @@ from pals.swarm.invite import Invite
 from pals.swarm.records import Join, encode, sign_join
 from pals.types import PeerId, SwarmId
 from tests.integration.backends import running_backend
-from tests.integration.net.harness import until
+from tests.integration.net.harness import until as until_within
 
 pytestmark = pytest.mark.trio
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+until = partial(until_within, deadline_s=20.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,15 +165,21 @@ async def test_a_member_polls_and_leaves_its_address_over_its_own_connection(hos
 
 
 async def test_a_kicked_member_is_cut_and_nothing_answers_it_any_more(hosted):
-    profile = await hosted.join("peer")
-    async with open_node(options_of(profile)) as node:
-        await until(lambda: node.peer_id in hosted.node.host.connected_peers())
-        await remove_peer(hosted.operator, node.peer_id, now=time.time())
-        await until(lambda: node.peer_id not in hosted.node.host.connected_peers())
+    profile, operator = await hosted.join("peer"), hosted.node
+    identity = load_or_create_identity(profile)
+    # Not a node, which would end by itself: somebody who goes on as if nothing had happened.
+    async with open_host(identity, listen=LOOPBACK, allow=lambda _: True) as kicked:
+        await kicked.connect(operator.peer_id, operator.host.addresses())
+        stream = await kicked.open_stream(operator.peer_id, MEMBERS_PROTOCOL)
+        await remove_peer(hosted.operator, identity.peer_id, now=time.time())
+
+        with trio.fail_after(10), pytest.raises(PeerUnreachable):
+            await stream.read_exactly(1)
+        await until(lambda: identity.peer_id not in operator.host.connected_peers())
+        with pytest.raises(PeerUnreachable):
+            await kicked.open_stream(operator.peer_id, MEMBERS_PROTOCOL)
         with pytest.raises(BackendUnreachable):
             await backend_of(profile).fetch_records(hosted.swarm_id)
-        with pytest.raises(PeerUnreachable):
-            await node.host.open_stream(hosted.node.peer_id, MEMBERS_PROTOCOL)
 
 
 async def test_the_operator_s_commands_work_while_no_node_runs(tmp_path):

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.trio
 
 CALL = RedeemCall(swarm_id=b"s" * 32, auth=b"a" * 32, join=b"join")
 JOINED = Joined(entry=b"entry", entries=(b"genesis", b"entry"), freshness=b"", hints=(b"hint",))
-QUICK = DoorLimits(handshake_s=0.4, call_s=0.4, connection_s=1.5, write_s=0.4)
+QUICK = DoorLimits(handshake_s=0.8, call_s=0.8, connection_s=2.5, write_s=0.8)
 GREETING = encode_delim(b"/multistream/1.0.0")
 ELSEWHERE = "127.0.0.2"
 """Another address of this machine: what comes from there counts apart."""
