@@ -4,11 +4,15 @@ A profile is one folder (mode 0700)::
 
     identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
     node.lock                 held by the process that runs with this identity
-    enrolment.lock            held by the process that enters a swarm
+    enrolment.lock            held by the process that enters a swarm, or changes one
+    hosted.db, redeem.key, redeem.addresses  a backend inside the profile: `pals.net.hosted`
     swarms/<hex>/swarm.json   SwarmEntry, 0600: it holds the swarm secret
     swarms/<hex>/operator.key Ed25519 private key, PEM, 0600 (the operator only)
     swarms/<hex>/roster.bin   the last verified roster
     swarms/<hex>/known_peers.json  members that were reached, and where; 0600
+    swarms/<hex>/invites/     texts of open invites, 0600 each (see `pals.swarm.kept`)
+    swarms/<hex>/next.json    a secret that is about to be the swarm's, 0600
+    swarms/<hex>/removals.bin removals that the backend has not taken yet, 0600
 
 Files are written atomically; a secret that others can read is refused.
 """
@@ -20,6 +24,7 @@ import binascii
 import fcntl
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -32,7 +37,9 @@ import msgspec
 import platformdirs
 
 from pals.errors import (
+    AmbiguousSwarm,
     InvalidConfig,
+    NoSuchSwarm,
     NoSwarm,
     ProfileExposed,
     ProfileInUse,
@@ -228,6 +235,10 @@ class SwarmEntry(msgspec.Struct, frozen=True, kw_only=True):
     swarm_secret: str
     peer_credential: str
 
+    def is_called(self, wanted: str) -> bool:
+        """Return whether ``wanted`` is the swarm's name, or begins its id."""
+        return wanted == self.name or (wanted != "" and self.swarm_id.startswith(wanted.lower()))
+
     def __repr__(self) -> str:
         return f"SwarmEntry(swarm_id={self.swarm_id[:8]}…, name={self.name!r})"
 
@@ -291,33 +302,59 @@ class Profile:
         folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
         write_private(folder / "swarm.json", msgspec.json.format(msgspec.json.encode(entry)))
 
-    def load_swarm(self) -> SwarmEntry:
-        """Return the profile's swarm.
+    def load_swarm(self, wanted: str | None = None) -> SwarmEntry:
+        """Return one of the profile's swarms.
+
+        Args:
+            wanted: Its name, or the first characters of its id; the only one when None.
 
         Raises:
             ProfileMissing: The folder is not there.
             ProfileExposed: A secret can be read by others.
             NoSwarm: The profile belongs to no swarm.
-            InvalidConfig: The file is damaged, or there are several swarms.
+            NoSuchSwarm: To none that is called so.
+            AmbiguousSwarm: To several that are; or to several and ``wanted`` is None.
+            InvalidConfig: A file is damaged.
+        """
+        swarms = self.load_swarms()
+        if not swarms:
+            raise NoSwarm(path=self.path)
+        found = [swarm for swarm in swarms if wanted is None or swarm.is_called(wanted)]
+        if len(found) == 1:
+            return found[0]
+        listed = ", ".join(f"{s.name} ({s.swarm_id[:8]})" for s in found or swarms)
+        if not found:
+            raise NoSuchSwarm(wanted=wanted, known=listed)
+        raise AmbiguousSwarm(path=self.path, known=listed)
+
+    def load_swarms(self) -> list[SwarmEntry]:
+        """Return all swarms of the profile, ordered by their ids.
+
+        Raises:
+            ProfileMissing: The folder is not there.
+            ProfileExposed: A secret can be read by others.
+            InvalidConfig: A file is damaged.
         """
         self.check_folder()
-        ids = self.swarm_ids()
-        if not ids:
-            raise NoSwarm(path=self.path)
-        if len(ids) > 1:
-            raise InvalidConfig(
-                source=self.path,
-                problem=f"the profile belongs to {len(ids)} swarms",
-                advice="use one profile for each swarm with `--config-dir`",
-            )
-        path = self.swarm_folder(ids[0]) / "swarm.json"
+        return [self._load_entry(swarm_id) for swarm_id in self.swarm_ids()]
+
+    def _load_entry(self, swarm_id: str) -> SwarmEntry:
+        path = self.swarm_folder(swarm_id) / "swarm.json"
         try:
             entry = msgspec.json.decode(read_private(path), type=SwarmEntry)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise _damaged(path, str(error)) from error
-        if entry.swarm_id != ids[0]:
+        if entry.swarm_id != swarm_id:
             raise _damaged(path, f"it names another swarm than its folder: {entry.swarm_id!r}")
         return entry
+
+    def forget_swarm(self, swarm_id: str) -> None:
+        """Delete all that the profile holds of a swarm, its keys and secrets included."""
+        folder = self.swarm_folder(swarm_id)
+        # Under a name that is no swarm's first: half a folder would be a damaged swarm.
+        leaving = folder.with_name(f".{swarm_id}")
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
 
     def save_known_peers(self, swarm_id: str, peers: Sequence[KnownPeer]) -> None:
         """Remember members that were reached, the first `MAX_KNOWN_PEERS` of them."""
@@ -358,7 +395,7 @@ class Profile:
 
     @contextmanager
     def enrolment_lock(self) -> Generator[None]:
-        """Hold the right to enter a swarm: of two at once, one would lose its files.
+        """Hold the right to change a membership: of two at once, one would lose its files.
 
         Raises:
             ProfileInUse: Another process holds it.
@@ -403,6 +440,7 @@ def _damaged(path: Path, problem: str) -> InvalidConfig:
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+_StaleSeconds = Annotated[float, msgspec.Meta(ge=300, le=30 * 86400)]
 _SecondsOrNone = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
@@ -424,6 +462,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The libp2p side of ``pals shard`` and ``pals serve``."""
 
     listen: str = "/ip4/0.0.0.0/tcp/0"
+    redeem_listen: str = "/ip4/0.0.0.0/tcp/8471"
     peers: tuple[str, ...] = ()
     mdns: bool = False
     gossip: bool = True
@@ -434,6 +473,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     allow_relay: bool = False
     use_relay: bool = False
     poll_interval_s: _Seconds = 27.0
+    max_stale_s: _StaleSeconds = 86400.0
     step_deadline_s: _Seconds = 30.0
     wait_for_peers_s: _SecondsOrNone = 30.0
     session_idle_s: _Seconds = 120.0

@@ -6,6 +6,7 @@ Commands are registered by import path, so that each start loads only its own.
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import threading
 import traceback
@@ -26,8 +27,8 @@ EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
 
 GROUPS = {
-    "swarm": "Make and look at the private group of machines.",
-    "invite": "Let another machine in.",
+    "swarm": "Make and look at the private groups of machines.",
+    "invite": "Let other machines in, or no longer.",
     "peers": "See and remove members.",
     "models": "See, download and import models on this machine.",
 }
@@ -36,11 +37,22 @@ COMMANDS = {
     "demo": ("pals.cli.demo:demo", "Run the whole product on this machine with a small model."),
     "init": ("pals.cli.init:init", "Make this machine's profile and identity."),
     "swarm create": ("pals.cli.swarm:create", "Make a swarm and become its operator."),
-    "swarm show": ("pals.cli.swarm:show", "Show the swarm that the profile belongs to."),
+    "swarm list": ("pals.cli.swarm:list_swarms", "List the swarms that the profile belongs to."),
+    "swarm show": ("pals.cli.swarm:show", "Show a swarm that the profile belongs to."),
+    "swarm rotate": ("pals.cli.swarm:rotate", "Give the swarm a new secret."),
+    "swarm move": ("pals.cli.swarm:move", "Follow the backend to another address."),
+    "swarm leave": ("pals.cli.swarm:leave", "Leave a swarm and delete what is kept of it."),
+    "swarm appoint": ("pals.cli.swarm:appoint", "Let a member invite and remove, or end that."),
+    "swarm export-key": ("pals.cli.swarm:export_key", "Write the operator's key to a file."),
+    "swarm import-key": ("pals.cli.swarm:import_key", "Become an operator with such a file."),
     "invite create": ("pals.cli.invite:create", "Make an invite for another machine."),
+    "invite list": ("pals.cli.invite:list_invites", "List the swarm's invites."),
+    "invite resend": ("pals.cli.invite:resend", "Print the command of an open invite again."),
+    "invite revoke": ("pals.cli.invite:revoke", "End an invite."),
     "login": ("pals.cli.login:login", "Join a swarm with an invite."),
     "peers list": ("pals.cli.peers:list_peers", "List the members of the swarm."),
-    "peers kick": ("pals.cli.peers:kick", "Remove a member from the swarm."),
+    "peers kick": ("pals.cli.peers:kick", "Remove a member and give the swarm a new secret."),
+    "status": ("pals.cli.status:status", "Show the profile's swarms and what to do next."),
     "shard": ("pals.cli.shard:shard", "Serve a slice of a model's layers to the swarm."),
     "serve": ("pals.cli.serve:serve", "Serve an OpenAI-compatible endpoint on this machine."),
     "backend": ("pals.cli.backend:backend", "Run the membership backend."),
@@ -97,6 +109,7 @@ def run(tokens: Sequence[str]) -> int:
 def main() -> NoReturn:
     """Run the command line of this process and exit with its status."""
     config.forbid_telemetry()
+    forbid_core_dumps()
     status = run(sys.argv[1:])
     if threading.active_count() > 1:
         # A thread that is still compiling would abort the process when the interpreter is
@@ -106,6 +119,11 @@ def main() -> NoReturn:
             sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def forbid_core_dumps() -> None:
+    """Keep a crash from writing the secrets in memory to disk, here and in every child."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _report_usage(error: CycloptsError) -> int:

@@ -6,10 +6,13 @@ import ipaddress
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
+from pals.cli.door import Doorway, announce_door, door_beside
 from pals.cli.logs import LogFormat, configure_logs
 from pals.cli.options import ConfigDir, Json
 from pals.errors import InvalidConfig, SecretOnCommandLine
@@ -30,6 +33,10 @@ def backend(
     database_url: str | None = None,
     key_file: Path | None = None,
     public_name: str | None = None,
+    p2p_port: Annotated[
+        int | None, Parameter(validator=validators.Number(gte=0, lte=65535))
+    ] = None,
+    announce: tuple[str, ...] = (),
     trusted_proxy: tuple[str, ...] = (),
     log_format: LogFormat = "text",
     backup: Path | None = None,
@@ -51,6 +58,9 @@ def backend(
         key_file: Key that signs how new the list is, made on the first start; `backend.key`
             beside the SQLite file or in the profile folder when left out.
         public_name: Also answer under this `Host`, such as `pals.example.org`.
+        p2p_port: Also let machines join over libp2p at this port, 0 for a free one.
+        announce: Multiaddr at which a port forward leads there, such as
+            `/ip4/203.0.113.7/tcp/8471`.
         trusted_proxy: Address of a proxy whose `X-Forwarded-For` is believed.
         log_format: How to log on standard error.
         backup: Write a copy of the database to this file, also while it is in use, and end.
@@ -81,7 +91,8 @@ def backend(
         signer = load_or_create_key((key_file or folder / KEY_NAME).absolute())
         configure_logs(log_format)
         with closing(BackendService(url, signer=signer)) as service:
-            _serve(service, listener, public_name, proxies, as_json=json)
+            doorway = Doorway(folder=folder.absolute(), port=p2p_port, announced=announce)
+            _serve(service, listener, public_name, proxies, doorway, as_json=json)
 
 
 def _serve(
@@ -89,12 +100,14 @@ def _serve(
     listener: Listener,
     public_name: str | None,
     proxies: frozenset[str],
+    doorway: Doorway,
     *,
     as_json: bool,
 ) -> None:
     from pals.api.gate import GateSettings
     from pals.api.membership import build_membership_app
     from pals.api.server import HttpServer
+    from pals.backend.limiter import BackendLimiter
     from pals.cli.interrupt import exiting_on_termination
 
     gate = GateSettings.for_bind(listener.host, listener.port)
@@ -107,9 +120,13 @@ def _serve(
         else:
             console.out(f"listening on {url}")
 
-    with exiting_on_termination():
-        app = build_membership_app(service, gate=gate, proxies=proxies)
-        HttpServer(app, listener, on_ready=announce_ready).run()
+    limiter = BackendLimiter()
+    app = build_membership_app(service, gate=gate, limiter=limiter, proxies=proxies)
+    server = HttpServer(app, listener, on_ready=announce_ready)
+    door = door_beside(doorway, service, limiter, on_crash=server.stop)
+    with exiting_on_termination(), door as addresses:
+        announce_door(addresses, as_json=as_json)
+        server.run()
 
 
 def _copy(url: str, backup: Path | None, move_to: str | None, *, as_json: bool) -> None:

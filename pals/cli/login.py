@@ -7,16 +7,17 @@ import sys
 
 from pals import config
 from pals.cli import console
-from pals.cli.options import ConfigDir
+from pals.cli.options import ConfigDir, Json
 from pals.errors import InvalidInvite, SecretOnCommandLine
 
 
-async def login(*arguments: str, config_dir: ConfigDir = None) -> None:
+async def login(*arguments: str, config_dir: ConfigDir = None, json: Json = False) -> None:
     """Join a swarm with an invite from `PALS_INVITE` or standard input.
 
     Args:
         arguments: None: other users of the machine could read an invite given here.
         config_dir: Profile folder.
+        json: Print one JSON document on standard output.
     """
     if arguments:
         raise SecretOnCommandLine(name="an invite", variable=config.INVITE_VARIABLE)
@@ -24,6 +25,10 @@ async def login(*arguments: str, config_dir: ConfigDir = None) -> None:
     from pals.net.enrolment import redeem_invite
 
     entry = await redeem_invite(config.Profile(config.config_dir(config_dir)), invite)
+    if json:
+        document = {"swarm_id": entry.swarm_id, "name": entry.name, "model": entry.model}
+        console.json({"schema": 1, **document})
+        return
     console.out(f"joined {entry.name}, swarm {entry.swarm_id}")
     console.note(f"next: `pals shard {entry.model}` to serve layers, or `pals serve`")
 

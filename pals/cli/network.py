@@ -57,11 +57,22 @@ def examine_network(options: ServerOptions) -> Network | None:
     if not profile.swarm_ids():
         return None
     try:
-        report = trio.run(_ask, profile) or _run_member(options)
+        report = ask_network(options)
     except PalsError as error:
         finding = Finding(state="fail", text=str(error), hint=error.hint)
         return Network(finding, None)
     return Network(_judge(report), report)
+
+
+def ask_network(options: ServerOptions, *, deadline_s: float = DEADLINE_S) -> NetworkReport:
+    """Ask the process that runs with the profile, or run a member for a while.
+
+    Raises:
+        NoSwarm: The profile is of none.
+        ProfileInUse: A process runs with the profile, and does not answer.
+        PeerUnreachable: It took too long.
+    """
+    return trio.run(_ask, options.profile) or _run_member(options, deadline_s)
 
 
 async def _ask(profile: Profile) -> NetworkReport | None:
@@ -70,16 +81,10 @@ async def _ask(profile: Profile) -> NetworkReport | None:
     return await ask_running(profile.path)
 
 
-def _run_member(options: ServerOptions) -> NetworkReport:
-    """Run a member of the profile until it knows how it reaches the others.
-
-    Raises:
-        NoSwarm: The profile is of none.
-        ProfileInUse: A process runs with the profile, and does not answer.
-        PeerUnreachable: It took too long.
-    """
+def _run_member(options: ServerOptions, deadline_s: float) -> NetworkReport:
+    """Run a member of the profile until it knows how it reaches the others."""
     settings = options.load_settings()
-    entry = options.profile.load_swarm()
+    entry = options.profile.load_swarm(options.swarm)
     text = config.take_environment(config.SWARM_SECRET_VARIABLE) or entry.swarm_secret
     member = Member(
         profile=options.profile,
@@ -88,17 +93,17 @@ def _run_member(options: ServerOptions) -> NetworkReport:
         identity=load_or_create_identity(options.profile),
     )
     with member.profile.lock():
-        return trio.run(partial(_report, node_options(member, settings)))
+        return trio.run(partial(_report, node_options(member, settings), deadline_s))
 
 
-async def _report(options: NodeOptions) -> NetworkReport:
+async def _report(options: NodeOptions, deadline_s: float) -> NetworkReport:
     from pals.net.node import open_node
     from pals.net.report import report_network
 
-    with trio.move_on_after(DEADLINE_S):
+    with trio.move_on_after(deadline_s):
         async with open_node(options) as node:
             return await report_network(node)
-    problem = f"the network was not ready within {DEADLINE_S:g} s"
+    problem = f"the network was not ready within {deadline_s:g} s"
     raise PeerUnreachable(peer=options.identity.peer_id, problem=problem)
 
 

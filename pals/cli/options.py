@@ -22,6 +22,16 @@ ConfigDir = Annotated[
 ]
 """The profile a command works on; pass it to `pals.config.config_dir`."""
 
+SwarmName = Annotated[
+    str | None,
+    Parameter(
+        name="--swarm",
+        help="Swarm, by its name or the first characters of its id; the profile's only one when "
+        "left out.",
+    ),
+]
+"""Which of the profile's swarms a command is about; pass it to `Profile.load_swarm`."""
+
 Json = Annotated[
     bool,
     Parameter(name="--json", negative="", help="Print one JSON document on standard output."),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -19,7 +18,7 @@ from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
-from pals.cli.options import ConfigDir, Tokens, read_size
+from pals.cli.options import ConfigDir, SwarmName, Tokens, read_size
 from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
 from pals.engine.memory import Memory
 from pals.errors import InvalidConfig
@@ -53,7 +52,12 @@ class Member:
     identity: Identity
 
 
-def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType({})) -> Member:
+def load_member(
+    profile: Profile,
+    swarm: str | None = None,
+    *,
+    keep: Mapping[str, str] = MappingProxyType({}),
+) -> Member:
     """Return the profile's member, with the secret from `PALS_SWARM_SECRET`.
 
     When the variable is not set, this process is replaced by one in which the profile's
@@ -62,6 +66,7 @@ def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType(
 
     Args:
         profile: The profile to serve with.
+        swarm: Name or id of the swarm; the profile's only one when None.
         keep: Secrets already taken from the environment that the new process needs too.
 
     Raises:
@@ -70,8 +75,7 @@ def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType(
         ProfileMissing: There is no profile.
         ProfileExposed: Others can read a secret of the profile.
     """
-    forbid_core_dumps()
-    entry = profile.load_swarm()
+    entry = profile.load_swarm(swarm)
     text = config.take_environment(config.SWARM_SECRET_VARIABLE)
     if text is None:
         secret = SwarmSecret.parse(entry.swarm_secret)
@@ -83,11 +87,6 @@ def load_member(profile: Profile, *, keep: Mapping[str, str] = MappingProxyType(
         secret=SwarmSecret.parse(text),
         identity=load_or_create_identity(profile),
     )
-
-
-def forbid_core_dumps() -> None:
-    """Keep a crash from writing the secrets in memory to disk, here and in what follows."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def replace_process(secrets: Mapping[str, str], arguments: Sequence[str]) -> NoReturn:
@@ -103,14 +102,18 @@ def replace_process(secrets: Mapping[str, str], arguments: Sequence[str]) -> NoR
 
 def node_options(member: Member, settings: Settings) -> NodeOptions:
     """Return what the member's node is made of."""
+    from pals.net.hosted import is_hosted_here, listen_as_host
     from pals.net.node import NodeOptions
 
+    node = settings.node
+    if is_hosted_here(member.entry.backend_url, member.identity):
+        node = listen_as_host(node)
     return NodeOptions(
         profile=member.profile,
         entry=member.entry,
         secret=member.secret,
         identity=member.identity,
-        settings=settings.node,
+        settings=node,
     )
 
 
@@ -121,6 +124,13 @@ class ServerOptions:
 
     listen: Annotated[
         str | None, Parameter(help="Multiaddr for members, such as `/ip4/0.0.0.0/tcp/4001`.")
+    ] = None
+    redeem_listen: Annotated[
+        str | None,
+        Parameter(
+            help="Multiaddr at which machines join, where this profile keeps the backend; "
+            "`/ip4/0.0.0.0/tcp/8471` when left out."
+        ),
     ] = None
     peer: Annotated[
         tuple[str, ...],
@@ -166,6 +176,7 @@ class ServerOptions:
     ] = False
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None
     verbose: Annotated[bool, Parameter(negative="", help="Log what happens to stderr.")] = False
+    swarm: SwarmName = None
     config_dir: ConfigDir = None
 
     @property
@@ -182,6 +193,7 @@ class ServerOptions:
         node = msgspec.structs.replace(
             settings.node,
             listen=self.listen or settings.node.listen,
+            redeem_listen=self.redeem_listen or settings.node.redeem_listen,
             peers=self.peer or settings.node.peers,
             mdns=self.mdns or settings.node.mdns,
             prefill_codec=self.prefill_codec or settings.node.prefill_codec,

@@ -87,7 +87,7 @@ def serve(
     )
     check_public_bind(bind.host, key)
     member = load_member(
-        options.profile, keep={} if key is None else {config.API_KEY_VARIABLE: key}
+        options.profile, options.swarm, keep={} if key is None else {config.API_KEY_VARIABLE: key}
     )
     model = model or member.entry.model
     also = None

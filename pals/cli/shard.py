@@ -48,7 +48,7 @@ def shard(
     configure_logging(verbose=options.verbose)
     layer_range = None if layers is None else LayerRange.parse(layers)
     settings = options.load_settings()
-    member = load_member(options.profile)
+    member = load_member(options.profile, options.swarm)
     role = shard_options.make_role(
         model or member.entry.model, layer_range, settings.shard, json=json
     )

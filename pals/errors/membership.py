@@ -35,7 +35,10 @@ class BackendUnreachable(PeerError):
 
     code = "PALS-BACKEND-UNREACHABLE"
     message = "the backend at {url} did not answer: {problem}"
-    hint_template = "check that `pals backend` runs there and that this machine can reach it"
+    hint_template = (
+        "check that `pals backend`, or the operator's server, runs there and that this machine "
+        "can reach it"
+    )
 
 
 class BackendRefused(PeerError):
@@ -47,11 +50,14 @@ class BackendRefused(PeerError):
 
 
 class AlreadyMember(UserError):
-    """The profile belongs to a swarm already; its credentials are never overwritten."""
+    """The profile belongs to the swarm already; its credentials are never overwritten."""
 
     code = "PALS-USER-ALREADY-MEMBER"
     message = "the profile at `{path}` already belongs to swarm {swarm}"
-    hint_template = "use another profile for another swarm with `--config-dir`"
+    hint_template = (
+        "nothing was changed; a machine that was removed from it enters anew after "
+        "`pals swarm leave`, with a new invite"
+    )
 
 
 class RosterRefused(ProtocolError):
@@ -104,16 +110,62 @@ class UnknownPeer(UserError):
 
     code = "PALS-PEER-UNKNOWN"
     message = "no live member `{peer}` in this swarm"
-    hint_template = "run `pals peers list` to see the members"
+    hint_template = "{advice}"
     http_status = 404
 
 
+class AmbiguousPeer(UserError):
+    """A piece of a peer id that several members' ids begin or end with."""
+
+    code = "PALS-PEER-AMBIGUOUS"
+    message = "`{peer}` may be one of several members: {known}"
+    hint_template = "write more of the id"
+
+
+class UnknownInvite(UserError):
+    """An invite that was not made for this swarm."""
+
+    code = "PALS-INVITE-UNKNOWN"
+    message = "no invite `{invite}` of this swarm"
+    hint_template = "{advice}"
+    http_status = 404
+
+
+class InviteNotOpen(UserError):
+    """An invite that lets nobody in any more."""
+
+    code = "PALS-INVITE-NOT-OPEN"
+    message = "the invite `{invite}` is {status}: it lets nobody in"
+    hint_template = "make another one with `pals invite create`"
+
+
+class InviteNotKept(UserError):
+    """An open invite whose text this profile does not hold, nor does any server."""
+
+    code = "PALS-INVITE-NOT-KEPT"
+    message = "the text of the invite `{invite}` is not in this profile"
+    hint_template = (
+        "run this on the machine that made it, or make another one with `pals invite create`"
+    )
+
+
 class NotOperator(UserError):
-    """The profile does not hold the swarm's operator key."""
+    """The profile holds no key that may sign this for the swarm."""
 
     code = "PALS-USER-NOT-OPERATOR"
-    message = "the profile at `{path}` does not hold this swarm's operator key"
-    hint_template = "run this on the machine that made the swarm"
+    message = "the profile at `{path}` does not hold this swarm's {key}"
+    hint_template = "run this on {machine}"
+
+
+class OperatorLeaves(UserError):
+    """The operator would leave a swarm that nobody could administer any more."""
+
+    code = "PALS-USER-OPERATOR-LEAVES"
+    message = "this profile holds the operator key of `{swarm}`, and the swarm has no admin"
+    hint_template = (
+        "name one with `pals swarm appoint PEER`, keep the key with `pals swarm export-key FILE`, "
+        "or leave with `--force`"
+    )
 
 
 class RosterUnavailable(PeerError):
@@ -131,10 +183,7 @@ class NotAMember(PeerError):
 
     code = "PALS-NOT-A-MEMBER"
     message = "this machine, peer {peer}, is not a member of swarm `{swarm}`: it was removed"
-    hint_template = (
-        "ask the operator for a new invite, and join with a new profile: "
-        "`pals login --config-dir FOLDER`"
-    )
+    hint_template = "run `pals swarm leave`, and ask the operator for a new invite for `pals login`"
     http_status = 403
     retryable = False
 

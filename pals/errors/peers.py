@@ -92,6 +92,14 @@ class LinkRefused(ProtocolError):
     )
 
 
+class OtherEpoch(LinkRefused):
+    """The two ends of a link hold secrets of different epochs; one will learn the newer."""
+
+    code = "PALS-LINK-EPOCH"
+    message = "link with peer {peer} refused: {problem}"
+    hint_template = "try again in a few seconds: a rotated secret comes from any member online"
+
+
 class InvalidFrame(ProtocolError):
     """A frame or row that is not the expected one, or a frame that does not open.
 

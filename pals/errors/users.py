@@ -63,6 +63,23 @@ class NoSwarm(UserError):
     hint_template = "run `pals swarm create`, or redeem an invite with `pals login`"
 
 
+class NoSuchSwarm(UserError):
+    """A name or id that none of the profile's swarms has."""
+
+    code = "PALS-USER-NO-SUCH-SWARM"
+    message = "the profile belongs to no swarm `{wanted}`, but to: {known}"
+    hint_template = "name one of these with `--swarm`"
+    http_status = 404
+
+
+class AmbiguousSwarm(UserError):
+    """Several of the profile's swarms, of which a command takes one."""
+
+    code = "PALS-USER-SWARMS"
+    message = "the profile at `{path}` belongs to several swarms: {known}"
+    hint_template = "choose one with `--swarm`, by its name or the first characters of its id"
+
+
 class SwarmSecretInvalid(UserError):
     """``PALS_SWARM_SECRET`` is missing or malformed; there is no plaintext mode."""
 

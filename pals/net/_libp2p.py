@@ -404,7 +404,9 @@ class MemberSwarm(Swarm):
 
         async def guarded(stream: INetStream) -> None:
             peer = stream.muxed_conn.peer_id
-            if self._inbound_streams[peer] >= self._limits.max_streams_per_peer:
+            is_full = self._inbound_streams[peer] >= self._limits.max_streams_per_peer
+            # What runs may end in its time, when a list expires; nothing new begins.
+            if is_full or not self.allow(PeerId(peer.to_base58())):
                 await _reset_quietly(stream)
                 return
             self._inbound_streams[peer] += 1
@@ -458,9 +460,7 @@ def build_host(seed: bytes, *, allow: Allow, limits: HostLimits) -> tuple[BasicH
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
     swarm = MemberSwarm(create_new_key_pair(seed), allow=allow, limits=limits)
-    host = BasicHost(
-        swarm, addrs_factory=_expand_wildcards, disable_identify_address_discovery=True
-    )
+    host = BasicHost(swarm, addrs_factory=expand_wildcards, disable_identify_address_discovery=True)
     return host, swarm
 
 
@@ -510,7 +510,7 @@ def host_and_port(address: Multiaddr) -> tuple[str, int]:
     return host, int(port)
 
 
-def _expand_wildcards(addresses: list[Multiaddr]) -> list[Multiaddr]:
+def expand_wildcards(addresses: list[Multiaddr]) -> list[Multiaddr]:
     """Replace ``0.0.0.0`` and ``::`` by the addresses of this machine's interfaces.
 
     Loopback is given only by a machine that has nothing else.

@@ -21,8 +21,8 @@ import trio
 from pals.config import KnownPeer, Profile
 from pals.errors import InvalidConfig, PalsError
 from pals.net.announce import Announcement, useful_first
+from pals.net.backend import Backend
 from pals.net.host import Host
-from pals.net.membership import MembershipClient
 from pals.swarm.hints import Contacts, open_usable_hints, sign_hint
 from pals.swarm.identity import Identity
 from pals.types import PeerId, SwarmId, short_id
@@ -57,7 +57,7 @@ class Meeting:
     profile: Profile
     identity: Identity
     swarm_id: SwarmId
-    client: MembershipClient
+    client: Backend
     host: Host
     members: Callable[[], frozenset[PeerId]]
     announcements: Callable[[], Mapping[PeerId, Announcement]]

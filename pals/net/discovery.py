@@ -18,7 +18,7 @@ import trio
 from pals.errors import InvalidRecord, PalsError
 from pals.net.announce import Announcement, open_announcement
 from pals.net.exchange import TableExchange
-from pals.net.gossip import Gossip
+from pals.net.gossip import Gossip, Judge
 from pals.net.host import Host
 from pals.net.kademlia import Kademlia
 from pals.net.rates import RateLimit
@@ -36,7 +36,7 @@ PING_BYTES = 32
 NEWS_PER_S = 2.0
 """Of one member; a shard announces once a minute and when something changes."""
 NEWS_BURST = 32.0
-_ANNOUNCEMENT, _NOTICE = b"\x01", b"\x02"
+_ANNOUNCEMENT, _NOTICE, _ROSTER = b"\x01", b"\x02", b"\x03"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,8 @@ class Discovery:
         self._changed = trio.Event()
         self._own_record = b""
         self._on_doubt: list[Callable[[], None]] = []
+        self.on_roster_news: Judge = _ignore
+        """Takes what a member says of its list, and says whether others are to have it too."""
         self._nursery: trio.Nursery | None = None
         self._kademlia = Kademlia(host, swarm_id, self._open)
         self._gossip = Gossip(host, swarm_id, self._judge) if sources.gossip else None
@@ -154,6 +156,19 @@ class Discovery:
     def last_seq(self, peer: PeerId) -> int:
         """Return the highest number of a record of ``peer`` that was seen; -1 for none."""
         return self._table.last_seq(peer)
+
+    # --- who is a member -------------------------------------------------------------
+
+    async def publish_roster_news(self, news: bytes) -> None:
+        """Tell all members what this one knows of the list; nothing without gossip."""
+        if self._gossip is not None:
+            await self._gossip.publish(_ROSTER + news)
+
+    def forget(self, peer: PeerId) -> None:
+        """Drop what a peer announced that is no longer a member."""
+        self._kademlia.forget(peer)
+        if self._table.forget(peer):
+            self._tell_change()
 
     # --- who is gone -----------------------------------------------------------------
 
@@ -251,6 +266,8 @@ class Discovery:
         try:
             if kind == _NOTICE:
                 return self._on_notice(decode_notice(data))
+            if kind == _ROSTER:
+                return self.on_roster_news(origin, data)
             announcement = self._open(data) if kind == _ANNOUNCEMENT else None
         except InvalidRecord as error:
             _log.info("news of peer %s: %s", short_id(origin), error)
@@ -295,3 +312,7 @@ class Discovery:
             if connected and self._exchange is not None:
                 last = next((peer for peer in connected if peer > last), connected[0])
                 await self._exchange.ask(last)
+
+
+def _ignore(_origin: PeerId, _message: bytes) -> bool:
+    return False

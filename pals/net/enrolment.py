@@ -1,4 +1,4 @@
-"""What changes a profile's membership: make a swarm, invite, join, remove.
+"""How machines come into a swarm, and leave it by themselves: make one, invite, join.
 
 Each step writes to the profile only after the backend accepted it and its answer was
 verified, so that a refusal leaves every file as it was. Only the operator's key is written
@@ -8,48 +8,60 @@ before, and taken back.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
 
-from pals.config import Profile, SwarmEntry, SwarmSecret, read_private, write_private
+from pals.config import Profile, SwarmEntry, SwarmSecret, write_private
 from pals.errors import (
     AlreadyMember,
+    BackendRefused,
+    BackendUnreachable,
     InvalidConfig,
     InvalidRecord,
-    NotOperator,
-    ProfileMissing,
+    OperatorLeaves,
     RosterRefused,
-    UnknownPeer,
 )
+from pals.net.administration import check_own_record, load_operator, open_administrator
+from pals.net.backend import Backend
+from pals.net.backends import (
+    hinted_peers,
+    members_address,
+    open_backend,
+    open_redemption_backend,
+)
+from pals.net.hosted import invite_address
 from pals.net.membership import (
-    MembershipClient,
     fetch_roster,
     first_roster,
     load_roster,
     save_roster,
 )
+from pals.swarm import kept
 from pals.swarm.allowlist import AllowList, AllowState
-from pals.swarm.identity import Identity, load_or_create_identity, public_key_of
+from pals.swarm.hints import AddressHint, open_usable_hints
+from pals.swarm.identity import Identity, load_or_create_identity
 from pals.swarm.invite import Invite, backend_url_problem
 from pals.swarm.keys import secret_commitment
 from pals.swarm.records import (
+    Appoint,
     Genesis,
     InviteCertificate,
     Join,
-    Remove,
+    Leave,
     decode_entry,
-    decode_record,
     digest,
     encode,
     sign_by,
     sign_genesis,
     sign_join,
+    sign_leave,
 )
-from pals.swarm.roster import Roster, begin
-from pals.types import PeerId, SwarmId
+from pals.swarm.roster import Roster, apply, begin
+from pals.types import SwarmId, short_id
 
 SECONDS_PER_HOUR = 3600
 MAX_EXPIRY_HOURS = 10 * 365 * 24
@@ -83,13 +95,12 @@ async def create_swarm(
         now: Unix seconds.
 
     Raises:
-        AlreadyMember: The profile belongs to a swarm.
         ProfileInUse: Another process enters one with it.
         InvalidConfig: The name, the model or the address cannot be used.
         BackendUnreachable: The backend does not answer.
         BackendRefused: The backend answers with an error.
     """
-    _check_backend_url(backend_url)
+    check_backend_url(backend_url)
     with _enrolling(profile) as identity:
         return await _create_swarm(profile, identity, name, model, backend_url, now)
 
@@ -108,14 +119,18 @@ async def _create_swarm(
         commitment=secret_commitment(0, secret.reveal()),
     )
     record = encode(sign_genesis(genesis, operator=operator, peer=identity))
-    _check_own_record(record, "the swarm's name or model")
+    check_own_record(record, "the swarm's name or model")
     swarm_id = SwarmId(digest(record))
     # Before the backend knows the swarm: nobody else could ever act for it.
     write_private(profile.operator_key_path(swarm_id.hex()), operator.to_pem())
     try:
-        stored = await MembershipClient(backend_url).create_swarm(record)
-        begin(swarm_id, decode_entry(stored))
-        save_roster(profile, swarm_id, (stored,))
+        client = open_backend(backend_url, profile)
+        backend_key = await _fetch_key(client)
+        stored = await client.create_swarm(record)
+        roster = begin(swarm_id, decode_entry(stored))
+        appointed = await _appoint_backend(client, operator, swarm_id, backend_key, now)
+        apply(roster, decode_entry(appointed))
+        save_roster(profile, swarm_id, (stored, appointed))
         entry = _entry(genesis, swarm_id, backend_url, epoch=0, secret=secret, receipt=stored)
         profile.save_swarm(entry)
     except BaseException:
@@ -123,6 +138,25 @@ async def _create_swarm(
         shutil.rmtree(profile.swarm_folder(swarm_id.hex()))
         raise
     return entry
+
+
+async def _fetch_key(client: Backend) -> bytes:
+    try:
+        return await client.fetch_key()
+    except BackendRefused as error:
+        raise InvalidConfig(
+            source=f"the backend at {client.url}",
+            problem=f"it does not say with which key it signs: {error}",
+            advice="run `pals backend` of this version there",
+        ) from error
+
+
+async def _appoint_backend(
+    client: Backend, operator: Identity, swarm_id: SwarmId, key: bytes, now: float
+) -> bytes:
+    """Let the backend say how new its lists are, and return the entry that says so."""
+    record = Appoint(swarm_id=swarm_id, key=key, role="backend", created_at=int(now))
+    return await client.append(swarm_id, encode(sign_by(record, operator)), signer=operator)
 
 
 async def create_invite(
@@ -133,30 +167,32 @@ async def create_invite(
     note: str = "",
     backend_url: str | None = None,
     now: float,
+    swarm: str | None = None,
 ) -> str:
-    """Make an invite and return its text, the only copy there is.
+    """Make an invite and return its text, of which this profile keeps the only copy.
 
     Args:
-        profile: Of the operator.
+        profile: Of the operator or an admin.
         max_uses: Machines it lets in.
         expires_hours: Hours until it lets nobody in; None is never.
         note: A reminder that members and the backend can read.
         backend_url: Address of the backend as the joiner reaches it; the operator's own
             when left out.
         now: Unix seconds.
+        swarm: Name or id of the swarm; the only one when None.
 
     Raises:
         NoSwarm: The profile belongs to no swarm.
-        NotOperator: It does not hold the operator key.
+        NotOperator: It holds no key that administers the swarm.
         InvalidConfig: An option is out of range.
         BackendUnreachable: The backend does not answer.
         BackendRefused: The backend answers with an error.
     """
-    entry = profile.load_swarm()
-    operator = _load_operator(profile, entry)
-    joiners_url = backend_url or entry.backend_url
-    _check_backend_url(joiners_url)
-    swarm_id = _swarm_id(entry)
+    administrator = await open_administrator(profile, swarm, now=now)
+    entry, swarm_id = administrator.entry, administrator.swarm_id
+    identity = load_or_create_identity(profile)
+    joiners_url = invite_address(profile, identity, entry.backend_url, backend_url)
+    check_backend_url(joiners_url)
     invite = Invite.generate(
         swarm_id=swarm_id,
         backend_url=joiners_url,
@@ -171,9 +207,14 @@ async def create_invite(
         not_after=_not_after(expires_hours, now),
         note=note,
     )
-    record = encode(sign_by(certificate, operator))
-    _check_own_record(record, "the invite's options")
-    await MembershipClient(entry.backend_url).append(swarm_id, record, signer=operator)
+    check_own_record(encode(sign_by(certificate, administrator.signer)), "the invite's options")
+    # Before the backend knows it: nobody else could ever send it again.
+    kept.keep_invite(profile, invite)
+    try:
+        await administrator.append(certificate)
+    except BaseException:
+        kept.drop_invite(profile, invite)
+        raise
     return invite.to_text()
 
 
@@ -182,7 +223,7 @@ async def redeem_invite(profile: Profile, invite_text: str) -> SwarmEntry:
 
     Raises:
         InvalidInvite: The text is damaged; nothing was sent.
-        AlreadyMember: The profile belongs to a swarm.
+        AlreadyMember: The profile belongs to this swarm.
         ProfileInUse: Another process enters one with it.
         InviteRefused: The invite is unknown, spent, closed or expired.
         BackendUnreachable: The backend does not answer.
@@ -192,6 +233,8 @@ async def redeem_invite(profile: Profile, invite_text: str) -> SwarmEntry:
     """
     invite = Invite.parse(invite_text)
     with _enrolling(profile) as identity:
+        if invite.swarm_id.hex() in profile.swarm_ids():
+            raise AlreadyMember(path=profile.path, swarm=short_id(invite.swarm_id))
         return await _redeem(profile, identity, invite)
 
 
@@ -204,17 +247,19 @@ async def _redeem(profile: Profile, identity: Identity, invite: Invite) -> Swarm
         exchange=_exchange(identity),
     )
     record = encode(sign_join(join, invite=key, peer=identity))
-    client = MembershipClient(invite.backend_url)
+    client = open_redemption_backend(invite.backend_url)
     receipt = await client.redeem(invite.swarm_id, invite.auth, record)
-    roster, entries, _ = await fetch_roster(client, invite.swarm_id)
+    roster, entries, word = await fetch_roster(client, invite.swarm_id)
     member = roster.live.get(identity.peer_id)
     if member is None or member.joined != digest(record):
         raise RosterRefused(problem="this machine joined and is not on it")
-    save_roster(profile, invite.swarm_id, entries)
+    hints = await _fetch_hints(client, invite.swarm_id)
+    save_roster(profile, invite.swarm_id, entries, word)
+    profile.save_known_peers(invite.swarm_id.hex(), hinted_peers(hints, roster))
     entry = _entry(
         roster.genesis,
         invite.swarm_id,
-        invite.backend_url,
+        members_address(invite.backend_url, roster, hints),
         epoch=invite.epoch,
         secret=invite.secret,
         receipt=receipt,
@@ -223,93 +268,97 @@ async def _redeem(profile: Profile, identity: Identity, invite: Invite) -> Swarm
     return entry
 
 
-async def remove_peer(profile: Profile, peer: str, *, now: float) -> None:
-    """Remove a member, and close the invite it came by.
+async def _fetch_hints(client: Backend, swarm_id: SwarmId) -> list[AddressHint]:
+    """Return where members say that they are; a join does not fail without."""
+    try:
+        hints = await client.fetch_hints(swarm_id)
+    except (BackendRefused, BackendUnreachable):
+        return []
+    return open_usable_hints(hints, swarm_id=swarm_id, now_unix=time.time())
+
+
+async def leave_swarm(profile: Profile, entry: SwarmEntry, *, is_forced: bool = False) -> bool:
+    """End this machine's membership and delete what the profile holds of the swarm.
 
     Args:
-        profile: Of the operator.
-        peer: Its whole peer id.
-        now: Unix seconds.
+        profile: Of any member, or of one that was removed.
+        entry: The swarm to leave.
+        is_forced: Also leave a swarm that nobody could administer then, and delete the
+            files when the backend takes no record.
+
+    Returns:
+        Whether the list shows it; False if it was left by force without the backend.
 
     Raises:
-        NotOperator: The profile does not hold the operator key.
-        UnknownPeer: There is no such live member.
-        InvalidConfig: It is this very machine.
-        BackendUnreachable: The backend does not answer.
-        BackendRefused: The backend answers with an error.
-        RosterRefused: The backend's list is not a continuation of the verified one, or
-            still shows the peer.
+        OperatorLeaves: It holds the operator key, and there is no admin.
+        ProfileInUse: A server runs with the profile.
+        BackendUnreachable: The backend does not answer; nothing was changed.
+        BackendRefused: The backend answers with an error; nothing was changed.
+        RosterRefused: Its list is not a continuation of the verified one.
     """
-    entry = profile.load_swarm()
-    operator = _load_operator(profile, entry)
-    swarm_id, client = _swarm_id(entry), MembershipClient(entry.backend_url)
-    before = await _renew(profile, swarm_id, client)
-    member = before.live.get(PeerId(peer))
-    if member is None:
-        raise UnknownPeer(peer=peer)
-    if peer == load_or_create_identity(profile).peer_id:
-        raise InvalidConfig(
-            source=f"peer `{peer}`",
-            problem="it is this machine, which would lock the operator out",
-            advice="choose another peer",
-        )
-    removal = Remove(
-        swarm_id=swarm_id,
-        peer=public_key_of(member.peer),
-        joined=member.joined,
-        created_at=int(now),
-    )
-    await client.append(swarm_id, encode(sign_by(removal, operator)), signer=operator)
-    after = await _renew(profile, swarm_id, client)
-    if member.peer in after.members:
-        raise RosterRefused(problem="it still shows the removed peer")
+    profile.check_folder()
+    # A node that runs would write its files again.
+    with profile.lock(), profile.enrolment_lock():
+        identity = load_or_create_identity(profile)
+        try:
+            is_listed = await _leave(profile, entry, identity, is_forced=is_forced)
+        except (BackendUnreachable, BackendRefused, InvalidRecord, RosterRefused):
+            if not is_forced:
+                raise
+            is_listed = False
+        profile.forget_swarm(entry.swarm_id)
+    return is_listed
 
 
-async def look_up(profile: Profile) -> Membership:
-    """Return the profile's swarm with the newest roster that can be had.
+async def _leave(
+    profile: Profile, entry: SwarmEntry, identity: Identity, *, is_forced: bool
+) -> bool:
+    swarm_id, client = _swarm_id(entry), open_backend(entry.backend_url, profile)
+    roster = await _fetch_known(profile, swarm_id, client)
+    others = {key for key, role in roster.authorities.items() if role == "admin"}
+    is_operator = load_operator(profile, entry) is not None
+    if is_operator and not is_forced and not others - {identity.public_key}:
+        raise OperatorLeaves(swarm=entry.name)
+    member = roster.live.get(identity.peer_id)
+    if member is not None:
+        record = Leave(swarm_id=swarm_id, peer=identity.public_key, joined=member.joined)
+        await client.append(swarm_id, encode(sign_leave(record, peer=identity)))
+    return True
+
+
+async def look_up(profile: Profile, wanted: str | None = None) -> Membership:
+    """Return one of the profile's swarms with the newest roster that can be had.
+
+    Args:
+        profile: Of any member.
+        wanted: Name or id of the swarm; the only one when None.
 
     Raises:
         NoSwarm: The profile belongs to no swarm.
         RosterUnavailable: No verified roster can be had.
     """
-    entry = profile.load_swarm()
+    entry = profile.load_swarm(wanted)
     allow_list = AllowList()
-    client = MembershipClient(entry.backend_url)
+    client = open_backend(entry.backend_url, profile)
     await first_roster(client, _swarm_id(entry), allow_list, profile)
     assert allow_list.roster is not None
     state = allow_list.state(trio.current_time())
     return Membership(entry=entry, roster=allow_list.roster, state=state)
 
 
-async def _renew(profile: Profile, swarm_id: SwarmId, client: MembershipClient) -> Roster:
+async def _fetch_known(profile: Profile, swarm_id: SwarmId, client: Backend) -> Roster:
     saved = load_roster(profile, swarm_id)
     known = None if saved is None else saved[0]
-    roster, entries, _ = await fetch_roster(client, swarm_id, known=known)
-    save_roster(profile, swarm_id, entries)
+    roster, _, _ = await fetch_roster(client, swarm_id, known=known)
     return roster
 
 
 @contextmanager
 def _enrolling(profile: Profile) -> Generator[Identity]:
-    """Give the identity of a profile that may still join, which no other process does."""
+    """Give the identity of a profile that no other process enters a swarm with."""
     profile.create_folder()
     with profile.enrolment_lock():
-        ids = profile.swarm_ids()
-        if ids:
-            raise AlreadyMember(path=profile.path, swarm=ids[0][:8])
         yield load_or_create_identity(profile)
-
-
-def _load_operator(profile: Profile, entry: SwarmEntry) -> Identity:
-    path = profile.operator_key_path(entry.swarm_id)
-    try:
-        return Identity.from_pem(read_private(path))
-    except ProfileMissing:
-        raise NotOperator(path=profile.path) from None
-    except ValueError as error:
-        raise InvalidConfig(
-            source=path, problem=str(error), advice="restore it from a backup"
-        ) from error
 
 
 def _entry(
@@ -352,19 +401,8 @@ def _exchange(identity: Identity) -> bytes:
     return identity.exchange_key().public_key().public_bytes_raw()
 
 
-def _check_own_record(record: bytes, source: str) -> None:
-    """Turn a record that nobody would accept into the user's error before it is sent."""
-    try:
-        decode_record(record)
-    except InvalidRecord as error:
-        raise InvalidConfig(
-            source=source,
-            problem=str(error.fields["problem"]),
-            advice="shorten it, or choose a value in range",
-        ) from error
-
-
-def _check_backend_url(url: str) -> None:
+def check_backend_url(url: str) -> None:
+    """Raise `InvalidConfig` unless ``url`` is the address of a backend."""
     problem = backend_url_problem(url)
     if problem is not None:
         raise InvalidConfig(

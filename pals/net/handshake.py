@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from pals.errors import LinkRefused, WireVersionMismatch
+from pals.errors import LinkRefused, OtherEpoch, WireVersionMismatch
 from pals.net.wire import MAGIC, WIRE_VERSION, Codec, LinkAddress
 from pals.swarm.keys import Role, key_confirmation, link_id, link_prk
 from pals.types import PeerId, SwarmId
@@ -55,10 +55,7 @@ class Status(IntEnum):
     WRONG_EPOCH = 3
 
 
-_STATUS_TEXT = {
-    Status.WRONG_SWARM: "it belongs to another swarm",
-    Status.WRONG_EPOCH: "it is in another epoch of the swarm secret",
-}
+_STATUS_TEXT = {Status.WRONG_SWARM: "it belongs to another swarm"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +195,8 @@ class Handshake:
 
         Raises:
             WireVersionMismatch: The other side speaks another wire version.
-            LinkRefused: Another protocol, swarm, epoch or secret.
+            OtherEpoch: The other side holds the secret of another epoch.
+            LinkRefused: Another protocol, swarm or secret.
         """
         assert len(data) == self.wanted
         self._next(data)
@@ -210,6 +208,8 @@ class Handshake:
         if version != WIRE_VERSION:
             self._outgoing = self._answer(Status.WRONG_VERSION)
             raise WireVersionMismatch(peer=self._remote, theirs=version, ours=WIRE_VERSION)
+        if status == Status.WRONG_EPOCH:
+            raise self._other_epoch()
         if status != Status.OK:
             raise self._refusal(_STATUS_TEXT.get(status, f"it answered with status {status}"))
         self._next = self._receive_proposal
@@ -225,7 +225,7 @@ class Handshake:
             raise self._refusal(_STATUS_TEXT[Status.WRONG_SWARM])
         if proposal.epoch != self._secrets.epoch:
             self._outgoing = self._answer(Status.WRONG_EPOCH)
-            raise self._refusal(_STATUS_TEXT[Status.WRONG_EPOCH])
+            raise self._other_epoch()
         self._derived = derive_keys(
             self._role, self._secrets, self._remote, self._share, self._own, theirs
         )
@@ -255,3 +255,7 @@ class Handshake:
 
     def _refusal(self, problem: str) -> LinkRefused:
         return LinkRefused(peer=self._remote, problem=problem)
+
+    def _other_epoch(self) -> OtherEpoch:
+        problem = "it is in another epoch of the swarm secret"
+        return OtherEpoch(peer=self._remote, problem=problem)

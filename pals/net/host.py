@@ -449,14 +449,33 @@ async def open_host(
         InvalidConfig: ``listen`` is not a TCP multiaddr.
         PortInUse: The address cannot be bound.
     """
+    async with _running(identity, [check_listen_address(listen)], allow, limits) as host:
+        yield host
+
+
+@asynccontextmanager
+async def open_caller(
+    identity: Identity, *, allow: Callable[[PeerId], bool], limits: HostLimits | None = None
+) -> AsyncGenerator[Host]:
+    """Run a host that listens nowhere, to call a member that ``allow`` knows."""
+    async with _running(identity, [], allow, limits) as host:
+        yield host
+
+
+@asynccontextmanager
+async def _running(
+    identity: Identity,
+    addresses: list[Multiaddr],
+    allow: Callable[[PeerId], bool],
+    limits: HostLimits | None,
+) -> AsyncGenerator[Host]:
     limits = limits or HostLimits()
-    address = _listen_address(listen)
     host, swarm = build_host(identity.reveal_seed(), allow=allow, limits=limits)
     with ungrouped_errors():
-        async with host.run([address]):
+        async with host.run(addresses):
             try:
-                if not swarm.listeners:
-                    raise _port_in_use(address, "the address cannot be bound")
+                if len(swarm.listeners) < len(addresses):
+                    raise port_in_use(addresses[0], "the address cannot be bound")
                 yield Host(host, swarm, limits)
             finally:
                 with trio.move_on_after(CLOSE_S, shield=True):
@@ -518,7 +537,13 @@ def _libp2p_id(peer: PeerId) -> ID:
         raise PeerUnreachable(peer=peer, problem="that is not a peer id") from error
 
 
-def _listen_address(listen: str) -> Multiaddr:
+def check_listen_address(listen: str) -> Multiaddr:
+    """Read an address to listen on, at which nobody listens yet.
+
+    Raises:
+        InvalidConfig: It is not a TCP multiaddr of an IP address.
+        PortInUse: Another process serves its port.
+    """
     try:
         address = parse_address(listen)
         ipaddress.ip_address(host_and_port(address)[0])
@@ -544,9 +569,10 @@ def _probe_port(address: Multiaddr) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise _port_in_use(address, error.strerror or str(error)) from error
+            raise port_in_use(address, error.strerror or str(error)) from error
 
 
-def _port_in_use(address: Multiaddr, problem: str) -> PortInUse:
+def port_in_use(address: Multiaddr, problem: str) -> PortInUse:
+    """Return the error of an address that cannot be bound."""
     host, port = host_and_port(address)
     return PortInUse(host=host, port=port, problem=problem)

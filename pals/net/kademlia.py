@@ -206,6 +206,11 @@ class Kademlia:
             if not table.peer_in_table(peer):
                 await self._dht.add_peer(peer, skip_server_mode_check=True)
 
+    def forget(self, peer: PeerId) -> None:
+        """Hold and hand on nothing of a peer that is no longer a member."""
+        self._dht.value_store.remove(_key(peer).encode())
+        self._forget(peer)
+
     def _forget(self, peer: PeerId) -> None:
         self._dht.routing_table.remove_peer(ID.from_base58(peer))
 

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pals.errors import PalsError, PeerUnreachable, QueueFull
+from pals.errors import OtherEpoch, PalsError, PeerUnreachable, QueueFull
 from pals.net.handshake import NONCE_BYTES, Handshake, KeyShare, LinkKeys, LinkSecrets
 from pals.net.host import Host, Stream
 from pals.net.link import Link
@@ -36,6 +36,10 @@ _log = logging.getLogger(__name__)
 LINK_PROTOCOL = "/pals/link"
 LANE_PROTOCOL = "/pals/lane"
 HANDSHAKE_DEADLINE_S = 10.0
+EPOCH_PAUSE_S = 0.25
+"""How long a handshake between two epochs waits before it is tried again."""
+EPOCH_DEADLINE_S = 8.0
+"""For how long it is tried; within the deadline of the handshake."""
 LOCAL_FRAMES = 256
 MAX_LINKS_PER_PEER = 4
 SEAL_SAMPLES = 256
@@ -64,10 +68,14 @@ class Links:
         self._links: dict[PeerId, list[LiveLink]] = {}
         self._dialling: WeakValueDictionary[PeerId, trio.Lock] = WeakValueDictionary()
         self._added = trio.Event()
+        self._awaited_epoch = secrets.epoch
+        self._entered = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._local_send, self._local_receive = trio.open_memory_channel[Arrival](LOCAL_FRAMES)
         self.decode_seal_s: deque[float] = deque(maxlen=SEAL_SAMPLES)
         """Seconds that sealing took, for the last frames of the decode lane."""
+        self.on_other_epoch: Callable[[PeerId], None] = lambda _: None
+        """Called with a member whose secret is of another epoch: one of the two is behind."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve links until cancelled."""
@@ -86,6 +94,7 @@ class Links:
 
         Raises:
             PeerUnreachable: It cannot be dialled, or does not answer in time.
+            OtherEpoch: One of the two did not learn the newer secret in time.
             LinkRefused: It does not share this swarm's secret.
             WireVersionMismatch: It speaks another wire version.
         """
@@ -144,6 +153,13 @@ class Links:
 
     # --- keys ------------------------------------------------------------------------
 
+    def expect(self, epoch: int) -> None:
+        """Make no link before `rekey` has brought the secret of ``epoch``, or of a later one.
+
+        A handshake waits for it within its deadline; who was removed knows the older secret.
+        """
+        self._awaited_epoch = max(self._awaited_epoch, epoch)
+
     def rekey(self, epoch: int, secret: bytes) -> None:
         """Enter a later epoch of the swarm secret.
 
@@ -161,6 +177,8 @@ class Links:
             raise ValueError(f"epoch {epoch} does not follow {self._secrets.epoch}")
         prk = epoch_prk(self._secrets.swarm_id, epoch, secret)
         self._secrets = replace(self._secrets, epoch=epoch, epoch_prk=prk)
+        self._entered.set()
+        self._entered = trio.Event()
         for live in self._all_links():
             live.link.rekey(self._secrets, trio.current_time())
             live.wake_writers()
@@ -191,8 +209,7 @@ class Links:
             with trio.fail_after(HANDSHAKE_DEADLINE_S):
                 if peer not in self._host.connected_peers():
                     await self._host.connect(peer, addresses)
-                await self._open_streams(peer, streams)
-                keys = await self._shake_hands("initiator", streams[Lane.CONTROL])
+                keys = await self._agree(peer, streams)
                 for lane in (Lane.DECODE, Lane.PREFILL):
                     await streams[lane].write(keys.address.link + bytes([lane]))
         except BaseException as error:
@@ -222,6 +239,19 @@ class Links:
                 nursery.start_soon(open_stream, lane, LANE_PROTOCOL)
         if errors:
             raise errors[0]
+
+    async def _agree(self, peer: PeerId, streams: dict[Lane, Stream]) -> LinkKeys:
+        """Shake hands, again while the two are in different epochs: one learns the newer."""
+        due = trio.current_time() + EPOCH_DEADLINE_S
+        while True:
+            await self._open_streams(peer, streams)
+            try:
+                return await self._shake_hands("initiator", streams[Lane.CONTROL])
+            except OtherEpoch:
+                if trio.current_time() >= due:
+                    raise
+            await _reset_all(streams.values())
+            await trio.sleep(EPOCH_PAUSE_S)
 
     async def _serve_link(self, stream: Stream) -> None:
         if not self._may_link(stream.peer_id):
@@ -270,13 +300,17 @@ class Links:
         await self._run_lane(live, Lane(lane), stream)
 
     async def _shake_hands(self, role: Role, stream: Stream) -> LinkKeys:
+        while self._secrets.epoch < self._awaited_epoch:
+            await self._entered.wait()
         handshake = Handshake(role, self._secrets, stream.peer_id, share=self._make_share())
         while handshake.keys is None:
             await _write_outgoing(handshake, stream)
             try:
                 handshake.receive(await stream.read_exactly(handshake.wanted))
-            except PalsError:
+            except PalsError as error:
                 await _write_outgoing(handshake, stream)  # tells the other side why
+                if isinstance(error, OtherEpoch):
+                    self.on_other_epoch(stream.peer_id)
                 raise
         await _write_outgoing(handshake, stream)
         return handshake.keys

@@ -1,4 +1,4 @@
-"""The membership backend seen from a member: requests, the first roster, the poller.
+"""The membership backend seen from a member: requests, the first list, the list on disk.
 
 What comes back is never trusted: entries are verified against the swarm id that the
 profile pins, and an answer that does not verify changes nothing. Runs on trio.
@@ -6,13 +6,16 @@ profile pins, and an answer that does not verify changes nothing. Runs on trio.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import logging
-import os
-import random
+import math
+import ssl
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Annotated, TypeVar
 
 import httpx
 import msgspec
@@ -23,44 +26,45 @@ from pals.errors import (
     BackendRefused,
     BackendUnreachable,
     InvalidConfig,
+    InvalidRecord,
     InviteRefused,
     PalsError,
     ProfileMissing,
     RosterRefused,
     RosterUnavailable,
 )
+from pals.net.backend import Backend, FetchedRecords
 from pals.swarm.allowlist import AllowList
+from pals.swarm.freshness import HEADER as FRESHNESS_HEADER
+from pals.swarm.freshness import MAX_FRESHNESS_BYTES, open_freshness, open_word
 from pals.swarm.identity import Identity
+from pals.swarm.ledger import Held
 from pals.swarm.messages import (
     BackendMessage,
     EntriesMessage,
+    EntryBytes,
     EntryMessage,
     HintMessage,
     HintsMessage,
     ProblemMessage,
+    RecordBytes,
     RecordMessage,
     RedeemMessage,
 )
+from pals.swarm.records import Remove, decode_record
 from pals.swarm.requests import HEADER as AUTHORIZATION_HEADER
 from pals.swarm.requests import sign_request
-from pals.swarm.roster import Roster, verify_chain
-from pals.types import PeerId, SwarmId
+from pals.swarm.roster import MAX_ENTRIES, MAX_MEMBERS, Roster, verify_chain
+from pals.types import SwarmId
 
 REQUEST_DEADLINE_S = 10.0
 MAX_RESPONSE_BYTES = 12 << 20
-MAX_BACKOFF_S = 30.0
-MAX_COUNTED_FAILURES = 8
-DRAIN_S = 60.0
-EXPIRY_INTERVAL_S = 5.0
-POLL_SPREAD = (0.9, 1.1)
+MAX_FRESHNESS_CHARS = 512
 NOT_MODIFIED = 304
 
 _log = logging.getLogger(__name__)
 
 _Reply = TypeVar("_Reply", EntryMessage, EntriesMessage, HintsMessage, BackendMessage)
-
-OnChange = Callable[[frozenset[PeerId], frozenset[PeerId]], None]
-"""Called with the peers that were removed and those that were added."""
 
 
 class MembershipClient:
@@ -108,15 +112,16 @@ class MembershipClient:
         _, body = await self._request("POST", path, RedeemMessage(auth, join))
         return self._decode(body, EntryMessage).entry
 
-    async def fetch_records(
-        self, swarm_id: SwarmId, *, etag: str | None = None
-    ) -> tuple[tuple[bytes, ...], str] | None:
-        """Return the chain, unverified, and its tag; None when it is still that of ``etag``."""
+    async def fetch_records(self, swarm_id: SwarmId, *, etag: str = "") -> FetchedRecords:
+        """Return the chain, unless it is still that of ``etag``."""
         path = f"/v1/swarms/{swarm_id.hex()}/records"
         response, body = await self._request("GET", path, etag=etag)
-        if response.status_code == NOT_MODIFIED:
-            return None
-        return self._decode(body, EntriesMessage).entries, response.headers.get("etag", "")
+        is_same = response.status_code == NOT_MODIFIED
+        return FetchedRecords(
+            entries=None if is_same else self._decode(body, EntriesMessage).entries,
+            etag=response.headers.get("etag", ""),
+            freshness=_freshness(response.headers.get(FRESHNESS_HEADER, "")),
+        )
 
     async def put_hint(self, swarm_id: SwarmId, hint: bytes) -> None:
         """Leave this machine's address hint."""
@@ -133,7 +138,7 @@ class MembershipClient:
         path: str,
         message: msgspec.Struct | None = None,
         *,
-        etag: str | None = None,
+        etag: str = "",
         signer: Identity | None = None,
     ) -> tuple[httpx.Response, bytes]:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
@@ -164,7 +169,7 @@ class MembershipClient:
     ) -> tuple[httpx.Response, bytes]:
         # Proxy variables and redirects would let others choose where a token goes.
         client = httpx.AsyncClient(
-            trust_env=False, follow_redirects=False, timeout=self._deadline_s
+            verify=_trusted(), trust_env=False, follow_redirects=False, timeout=self._deadline_s
         )
         async with (
             client,
@@ -200,10 +205,26 @@ class MembershipClient:
         return BackendUnreachable(url=self.url, problem=problem)
 
 
+def _freshness(value: str) -> bytes:
+    """Return the word in a header; empty when it is none, which renews nothing."""
+    try:
+        return base64.b64decode(value[:MAX_FRESHNESS_CHARS], altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Return the certificates to trust, read once: it takes longer than a request."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 async def fetch_roster(
-    client: MembershipClient, swarm_id: SwarmId, *, known: Roster | None = None
-) -> tuple[Roster, tuple[bytes, ...], str]:
-    """Return the backend's roster, verified, with its entries and tag.
+    client: Backend, swarm_id: SwarmId, *, known: Roster | None = None
+) -> tuple[Roster, tuple[bytes, ...], bytes]:
+    """Return the backend's roster, verified, with its entries and its word.
+
+    The word is empty unless it is an authority's and says that this list is the newest.
 
     Raises:
         BackendUnreachable: There is no proper answer.
@@ -212,13 +233,34 @@ async def fetch_roster(
         RosterRefused: It is older than, or departs from, ``known``.
     """
     fetched = await client.fetch_records(swarm_id)
-    if fetched is None:
+    if fetched.entries is None:
         raise RosterRefused(problem="an answer without a list")
-    entries, etag = fetched
-    return await _verify_in_thread(swarm_id, entries, known), entries, etag
+    roster = await verify_in_thread(swarm_id, fetched.entries, known)
+    try:
+        open_freshness(fetched.freshness, roster, now_unix=time.time())
+    except InvalidRecord as error:
+        _log.warning("the backend's member list is taken, but not as the newest: %s", error)
+        return roster, fetched.entries, b""
+    return roster, fetched.entries, fetched.freshness
 
 
-async def _verify_in_thread(
+async def fetch_list(client: Backend, swarm_id: SwarmId, saved: SavedList | None) -> SavedList:
+    """Return the backend's list, verified as the continuation of the saved one.
+
+    Raises:
+        BackendUnreachable: There is no proper answer.
+        BackendRefused: The answer is an error.
+        InvalidRecord: A record does not verify.
+        RosterRefused: It is older than, or departs from, the saved one.
+    """
+    known = None if saved is None else saved.roster
+    roster, entries, word = await fetch_roster(client, swarm_id, known=known)
+    before = Held(entries=()) if saved is None else saved.held
+    held = replace(before, entries=entries, word=word or before.word)
+    return SavedList(roster=roster, held=held, age_s=age_of(held.word, roster, time.time()))
+
+
+async def verify_in_thread(
     swarm_id: SwarmId, entries: tuple[bytes, ...], known: Roster | None
 ) -> Roster:
     """Verify a chain where even the longest one holds up no session."""
@@ -226,130 +268,97 @@ async def _verify_in_thread(
 
 
 async def first_roster(
-    client: MembershipClient, swarm_id: SwarmId, allow_list: AllowList, profile: Profile
-) -> None:
+    client: Backend, swarm_id: SwarmId, allow_list: AllowList, profile: Profile
+) -> Held:
     """Fill the allow-list from the backend, else from the last list that was verified.
 
+    Returns:
+        What is known of the list now, and is kept in the profile.
+
     Raises:
-        RosterUnavailable: There is neither, or the saved one is too old.
+        RosterUnavailable: There is neither, or no word that it is the newest that is young
+            enough.
     """
-    saved = load_roster(profile, swarm_id)
+    saved = load_saved(profile, swarm_id)
     if saved is not None:
-        roster, age_s = saved
-        allow_list.update(roster, trio.current_time(), age_s=age_s)
+        _fill(allow_list, saved)
+    problem: PalsError | None = None
     try:
-        roster, entries, _ = await fetch_roster(client, swarm_id, known=allow_list.roster)
+        saved = await fetch_list(client, swarm_id, saved)
+        _fill(allow_list, saved)
     except PalsError as error:
-        if allow_list.state(trio.current_time()) in ("none", "expired"):
-            raise RosterUnavailable(url=client.url, problem=str(error)) from error
-        _log.warning("using the last verified member list: %s", error)
-        return
-    allow_list.update(roster, trio.current_time())
-    _keep(lambda: save_roster(profile, swarm_id, entries))
+        problem = error
+    if saved is None or allow_list.state(trio.current_time()) in ("none", "expired"):
+        raise _unavailable(client, problem) from problem
+    if problem is not None:
+        _log.warning("using the last verified member list: %s", problem)
+    else:
+        keep_list(profile, swarm_id, saved.held)
+    return saved.held
 
 
-async def poll_roster(
-    client: MembershipClient,
-    swarm_id: SwarmId,
-    allow_list: AllowList,
-    profile: Profile,
-    *,
-    interval: float,
-    on_change: OnChange,
-    rng: random.Random | None = None,
-) -> None:
-    """Keep the allow-list fresh for ever.
+def _fill(allow_list: AllowList, saved: SavedList) -> None:
+    """Take a list, and the removals that it does not hold; the alarms come with polling."""
+    allow_list.update(saved.roster, trio.current_time(), age_s=saved.age_s)
+    for data in saved.held.removals:
+        record = decode_record(data)
+        if isinstance(record, Remove):
+            with suppress(InvalidRecord):  # of an administrator who is none any more
+                allow_list.deny(record)
 
-    A backend that is unreachable or lies leaves the list as it is, so that it ages; it is
-    asked again sooner, with a back-off of at most `MAX_BACKOFF_S`.
 
-    Args:
-        client: The backend to ask.
-        swarm_id: The swarm, as the profile pins it.
-        allow_list: Filled by `first_roster`.
-        profile: Where the verified list is kept.
-        interval: Seconds between two polls, varied by a tenth.
-        on_change: Called after the list changed.
-        rng: Source of the variation.
+def _unavailable(client: Backend, problem: PalsError | None) -> RosterUnavailable:
+    text = "nobody with authority said lately that it is the newest; check this machine's clock"
+    return RosterUnavailable(url=client.url, problem=str(problem or text))
+
+
+# --- the list on disk ----------------------------------------------------------------
+
+
+class _ListFile(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The form of ``roster.bin``."""
+
+    entries: Annotated[tuple[EntryBytes, ...], msgspec.Meta(max_length=MAX_ENTRIES)]
+    word: Annotated[bytes, msgspec.Meta(max_length=MAX_FRESHNESS_BYTES)]
+    removals: Annotated[tuple[RecordBytes, ...], msgspec.Meta(max_length=MAX_MEMBERS)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedList:
+    """The list of a profile, verified anew.
+
+    Attributes:
+        roster: What the entries come to.
+        held: What the file holds.
+        age_s: Seconds since somebody with authority called it the newest; None when that
+            is not known.
     """
-    rng = rng or random.SystemRandom()
-    etag: str | None = None
-    failures = 0
-    while True:
-        delay_s = min(2.0**failures, MAX_BACKOFF_S) if failures else interval
-        await trio.sleep(delay_s * rng.uniform(*POLL_SPREAD))
-        try:
-            etag = await _poll_once(client, swarm_id, allow_list, profile, etag, on_change)
-        except PalsError as error:
-            # Once for each time it fails, not every half minute.
-            _log.log(
-                logging.DEBUG if failures else logging.WARNING,
-                "the member list could not be renewed: %s",
-                error,
-            )
-            failures, etag = min(failures + 1, MAX_COUNTED_FAILURES), None
-        else:
-            if failures:
-                _log.info("the member list is renewed again")
-            failures = 0
+
+    roster: Roster
+    held: Held
+    age_s: float | None
 
 
-async def cut_when_expired(allow_list: AllowList, cut: Callable[[], None]) -> None:
-    """Call ``cut`` again and again while the list has been expired for `DRAIN_S`.
-
-    New connections are refused from the first second; what runs may end in that time.
-    A renewed list ends that by itself.
-    """
-    warned = False
-    while True:
-        expired_s = allow_list.expired_s(trio.current_time())
-        if expired_s > 0 and not warned:
-            _log.warning("the member list expired: nobody may connect until it is renewed")
-        warned = expired_s > 0
-        if expired_s >= DRAIN_S:
-            cut()
-        await trio.sleep(EXPIRY_INTERVAL_S)
-
-
-async def _poll_once(
-    client: MembershipClient,
-    swarm_id: SwarmId,
-    allow_list: AllowList,
-    profile: Profile,
-    etag: str | None,
-    on_change: OnChange,
-) -> str | None:
-    """Renew the list once and return the tag to ask with next time."""
-    before = allow_list.roster
-    fetched = await client.fetch_records(swarm_id, etag=etag)
-    if fetched is None and before is not None:
-        allow_list.update(before, trio.current_time())
-        _keep(lambda: os.utime(profile.roster_path(swarm_id.hex())))
-        return etag
-    if fetched is None:
-        raise RosterRefused(problem="an answer without a list")
-    entries, etag = fetched
-    roster = await _verify_in_thread(swarm_id, entries, before)
-    allow_list.update(roster, trio.current_time())
-    members = before.members if before is not None else frozenset[PeerId]()
-    if members != roster.members:
-        on_change(members - roster.members, roster.members - members)
-    _keep(lambda: save_roster(profile, swarm_id, entries))
-    return etag
-
-
-def _keep(write: Callable[[], None]) -> None:
-    """Write, or log why not: a full disk must not stop a removal from taking effect."""
+def keep_list(profile: Profile, swarm_id: SwarmId, held: Held) -> None:
+    """Save a verified list, or log why not: a full disk must not undo a removal."""
     try:
-        write()
+        _write_list(profile, swarm_id, held)
     except OSError as error:
         _log.warning("the verified member list could not be saved: %s", error.strerror)
 
 
-def save_roster(profile: Profile, swarm_id: SwarmId, entries: tuple[bytes, ...]) -> None:
-    """Keep verified entries; the file's time is when they were last verified."""
-    path = profile.roster_path(swarm_id.hex())
-    write_private(path, msgspec.msgpack.encode(EntriesMessage(entries)))
+def save_roster(
+    profile: Profile, swarm_id: SwarmId, entries: tuple[bytes, ...], word: bytes = b""
+) -> None:
+    """Keep verified entries and the word about them, and what the file holds beside them."""
+    saved = load_saved(profile, swarm_id)
+    before = Held(entries=()) if saved is None else saved.held
+    _write_list(profile, swarm_id, replace(before, entries=entries, word=word or before.word))
+
+
+def _write_list(profile: Profile, swarm_id: SwarmId, held: Held) -> None:
+    file = _ListFile(held.entries, held.word, held.removals)
+    write_private(profile.roster_path(swarm_id.hex()), msgspec.msgpack.encode(file))
 
 
 def load_roster(profile: Profile, swarm_id: SwarmId) -> tuple[Roster, float] | None:
@@ -359,20 +368,62 @@ def load_roster(profile: Profile, swarm_id: SwarmId) -> tuple[Roster, float] | N
         InvalidConfig: The file is damaged.
         ProfileExposed: Others could have changed it.
     """
+    saved = load_saved(profile, swarm_id)
+    if saved is None:
+        return None
+    return saved.roster, math.inf if saved.age_s is None else saved.age_s
+
+
+def load_saved(
+    profile: Profile, swarm_id: SwarmId, *, known: Roster | None = None
+) -> SavedList | None:
+    """Return the saved list, verified anew; None without a file.
+
+    Args:
+        profile: Whose list.
+        swarm_id: The swarm.
+        known: A roster verified before, which spares the work; used where it fits.
+
+    Raises:
+        InvalidConfig: The file is damaged.
+        ProfileExposed: Others could have changed it.
+    """
     path = profile.roster_path(swarm_id.hex())
     try:
         data = read_private(path, max_bytes=MAX_RESPONSE_BYTES)
-        modified_at = path.stat().st_mtime
-    except (ProfileMissing, FileNotFoundError):
+    except ProfileMissing:
         return None
     try:
-        entries = msgspec.msgpack.decode(data, type=EntriesMessage).entries
-        roster = verify_chain(swarm_id, entries)
+        file = msgspec.msgpack.decode(data, type=_ListFile)
+        roster = _verify_saved(swarm_id, file.entries, known)
+        for removal in file.removals:
+            decode_record(removal)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, PalsError) as error:
         raise InvalidConfig(
             source=path,
             problem=f"the saved member list is damaged: {error}",
             advice="delete it; it is fetched again from the backend",
         ) from error
-    # A time in the future is as doubtful as one in the past: a clock was changed.
-    return roster, abs(time.time() - modified_at)
+    held = Held(entries=file.entries, word=file.word, removals=file.removals)
+    return SavedList(roster=roster, held=held, age_s=age_of(file.word, roster, time.time()))
+
+
+def _verify_saved(swarm_id: SwarmId, entries: tuple[bytes, ...], known: Roster | None) -> Roster:
+    with suppress(RosterRefused):
+        return verify_chain(swarm_id, entries, known=known)
+    return verify_chain(swarm_id, entries)
+
+
+def age_of(word: bytes, roster: Roster, now_unix: float) -> float | None:
+    """Return how old a list is by a word about it, or about an earlier state of it.
+
+    Whoever holds more than what was the newest then holds what was known then. A word from
+    the future shows that a clock is wrong, and says nothing.
+    """
+    try:
+        said = open_word(word, roster, now_unix=now_unix)
+    except InvalidRecord:
+        return None
+    if said.seq > roster.seq or roster.heads[said.seq] != said.head:
+        return None
+    return said.age_s(now_unix)

@@ -8,24 +8,32 @@ that are theirs. Runs on the trio thread.
 from __future__ import annotations
 
 import logging
+import random
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
-from pals.errors import InvalidFrame, NotAMember
+from pals.errors import InvalidFrame, InvalidRecord, NotAMember, PalsError, SwarmSecretInvalid
+from pals.net.administration import load_operator
+from pals.net.backend import Backend
+from pals.net.backend_peer import PeerBackend
+from pals.net.backends import open_node_backend
 from pals.net.bootstrap import Bootstrap, Meeting
 from pals.net.control import Control, decode_control
 from pals.net.discovery import Discovery, Sources
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
+from pals.net.hosting import run_hosting
+from pals.net.keeper import Keeper, Surroundings, cut_when_expired
 from pals.net.links import Arrival, Links
-from pals.net.membership import MembershipClient, cut_when_expired, first_roster, poll_roster
+from pals.net.membership import first_roster
 from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
 from pals.net.report import serve_reports
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
@@ -33,11 +41,17 @@ from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts
 from pals.swarm.identity import Identity
 from pals.swarm.keys import epoch_prk
+from pals.swarm.ledger import Held, Ledger, check_secret
 from pals.types import PeerId, SwarmId, short_id
+
+if TYPE_CHECKING:
+    from pals.backend.service import BackendService
 
 _log = logging.getLogger(__name__)
 
 LEAVE_RELAY_S = 1.0
+FIRST_SECRET_S = 10.0
+"""How long a machine that missed a rotation waits at its start for the newer secret."""
 
 
 class Role(Protocol):
@@ -145,6 +159,7 @@ class Node:
     traversal: Traversal
     contacts: Contacts
     allow_list: AllowList
+    keeper: Keeper
     nursery: trio.Nursery
     _bootstrap: Bootstrap
     _dispatch: _Dispatch
@@ -176,12 +191,23 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
     Raises:
         RosterUnavailable: There is no verified member list; nothing is served then.
         NotAMember: This machine is not on the list, or was taken from it meanwhile.
+        SwarmSecretInvalid: The secret is not the swarm's.
         PortInUse: The listening address is taken.
         InvalidConfig: An address to listen on or to announce is none.
     """
-    allow_list = AllowList()
-    client = MembershipClient(options.entry.backend_url)
-    await first_roster(client, options.swarm_id, allow_list, options.profile)
+    opened = open_node_backend(options.entry.backend_url, options.profile, options.identity)
+    with opened as (client, service):
+        async with _open_node(options, client) as node:
+            if service is not None:
+                await node.nursery.start(_host_backend, node, service)
+            yield node
+
+
+@asynccontextmanager
+async def _open_node(options: NodeOptions, client: Backend) -> AsyncGenerator[Node]:
+    allow_list = AllowList(max_stale_s=options.settings.max_stale_s)
+    held = await first_roster(client, options.swarm_id, allow_list, options.profile)
+    ledger = _make_ledger(options, allow_list, held)
 
     def allow(peer: PeerId) -> bool:
         return allow_list.allows(peer, trio.current_time())
@@ -194,7 +220,7 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
             open_traversal(host, options.traversal()) as traversal,
             trio.open_nursery() as nursery,
         ):
-            yield await _start(options, host, traversal, nursery, allow_list, client, allow)
+            yield await _start(options, host, traversal, nursery, ledger, client, allow)
             nursery.cancel_scope.cancel()
 
 
@@ -203,11 +229,14 @@ async def _start(
     host: Host,
     traversal: Traversal,
     nursery: trio.Nursery,
-    allow_list: AllowList,
-    client: MembershipClient,
+    ledger: Ledger,
+    client: Backend,
     allow: Callable[[PeerId], bool],
 ) -> Node:
     """Start what a node runs and connect it to a few members."""
+    allow_list = ledger.allow_list
+    if isinstance(client, PeerBackend):
+        client.use_host(host)
     dispatch = _Dispatch()
     links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
     await nursery.start(links.run)
@@ -225,6 +254,7 @@ async def _start(
         announcements=discovery.announcements,
     )
     bootstrap = Bootstrap(meeting, settings.peers)
+    keeper = _make_keeper(options, host, links, discovery, client, nursery, ledger)
     node = Node(
         options=options,
         host=host,
@@ -233,19 +263,47 @@ async def _start(
         traversal=traversal,
         contacts=bootstrap.contacts,
         allow_list=allow_list,
+        keeper=keeper,
         nursery=nursery,
         _bootstrap=bootstrap,
         _dispatch=dispatch,
     )
-    nursery.start_soon(_poll, node, client, options)
+    await nursery.start(keeper.run)
     nursery.start_soon(cut_when_expired, allow_list, partial(_cut_everybody, node))
     traversal.on_upgrade.append(lambda peer: nursery.start_soon(leave_relay, node, peer))
     await nursery.start(serve_reports, node)
     await bootstrap.start()
     nursery.start_soon(bootstrap.run)
+    await _wait_for_secret(keeper)
     if settings.mdns:
         nursery.start_soon(_run_local_network, node, bootstrap)
     return node
+
+
+async def _host_backend(
+    node: Node,
+    service: BackendService,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer members and strangers for the backend in this node's profile."""
+
+    async def follow() -> None:
+        try:
+            await node.keeper.poll_once()
+        except PalsError as error:
+            _log.warning("the member list could not be renewed: %s", error)
+
+    options = node.options
+    await run_hosting(
+        service,
+        options.profile,
+        node.host,
+        options.swarm_id,
+        listen=options.settings.redeem_listen,
+        on_change=follow,
+        task_status=task_status,
+    )
 
 
 async def _run_local_network(node: Node, bootstrap: Bootstrap) -> None:
@@ -263,25 +321,73 @@ async def _run_local_network(node: Node, bootstrap: Bootstrap) -> None:
     await network.run()
 
 
-async def _poll(node: Node, client: MembershipClient, options: NodeOptions) -> None:
-    """Follow the member list; whoever leaves it loses connections, links and sessions."""
+def _make_ledger(options: NodeOptions, allow_list: AllowList, held: Held) -> Ledger:
+    """Return what is known at the start.
 
-    def on_change(removed: frozenset[PeerId], _added: frozenset[PeerId]) -> None:
-        if node.peer_id in removed:
-            # The poller outlives every error of its own, so another task has to end the node.
-            node.nursery.start_soon(_end_membership, options)
-        for peer in removed - {node.peer_id}:
-            _log.info("peer %s is no longer a member", short_id(peer))
-            _cut(node, peer, "it is no longer a member")
-
-    await poll_roster(
-        client,
-        options.swarm_id,
-        node.allow_list,
-        options.profile,
-        interval=options.settings.poll_interval_s,
-        on_change=on_change,
+    Raises:
+        SwarmSecretInvalid: The secret is not the one of its epoch.
+    """
+    roster = allow_list.roster
+    assert roster is not None
+    if options.entry.epoch == roster.epoch:
+        try:
+            check_secret(roster, roster.epoch, options.secret.reveal())
+        except InvalidRecord:
+            raise SwarmSecretInvalid(problem="not the one of this swarm") from None
+    operator = load_operator(options.profile, options.entry)
+    signers = (options.identity,) if operator is None else (operator, options.identity)
+    ledger = Ledger(
+        own=options.identity.peer_id,
+        allow_list=allow_list,
+        entries=held.entries,
+        epoch=options.entry.epoch,
+        signers=signers,
+        rng=random.SystemRandom(),
     )
+    ledger.renew(held.word, trio.current_time(), time.time())
+    return ledger
+
+
+def _make_keeper(
+    options: NodeOptions,
+    host: Host,
+    links: Links,
+    discovery: Discovery,
+    client: Backend,
+    nursery: trio.Nursery,
+    ledger: Ledger,
+) -> Keeper:
+    """Return what keeps list and secret; whoever leaves the list loses all it has here."""
+
+    def cut(peer: PeerId, problem: str) -> None:
+        links.drop(peer, problem)
+        discovery.forget(peer)
+        nursery.start_soon(host.drop_peer, peer)
+
+    around = Surroundings(
+        profile=options.profile,
+        identity=options.identity,
+        client=client,
+        host=host,
+        poll_interval_s=options.settings.poll_interval_s,
+        publish=discovery.publish_roster_news,
+        cut=cut,
+        end=lambda: nursery.start_soon(_end_membership, options),
+        expect=links.expect,
+        rekey=links.rekey,
+    )
+    keeper = Keeper(around, ledger, options.secret.reveal())
+    discovery.on_roster_news = keeper.judge
+    links.on_other_epoch = keeper.greet
+    return keeper
+
+
+async def _wait_for_secret(keeper: Keeper) -> None:
+    """Give members a chance to hand over a secret that this machine missed."""
+    with trio.move_on_after(FIRST_SECRET_S) as scope:
+        await keeper.wait_for_secret()
+    if scope.cancelled_caught:
+        _log.warning("no member gave the swarm's new secret yet: no link is made until one does")
 
 
 def _cut_everybody(node: Node) -> None:

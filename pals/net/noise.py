@@ -59,10 +59,18 @@ class NoiseTransport(Transport):
     its id, before a muxer or any protocol is named. Outbound, it is not even greeted.
     """
 
-    def __init__(self, key_pair: KeyPair, *, allow: Allow, write_deadline_s: float) -> None:
+    def __init__(
+        self,
+        key_pair: KeyPair,
+        *,
+        allow: Allow,
+        write_deadline_s: float,
+        max_read_bytes: int = MAX_READ_BYTES,
+    ) -> None:
         super().__init__(key_pair, noise_privkey=create_x25519_key_pair().private_key)
         self._allow = allow
         self._write_deadline_s = write_deadline_s
+        self._max_read_bytes = max_read_bytes
 
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
         session = await super().secure_inbound(conn)
@@ -80,7 +88,12 @@ class NoiseTransport(Transport):
 
     def _wrap(self, session: ISecureConn, conn: IRawConnection) -> NoiseSession:
         assert isinstance(session, SecureSession)
-        return NoiseSession(session, conn, write_deadline_s=self._write_deadline_s)
+        return NoiseSession(
+            session,
+            conn,
+            write_deadline_s=self._write_deadline_s,
+            max_read_bytes=self._max_read_bytes,
+        )
 
 
 class NoiseSession(BaseSession):
@@ -91,7 +104,12 @@ class NoiseSession(BaseSession):
     """
 
     def __init__(
-        self, session: SecureSession, raw: IRawConnection, *, write_deadline_s: float
+        self,
+        session: SecureSession,
+        raw: IRawConnection,
+        *,
+        write_deadline_s: float,
+        max_read_bytes: int = MAX_READ_BYTES,
     ) -> None:
         super().__init__(
             local_peer=session.local_peer,
@@ -107,6 +125,7 @@ class NoiseSession(BaseSession):
         self._raw = raw
         self._pipe = open_pipe(raw)
         self._write_deadline_s = write_deadline_s
+        self._max_read_bytes = max_read_bytes
         self._write_lock = trio.Lock()
         self._plaintext = bytearray()
         self._unsent: list[Buffer] = []
@@ -134,11 +153,11 @@ class NoiseSession(BaseSession):
         Raises:
             IncompleteReadError: The connection ended first.
             RawConnError: A record does not open, or the muxer was told to expect more
-                than 16 MiB at once; the connection is closed.
+                than ``max_read_bytes`` at once; the connection is closed.
         """
         if n == 0:
             return b""
-        if n is not None and n > MAX_READ_BYTES:
+        if n is not None and n > self._max_read_bytes:
             self.abort()
             raise RawConnError(f"peer announced {n} bytes at once")
         while len(self._plaintext) < (n or 1):

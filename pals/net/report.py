@@ -1,23 +1,26 @@
-"""How this machine is connected: what `pals doctor` shows, and how it asks a running process.
+"""What a running process says of itself: to `pals doctor`, `pals peers list`, `pals status`.
 
 A running member answers on a Unix socket in its profile folder, which only its user may
-enter: one connection, one report in JSON.
+enter: one connection, one line that names a report, one report in JSON.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
 import trio
 
 from pals.errors import InvalidConfig, PalsError, PeerUnreachable
+from pals.net.announce import Announcement
 from pals.net.nat.reachability import Reach
+from pals.swarm.allowlist import AllowState
 from pals.types import PeerId
 
 if TYPE_CHECKING:
@@ -32,11 +35,16 @@ ASKED_S = 6.0
 PEERS_AT_ONCE = 16
 PINGS = 3
 ANSWER_S = 60.0
+LIST_S = 5.0
+NETWORK = b"network\n"
+LIST = b"list\n"
+MAX_QUESTION_BYTES = 16
 REPORTS_AT_ONCE = 2
 MAX_REPORT_BYTES = 4 << 20
 MAX_SOCKET_PATH_BYTES = 100
 """The system takes about so many in the name of a socket."""
 
+_Report = TypeVar("_Report", "NetworkReport", "ListReport")
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
@@ -48,6 +56,7 @@ class PeerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         path: The way to it; None when there is none.
         relay: The member that relays.
         round_trip_ms: The shortest of a few round trips of a small message.
+        layers: What it serves, as ``0:10``; empty for nothing.
         problem: Why there is no way, or no answer.
         code: The code of that error, and ``hint`` what to do about it.
     """
@@ -56,6 +65,7 @@ class PeerReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     path: Literal["direct", "punched", "relayed"] | None = None
     relay: _Text | None = None
     round_trip_ms: float | None = None
+    layers: _Text = ""
     problem: _Text = ""
     code: _Text = ""
     hint: _Text = ""
@@ -68,13 +78,42 @@ class NetworkReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         peer: This member.
         reach: Whether members can dial it.
         addresses: What it tells others.
+        layers: What it serves, as ``0:10``; empty for nothing.
         peers: The other members.
     """
 
     peer: _Text
     reach: Reach
     addresses: tuple[_Text, ...]
+    layers: _Text = ""
     peers: tuple[PeerReport, ...]
+
+
+class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the member list of a running process stands.
+
+    Attributes:
+        swarm_id: Of its swarm, in hex.
+        state: Whether the list is in force.
+        age_s: Seconds since somebody with authority called it the newest, if that is known.
+        alarms: What is wrong with the backend, or with an administrator, in words.
+    """
+
+    swarm_id: _Text
+    state: AllowState
+    age_s: float | None
+    alarms: tuple[_Text, ...]
+
+
+def report_list(node: Node) -> ListReport:
+    """Say how the member list stands."""
+    found = node.keeper.report()
+    return ListReport(
+        swarm_id=node.options.swarm_id.hex(),
+        state=found.state,
+        age_s=found.age_s if math.isfinite(found.age_s) else None,
+        alarms=tuple(f"{alarm.kind}: {alarm.text}"[:1000] for alarm in found.alarms),
+    )
 
 
 async def report_network(node: Node) -> NetworkReport:
@@ -92,7 +131,8 @@ async def report_network(node: Node) -> NetworkReport:
         if peer in announced:
             addresses += announced[peer].addresses
         async with limiter:
-            reports[peer] = await _report_peer(node, peer, addresses)
+            found = await _report_peer(node, peer, addresses)
+        reports[peer] = msgspec.structs.replace(found, layers=_layers(announced.get(peer)))
 
     async with trio.open_nursery() as nursery:
         for peer in others:
@@ -101,8 +141,13 @@ async def report_network(node: Node) -> NetworkReport:
         peer=node.peer_id,
         reach=node.traversal.state.reach,
         addresses=node.host.addresses(),
+        layers=_layers(node.discovery.announcements().get(node.peer_id)),
         peers=tuple(reports[peer] for peer in sorted(reports)),
     )
+
+
+def _layers(announcement: Announcement | None) -> str:
+    return "" if announcement is None else str(announcement.layers)
 
 
 async def _report_peer(node: Node, peer: PeerId, addresses: tuple[str, ...]) -> PeerReport:
@@ -136,9 +181,9 @@ async def serve_reports(
     limiter = trio.CapacityLimiter(REPORTS_AT_ONCE)
 
     async def answer(stream: trio.SocketStream) -> None:
-        async with stream, limiter:
+        async with stream:
             with trio.move_on_after(ANSWER_S), suppress(trio.BrokenResourceError):
-                await stream.send_all(msgspec.json.encode(await report_network(node)))
+                await _answer(node, stream, limiter)
 
     listener = _listen(path)
     task_status.started()
@@ -146,6 +191,21 @@ async def serve_reports(
         await trio.serve_listeners(answer, [listener])
     finally:
         path.unlink(missing_ok=True)
+
+
+async def _answer(node: Node, stream: trio.SocketStream, limiter: trio.CapacityLimiter) -> None:
+    asked = bytearray()
+    while b"\n" not in asked:
+        part = await stream.receive_some(MAX_QUESTION_BYTES)
+        asked += part
+        if not part or len(asked) > MAX_QUESTION_BYTES:
+            return
+    question = bytes(asked)
+    if question == NETWORK:
+        async with limiter:
+            await stream.send_all(msgspec.json.encode(await report_network(node)))
+    elif question == LIST:
+        await stream.send_all(msgspec.json.encode(report_list(node)))
 
 
 def _listen(path: Path) -> trio.SocketListener:
@@ -164,11 +224,27 @@ async def ask_running(profile: Path) -> NetworkReport | None:
     Raises:
         InvalidConfig: What answers is not a process of this version.
     """
+    return await _ask(profile, NETWORK, NetworkReport, ANSWER_S)
+
+
+async def ask_list(profile: Path) -> ListReport | None:
+    """Return how the list of the process stands that runs with a profile, or None.
+
+    Raises:
+        InvalidConfig: What answers is not a process of this version.
+    """
+    return await _ask(profile, LIST, ListReport, LIST_S)
+
+
+async def _ask(
+    profile: Path, question: bytes, kind: type[_Report], deadline_s: float
+) -> _Report | None:
     path = socket_path(profile)
     answer = bytearray()
     try:
-        with trio.fail_after(ANSWER_S):
+        with trio.fail_after(deadline_s):
             async with await trio.open_unix_socket(str(path)) as stream:
+                await stream.send_all(question)
                 async for part in stream:
                     answer += part
                     if len(answer) > MAX_REPORT_BYTES:
@@ -176,9 +252,9 @@ async def ask_running(profile: Path) -> NetworkReport | None:
     except (OSError, trio.BrokenResourceError):
         return None
     except trio.TooSlowError as error:
-        raise _no_report(path, f"no answer within {ANSWER_S:g} s") from error
+        raise _no_report(path, f"no answer within {deadline_s:g} s") from error
     try:
-        return msgspec.json.decode(answer, type=NetworkReport)
+        return msgspec.json.decode(answer, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _no_report(path, str(error)) from error
 

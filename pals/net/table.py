@@ -108,6 +108,10 @@ class LiveTable:
             and entry.announcement.seq > known.get(peer, -1)
         ]
 
+    def forget(self, peer: PeerId) -> bool:
+        """Hold nothing of a peer any more; return whether there was anything."""
+        return self._entries.pop(peer, None) is not None
+
     def purge(self, now_unix: float) -> None:
         """Forget the peers of which even the memory is of no use any more."""
         for peer, entry in list(self._entries.items()):

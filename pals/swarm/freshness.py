@@ -22,6 +22,7 @@ from pals.swarm.kdf import VERSION
 from pals.swarm.records import Hash, Key, Signature, UnixSeconds
 from pals.swarm.roster import MAX_ENTRIES, Roster
 
+HEADER = "pals-freshness"
 MAX_FRESHNESS_BYTES = 256
 MAX_CLOCK_SKEW_S = 300
 
@@ -90,11 +91,26 @@ def open_freshness(
         InvalidRecord: Malformed, about another list or an older state of it, from the
             future, or not signed by an authority of the roster.
     """
+    word = open_word(data, roster, now_unix=now_unix, max_skew_s=max_skew_s)
+    if (word.seq, word.head) != (roster.seq, roster.head):
+        raise _invalid(f"it is about entry {word.seq}, the list ends with {roster.seq}")
+    return word
+
+
+def open_word(
+    data: bytes, roster: Roster, *, now_unix: float, max_skew_s: float = MAX_CLOCK_SKEW_S
+) -> Freshness:
+    """Read a word of freshness of the roster's swarm, whichever state of a list it is about.
+
+    It shows what an authority said, such as that another list than this one is the newest.
+
+    Raises:
+        InvalidRecord: Malformed, for another swarm, from the future, or not signed by an
+            authority of the roster.
+    """
     word = decode_freshness(data)
     if word.swarm_id != roster.swarm_id:
         raise _invalid("it is for another swarm")
-    if (word.seq, word.head) != (roster.seq, roster.head):
-        raise _invalid(f"it is about entry {word.seq}, the list ends with {roster.seq}")
     if word.at > now_unix + max_skew_s:
         raise _invalid(f"its time lies {word.at - now_unix:.0f} s in the future")
     if word.signer not in roster.authorities:

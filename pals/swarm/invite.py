@@ -2,7 +2,7 @@
 
 ``pp_inv_<redeem half>.<secret half>``, both base64url without padding::
 
-    redeem half  version (1) || token (32) || swarm id (32) || backend URL (UTF-8)
+    redeem half  version (1) || token (32) || swarm id (32) || backend's address (UTF-8)
     secret half  epoch (8) || swarm secret (32) || checksum (8)
 
 The token splits by HKDF into ``auth``, which the backend sees once and keeps only as a
@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from pals.config import SwarmSecret
 from pals.errors import InvalidInvite
+from pals.swarm.addresses import is_peer_address, peer_address_problem
 from pals.swarm.identity import Identity
 from pals.swarm.kdf import VERSION, expand
 from pals.types import SwarmId
@@ -67,7 +68,7 @@ class Invite:
         """Return an invite with a fresh token.
 
         Raises:
-            InvalidInvite: ``backend_url`` is no HTTP address, or too long for an invite.
+            InvalidInvite: ``backend_url`` is neither an HTTP nor a libp2p address, or too long.
         """
         return cls(
             token=os.urandom(32),
@@ -114,6 +115,16 @@ class Invite:
         secret_half = _SECRET.pack(self.epoch, key, _checksum(redeem, self.epoch, key))
         return f"{PREFIX}{_encode(redeem)}.{_encode(secret_half)}"
 
+    def with_secret(self, *, epoch: int, secret: SwarmSecret) -> Invite:
+        """Return the same invite with the secret of a later epoch."""
+        return Invite(
+            token=self._token,
+            swarm_id=self.swarm_id,
+            backend_url=self.backend_url,
+            epoch=epoch,
+            secret=secret,
+        )
+
     @property
     def auth(self) -> bytes:
         """The 32 bytes that the joiner shows to the backend."""
@@ -137,7 +148,14 @@ class Invite:
 
 
 def backend_url_problem(url: str) -> str | None:
-    """Return what keeps ``url`` from being a plain ``http(s)://host[:port][/path]``."""
+    """Return what keeps ``url`` from being the address of a backend, or None.
+
+    It is a plain ``http(s)://host[:port][/path]``, or a multiaddr that names a peer.
+    """
+    if len(url) > MAX_URL_CHARS:
+        return f"is over {MAX_URL_CHARS} characters long"
+    if is_peer_address(url):
+        return peer_address_problem(url)
     try:
         parts = urlsplit(url)
         port_fits = parts.port is None or parts.port > 0
@@ -147,8 +165,8 @@ def backend_url_problem(url: str) -> str | None:
         return "does not start with http:// or https:// and a host"
     if parts.username or parts.password or parts.query or parts.fragment or not port_fits:
         return "has parts that do not belong there"
-    if not url.isprintable() or " " in url or len(url) > MAX_URL_CHARS:
-        return f"has blanks or control characters, or is over {MAX_URL_CHARS} characters long"
+    if not url.isprintable() or " " in url:
+        return "has blanks or control characters"
     return None
 
 

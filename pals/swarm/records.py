@@ -233,7 +233,7 @@ class Entry(_Canonical, frozen=True, kw_only=True):
 NO_ENTRY = bytes(32)
 MAX_ENTRY_BYTES = MAX_RECORD_BYTES + 128
 
-_A = TypeVar("_A", InviteCertificate, Revoke, Remove, Epoch, Appoint)
+_A = TypeVar("_A", bound=AdminRecord)
 
 
 def encode(value: Record | Entry) -> bytes:

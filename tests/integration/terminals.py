@@ -30,6 +30,9 @@ DEMO_MODEL_FOLDER = "HuggingFaceTB--SmolLM2-135M-Instruct"
 DEFAULT_PORTS = {"backend": "8470", "serve": "8080"}
 FEW_POSITIONS = 128  # halves the programs to compile
 SERVERS = frozenset({"backend", "serve", "shard"})
+MEMBERS = frozenset({"serve", "shard"})
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+LOOPBACK_PORTS = f"--listen {LOOPBACK} --redeem-listen {LOOPBACK}"
 ACTIVATION = ". .venv/bin/activate"
 # The model in place of the one that the pages name has 2 layers where that has 30.
 STAND_INS = {
@@ -157,7 +160,10 @@ class Terminals:
     def _complete(self, command: str) -> str:
         """Put the last invite and, where the page trusts in the default, the port in place."""
         command = command.replace("pp_inv_…", self._invite or "pp_inv_…")
-        default = DEFAULT_PORTS.get(server_in(command) or "")
+        server = server_in(command)
+        if server in MEMBERS:
+            command = f"{command} {LOOPBACK_PORTS}"
+        default = DEFAULT_PORTS.get(server or "")
         return command if default is None else f"{command} --port {self._ports[default]}"
 
 

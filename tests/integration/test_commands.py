@@ -23,7 +23,8 @@ import trio
 from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
 from pals.config import Profile
-from pals.net.enrolment import create_invite, create_swarm, redeem_invite, remove_peer
+from pals.net.enrolment import create_invite, create_swarm, redeem_invite
+from pals.net.removal import remove_peer
 from pals.swarm.identity import load_or_create_identity
 from tests.checkpoints import make_llama_checkpoint
 from tests.integration.backends import running_backend

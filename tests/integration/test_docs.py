@@ -22,7 +22,7 @@ BENCHMARKS = "python -m benchmarks"
 VARIABLES = {value for name, value in vars(config).items() if name.endswith("_VARIABLE")}
 WITH_EXAMPLES = [page for page in PAGES if blocks(page.read_text(), "console", "python")]
 
-_COMMAND = re.compile(r"(?<![\w.-])pals(?: [a-z]+)+|python -m benchmarks")
+_COMMAND = re.compile(r"(?<![\w.-])pals(?: [a-z]+(?:-[a-z]+)*)+|python -m benchmarks")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 _VARIABLE = re.compile(r"\bPALS_[A-Z_]+")

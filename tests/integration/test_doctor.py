@@ -13,7 +13,8 @@ from pals.cli.app import run
 from pals.config import Profile
 from pals.net import report
 from pals.net.node import open_node
-from pals.net.report import ask_running, report_network, socket_path
+from pals.net.report import ask_list, ask_running, report_network, socket_path
+from pals.net.standing import look_at
 from tests.integration.swarm import make_swarm
 
 pytestmark = [pytest.mark.trio, pytest.mark.timeout(120)]
@@ -89,6 +90,38 @@ async def test_only_the_user_can_ask_a_running_member(tmp_path: Path) -> None:
             assert socket_path(profile).stat().st_mode & 0o777 == 0o600
             assert await ask_running(profile) == await report_network(node)
         assert not socket_path(profile).exists()
+
+
+async def test_a_running_member_says_how_its_list_stands(tmp_path: Path) -> None:
+    async with make_swarm(tmp_path, count=1) as swarm:
+        profile = swarm.peers[0]
+        assert await ask_list(profile.path) is None
+        async with open_node(swarm.options(profile)):
+            found = await ask_list(profile.path)
+            standing = await look_at(profile, profile.load_swarm())
+        assert found is not None
+        assert (found.swarm_id, found.state) == (profile.load_swarm().swarm_id, "fresh")
+        assert found.alarms == standing.alarms == ()
+        assert (standing.state, standing.part) == ("fresh", "member")
+
+
+async def test_another_question_is_answered_by_nothing(tmp_path: Path) -> None:
+    async with make_swarm(tmp_path, count=1) as swarm, open_node(swarm.options(swarm.peers[0])):
+        for question in (b"lists\n", b"list", b"x" * 100, b""):
+            stream = await trio.open_unix_socket(str(socket_path(swarm.peers[0].path)))
+            async with stream:
+                await stream.send_all(question)
+                await stream.send_eof()
+                with trio.fail_after(10):
+                    assert await answer_of(stream) == b""
+
+
+async def answer_of(stream: trio.SocketStream) -> bytes:
+    """Return what comes; whoever is not read to the end may be told so by a reset."""
+    try:
+        return await stream.receive_some(100)
+    except trio.BrokenResourceError:
+        return b""
 
 
 async def test_a_socket_that_a_killed_process_left_is_replaced(tmp_path: Path) -> None:

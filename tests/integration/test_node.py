@@ -15,7 +15,7 @@ import trio.testing
 from pals.config import KnownPeer
 from pals.driver.sessions import SessionClient
 from pals.errors import NoChain, PalsError
-from pals.net import announcer, membership
+from pals.net import announcer, keeper
 from pals.net.announce import MAX_ADDRESSES
 from pals.net.host import Host
 from pals.net.membership import MembershipClient
@@ -84,8 +84,8 @@ async def test_an_expired_list_cuts_running_sessions_and_recovers_with_the_backe
     tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one whose list expires cuts; that of the other is fresh all the time."""
-    monkeypatch.setattr(membership, "DRAIN_S", 0.01)
-    monkeypatch.setattr(membership, "EXPIRY_INTERVAL_S", 0.01)
+    monkeypatch.setattr(keeper, "DRAIN_S", 0.01)
+    monkeypatch.setattr(keeper, "EXPIRY_INTERVAL_S", 0.01)
     async with make_swarm(tmp_path, count=1) as swarm:
         shard = await start_shard(
             nursery, swarm, swarm.options(swarm.peers[0], poll_interval_s=1e6), "0:6"
@@ -96,13 +96,13 @@ async def test_an_expired_list_cuts_running_sessions_and_recovers_with_the_backe
             allow_list, host = shard.node.allow_list, shard.node.host
             roster = allow_list.roster
             assert roster is not None
-            allow_list.update(roster, trio.current_time(), age_s=MAX_STALE_S)
+            monkeypatch.setattr(allow_list, "_verified_at", trio.current_time() - MAX_STALE_S)
             with pytest.raises(NoChain):
                 await answer.all_tokens()
             await until(lambda: not host.connected_peers())
             with pytest.raises(NoChain):
                 await ask(client, request([5, 9, 200, 31]))
-            allow_list.update(roster, trio.current_time())
+            allow_list.update(roster, trio.current_time(), age_s=0.0)
             with trio.fail_after(30):
                 tokens: list[int] = []
                 while not tokens:  # the members meet again some seconds later

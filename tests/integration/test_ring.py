@@ -10,7 +10,7 @@ import trio
 from pals.driver.sessions import open_sessions
 from pals.errors import ContextTooLong, NoChain, PeerUnreachable, ShardBusy
 from pals.models.snapshot import Snapshot
-from pals.net.enrolment import remove_peer
+from pals.net.removal import remove_peer
 from tests.integration.net.harness import until
 from tests.integration.swarm import (
     LIMITS,

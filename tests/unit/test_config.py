@@ -27,7 +27,9 @@ from pals.config import (
     write_private,
 )
 from pals.errors import (
+    AmbiguousSwarm,
     InvalidConfig,
+    NoSuchSwarm,
     NoSwarm,
     PalsError,
     ProfileExposed,
@@ -355,12 +357,46 @@ def test_profile_without_a_swarm_says_so(profile: Profile) -> None:
         profile.load_swarm()
 
 
-def test_profile_of_two_swarms_is_refused(profile: Profile) -> None:
+@pytest.fixture
+def two_swarms(profile: Profile) -> Profile:
     profile.save_swarm(ENTRY)
-    profile.save_swarm(msgspec.structs.replace(ENTRY, swarm_id="cd" * 32))
-    with pytest.raises(InvalidConfig) as caught:
+    profile.save_swarm(msgspec.structs.replace(ENTRY, swarm_id="cd" * 32, name="other"))
+    return profile
+
+
+def test_several_swarms_are_listed_when_none_is_named(two_swarms: Profile) -> None:
+    profile = two_swarms
+    with pytest.raises(AmbiguousSwarm) as caught:
         profile.load_swarm()
-    assert "2 swarms" in str(caught.value)
+    assert caught.value.fields["known"] == f"{ENTRY.name} (abababab), other (cdcdcdcd)"
+
+
+@pytest.mark.parametrize("wanted", ["other", "cd", "CDCD", "cd" * 32])
+def test_one_of_several_swarms_is_chosen_by_its_name_or_the_start_of_its_id(
+    two_swarms: Profile, wanted: str
+) -> None:
+    assert two_swarms.load_swarm(wanted).swarm_id == "cd" * 32
+
+
+@pytest.mark.parametrize("wanted", ["", "oth", "dc", "cd" * 33])
+def test_swarm_that_is_called_otherwise_is_refused(two_swarms: Profile, wanted: str) -> None:
+    with pytest.raises(NoSuchSwarm) as caught:
+        two_swarms.load_swarm(wanted)
+    assert "other (cdcdcdcd)" in str(caught.value)
+
+
+def test_of_two_swarms_with_one_name_none_is_chosen(two_swarms: Profile) -> None:
+    two_swarms.save_swarm(msgspec.structs.replace(ENTRY, swarm_id="ce" * 32, name="other"))
+    with pytest.raises(AmbiguousSwarm) as caught:
+        two_swarms.load_swarm("other")
+    assert caught.value.fields["known"] == "other (cdcdcdcd), other (cececece)"
+
+
+def test_forgotten_swarm_leaves_nothing_and_the_other_stays(two_swarms: Profile) -> None:
+    write_private(two_swarms.operator_key_path("cd" * 32), b"key")
+    two_swarms.forget_swarm("cd" * 32)
+    assert two_swarms.load_swarm() == ENTRY
+    assert [p.name for p in (two_swarms.path / "swarms").iterdir()] == [SWARM]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,18 @@ def is_inside(ip: str) -> bool:
     return any(address.version == net.version and address in net for net in _INSIDE)
 
 
+def neighbourhood(ip: str) -> str:
+    """Return what counts as one source: an IPv4 address, or a whole /64 of IPv6.
+
+    Args:
+        ip: An address literal, such as that of an `Endpoint`.
+    """
+    address = ipaddress.ip_address(ip)
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 def read_announced(text: str) -> str:
     """Check an address that the user announces, such as that of a port forward.
 

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
-from pals.errors import InvalidFrame, LinkRefused, PalsError, PeerUnreachable, QueueFull
+from pals.errors import InvalidFrame, OtherEpoch, PalsError, PeerUnreachable, QueueFull
 from pals.net import link as link_module
 from pals.net import links as links_module
 from pals.net.handshake import LinkSecrets
@@ -319,14 +320,50 @@ async def test_link_with_a_peer_that_does_not_follow_is_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(link_module, "REKEY_DEADLINE_S", 0.2)
+    monkeypatch.setattr(links_module, "EPOCH_DEADLINE_S", 0.1)
     monkeypatch.setattr(links_module, "TICK_S", 0.01)
     async with open_sides() as (_, one, other):
         await one.dial(other)
         await until(lambda: other.count(one) == 1)
         one.links.rekey(1, NEXT_SECRET)
         await until(lambda: bool(one.events.lost and other.events.lost))
-        with pytest.raises(LinkRefused, match="another epoch"):
+        with pytest.raises(OtherEpoch, match="another epoch"):
             await one.dial(other)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_handshake_between_two_epochs_ends_with_both_in_the_newer(first: int) -> None:
+    async with open_sides() as (_, one, other):
+        sides = (one, other)
+        sides[first].links.rekey(1, NEXT_SECRET)
+        behind = sides[1 - first]
+        told: list[PeerId] = []
+
+        def learn(peer: PeerId) -> None:
+            told.append(peer)
+            if len(told) == 1:
+                behind.links.rekey(1, NEXT_SECRET)
+
+        behind.links.on_other_epoch = learn
+        await one.dial(other)
+        await until(lambda: other.epochs(one) == [1])
+        assert one.epochs(other) == [1]
+        assert told == [sides[first].host.peer_id]
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+async def test_no_link_is_made_before_the_expected_secret_is_there(waiting: int) -> None:
+    async with open_sides() as (_, one, other):
+        sides = (one, other)
+        for side in sides:
+            side.links.expect(1)
+        sides[1 - waiting].links.rekey(1, NEXT_SECRET)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.dial, other)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert (one.count(other), other.count(one)) == (0, 0)
+            sides[waiting].links.rekey(1, NEXT_SECRET)
+        await until(lambda: other.epochs(one) == [1])
 
 
 # --- codec ---------------------------------------------------------------------------

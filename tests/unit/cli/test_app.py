@@ -82,6 +82,19 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"pals {name}" in capsys.readouterr().out
 
 
+def test_no_process_dumps_its_memory_nor_does_its_child() -> None:
+    program = (
+        "import resource, subprocess, sys; from pals.cli import app;"
+        "resource.setrlimit(resource.RLIMIT_CORE, (1 << 20, resource.RLIM_INFINITY))"
+        " if resource.getrlimit(resource.RLIMIT_CORE)[1] == resource.RLIM_INFINITY else None;"
+        "app.run = lambda _: subprocess.call([sys.executable, '-c',"
+        "'import resource; print(resource.getrlimit(resource.RLIMIT_CORE))']); app.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.stdout.strip() == "(0, 0)"
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__

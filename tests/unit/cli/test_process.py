@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,14 +37,6 @@ def execve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "execve", replace)
     # It would set the levels of every later test.
     monkeypatch.setattr(serve_command, "configure_logging", lambda *, verbose: None)
-
-
-@pytest.fixture(autouse=True)
-def limits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[int, int]]]:
-    """Note the limits that are set, which would stay with the process of the tests."""
-    noted: list[tuple[int, tuple[int, int]]] = []
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: noted.append((kind, both)))
-    return noted
 
 
 @pytest.fixture
@@ -108,18 +99,6 @@ def test_malformed_secret_in_the_profile_starts_nothing(profile: Profile) -> Non
     path = profile.swarm_folder("ab" * 32) / "swarm.json"
     path.write_bytes(path.read_bytes().replace(SECRET.encode(), b"x"))
     with pytest.raises(SwarmSecretInvalid):
-        load_member(profile)
-
-
-def test_core_dumps_are_off_before_any_secret_is_read(
-    profile: Profile, limits: list[tuple[int, tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(self: Profile) -> SwarmEntry:
-        assert limits == [(resource.RLIMIT_CORE, (0, 0))]
-        raise NoSwarm(path=self.path)
-
-    monkeypatch.setattr(Profile, "load_swarm", load)
-    with pytest.raises(NoSwarm):
         load_member(profile)
 
 

@@ -37,7 +37,7 @@ def test_list_ages_from_fresh_to_expired(
     chain: Chain, age_s: float, state: str, allowed: bool
 ) -> None:
     allow_list = AllowList(max_stale_s=1000)
-    allow_list.update(chain.roster(), 50)
+    allow_list.update(chain.roster(), 50, age_s=0)
     assert allow_list.state(50 + age_s) == state
     assert allow_list.allows(P.peer_id, 50 + age_s) is allowed
     assert not allow_list.allows(identity(9).peer_id, 50)
@@ -45,9 +45,9 @@ def test_list_ages_from_fresh_to_expired(
 
 def test_expired_list_recovers_when_it_is_verified_again(chain: Chain) -> None:
     allow_list = AllowList(max_stale_s=100)
-    allow_list.update(chain.roster(), 0)
+    allow_list.update(chain.roster(), 0, age_s=0)
     assert not allow_list.allows(P.peer_id, 101)
-    allow_list.update(chain.roster(), 200)
+    allow_list.update(chain.roster(), 200, age_s=0)
     assert allow_list.allows(P.peer_id, 200)
 
 
@@ -62,9 +62,9 @@ def test_removed_peer_is_no_longer_allowed() -> None:
     chain = Chain()
     join = chain.add_peer(P)
     allow_list = AllowList()
-    allow_list.update(chain.roster(), 0)
+    allow_list.update(chain.roster(), 0, age_s=0)
     chain.append(chain.remove(P, joined=digest(join)))
-    allow_list.update(chain.roster(), 1)
+    allow_list.update(chain.roster(), 1, age_s=0)
     assert not allow_list.allows(P.peer_id, 1)
 
 
@@ -75,9 +75,9 @@ def test_rollback_and_fork_are_refused_and_change_nothing(chain: Chain) -> None:
     fork.add_peer(identity(10))
     allow_list = AllowList(max_stale_s=1000)
     held = chain.roster()
-    allow_list.update(held, 0)
+    allow_list.update(held, 0, age_s=0)
     for lie in (older, fork.roster()):
         with pytest.raises(RosterRefused):
-            allow_list.update(lie, 500)
+            allow_list.update(lie, 500, age_s=0)
     assert allow_list.roster is held
     assert allow_list.state(500) == "stale"
