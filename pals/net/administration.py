@@ -24,6 +24,7 @@ from pals.errors import (
     NotOperator,
     PalsError,
     ProfileMissing,
+    RosterRefused,
     UnknownInvite,
     UnknownPeer,
 )
@@ -39,6 +40,7 @@ from pals.swarm.records import (
     Appoint,
     Record,
     Revoke,
+    decode_entry,
     decode_record,
     encode,
     sign_by,
@@ -78,10 +80,22 @@ class Administrator:
         return self.roster.swarm_id
 
     async def append(self, record: AdminRecord) -> bytes:
-        """Sign a record, have the backend take it, and return its bytes."""
+        """Sign a record, have the backend take it, and return its bytes.
+
+        Raises:
+            RosterRefused: The backend says that it took the record and does not list it.
+        """
         data = encode(sign_by(record, self.signer))
         await self.client.append(self.swarm_id, data, signer=self.signer)
+        await self._check_listed(data)
         return data
+
+    async def _check_listed(self, record: bytes) -> None:
+        """Believe the list alone: who enters an epoch that nobody hears of is there alone."""
+        saved = load_saved(self.profile, self.swarm_id)
+        newest = await fetch_list(self.client, self.swarm_id, saved)
+        if record not in (decode_entry(entry).record for entry in newest.held.entries):
+            raise RosterRefused(problem="a record that the backend says it took is not on it")
 
     async def save_newest(self) -> None:
         """Save the list as it is after what was appended, for a running node to see at once.
