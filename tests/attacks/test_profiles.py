@@ -102,6 +102,15 @@ def test_m11_commands_show_no_secret_but_the_invite_that_was_asked_for(tmp_path:
     assert_files_are_private(tmp_path, secrets)
 
 
+@LINUX
+def test_m11_a_process_that_crashes_writes_no_memory_to_disk(tmp_path: Path) -> None:
+    pals = Pals({"PALS_CONFIG_DIR": str(tmp_path), "NO_COLOR": "1"})
+    with pals.start("backend", "--port", "0", "--json") as backend:
+        backend.wait_for_event("ready")
+        limits = Path(f"/proc/{backend.pid}/limits").read_text()
+    assert re.search(r"Max core file size\s+0\s+0", limits)
+
+
 def secrets_of(operator: Profile, joiner: Profile, invite: str) -> list[bytes]:
     entry, parsed = joiner.load_swarm(), Invite.parse(invite)
     keys = [load_or_create_identity(profile).reveal_seed() for profile in (operator, joiner)]
@@ -142,6 +151,7 @@ ANSWERS = [
     (200, b"garbage"),
     (200, b"[" * 100_000),
     (200, b'{"entries":[],"entry":1}'),
+    (200, b'{"entry":"AAAA","entries":["AAAA"]}'),
 ]
 
 
