@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from pals.swarm.ledger import Held
 from trio.testing import MockClock
 
 from pals.errors import BackendRefused, PeerUnreachable
@@ -17,6 +16,7 @@ from pals.net import keeper as keeper_module
 from pals.net.membership import keep_list, load_saved
 from pals.swarm.identity import Identity
 from pals.swarm.invite import Invite
+from pals.swarm.ledger import Held
 from pals.swarm.records import digest
 from tests.integration.net.harness import until as soon
 from tests.integration.net.swarms import Member, is_meshed, open_swarm, seen_by
