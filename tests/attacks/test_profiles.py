@@ -19,8 +19,9 @@ from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
 from pals.config import Profile, SwarmSecret
 from pals.errors import PalsError
-from pals.net.enrolment import create_invite, create_swarm, redeem_invite, remove_peer
-from pals.swarm.identity import load_or_create_identity
+from pals.net.enrolment import create_invite, create_swarm, redeem_invite
+from pals.net.removal import remove_peer, rotate
+from pals.swarm.identity import Identity, load_or_create_identity
 from pals.swarm.invite import Invite
 from pals.types import SwarmId
 from tests.integration.backends import running_app, running_backend
@@ -102,6 +103,15 @@ def test_m11_commands_show_no_secret_but_the_invite_that_was_asked_for(tmp_path:
     assert_files_are_private(tmp_path, secrets)
 
 
+@LINUX
+def test_m11_a_process_that_crashes_writes_no_memory_to_disk(tmp_path: Path) -> None:
+    pals = Pals({"PALS_CONFIG_DIR": str(tmp_path), "NO_COLOR": "1"})
+    with pals.start("backend", "--port", "0", "--json") as backend:
+        backend.wait_for_event("ready")
+        limits = Path(f"/proc/{backend.pid}/limits").read_text()
+    assert re.search(r"Max core file size\s+0\s+0", limits)
+
+
 def secrets_of(operator: Profile, joiner: Profile, invite: str) -> list[bytes]:
     entry, parsed = joiner.load_swarm(), Invite.parse(invite)
     keys = [load_or_create_identity(profile).reveal_seed() for profile in (operator, joiner)]
@@ -131,6 +141,7 @@ Attempt = Callable[[Profile], Awaitable[object]]
 ATTEMPTS: dict[str, Attempt] = {
     "invite": lambda profile: create_invite(profile, now=NOW),
     "kick": lambda profile: remove_peer(profile, "12D3KooW" + "x" * 44, now=NOW),
+    "rotate": lambda profile: rotate(profile, now=NOW),
 }
 ANSWERS = [
     (400, b"{}"),
@@ -142,6 +153,7 @@ ANSWERS = [
     (200, b"garbage"),
     (200, b"[" * 100_000),
     (200, b'{"entries":[],"entry":1}'),
+    (200, b'{"entry":"AAAA","entries":["AAAA"]}'),
 ]
 
 
@@ -211,3 +223,36 @@ async def test_m12_a_refused_login_makes_no_member_and_overwrites_nothing(
                 await redeem_invite(profile, invite.to_text())
     assert joiner.swarm_ids() == []
     assert files(operator) == before
+
+
+def pretending(app: ASGIApp) -> ASGIApp:
+    """Make a backend that shows its list honestly, and says of every record that it took it."""
+    pretend = answering(200, b'{"entry":"AAAA"}')
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        is_record = scope["type"] == "http" and scope["path"].endswith("/records")
+        if is_record and scope["method"] == "POST":
+            await pretend(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return answer
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("attempt", ["invite", "rotate"])
+async def test_m12_a_backend_that_only_says_that_it_took_a_record_moves_nobody_into_another_epoch(
+    tmp_path: Path, attempt: str
+) -> None:
+    operator = Profile(tmp_path / "operator")
+    service = BackendService(sqlite_url(tmp_path / "backend.db"), signer=Identity.generate())
+    with running_backend(service) as url:
+        await create_swarm(operator, name="home", model="org/m", backend_url=url, now=NOW)
+    with running_backend(service, wrap=pretending) as url:
+        path = operator.swarm_folder(operator.swarm_ids()[0]) / "swarm.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"backend_url": url}))
+        before = path.read_bytes()
+        with pytest.raises(PalsError):
+            await ATTEMPTS[attempt](operator)
+        assert path.read_bytes() == before
+    service.close()

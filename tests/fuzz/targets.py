@@ -46,6 +46,7 @@ from pals.swarm.freshness import decode_freshness, open_freshness, sign_freshnes
 from pals.swarm.hints import open_hint, sign_hint
 from pals.swarm.identity import SIGNATURE_BYTES
 from pals.swarm.invite import Invite
+from pals.swarm.news import News, decode_news, encode_news
 from pals.swarm.records import (
     AdminRecord,
     Genesis,
@@ -397,6 +398,23 @@ def run_notice(data: bytes) -> bool:
     return True
 
 
+def run_news(data: bytes) -> bool:
+    try:
+        news = decode_news(data)
+    except InvalidRecord:
+        return False
+    assert encode_news(news) == data
+    return True
+
+
+def news_seeds() -> tuple[bytes, ...]:
+    word = sign_freshness(OPERATOR, roster(), at=NOW)
+    removal = chain().remove(MEMBER, joined=roster().live[PEER].joined)
+    known = {"seq": roster().seq, "head": roster().head, "epoch": 0}
+    full = News(**known, freshness=word, removals=(removal,))
+    return encode_news(News(**known)), encode_news(full)
+
+
 def run_meeting(data: bytes) -> bool:
     try:
         decode_message(PEER, data)
@@ -418,5 +436,6 @@ TARGETS = {
     "envelope": Target(run_envelope, envelope_seeds),
     "control": Target(run_control, control_seeds, skip=0),
     "notice": Target(run_notice, lambda: (encode_notice(Notice(PEER, 3)),), skip=0),
+    "news": Target(run_news, news_seeds, skip=0),
     "meeting": Target(run_meeting, lambda: (msgspec.msgpack.encode(Ask(ports=(4001,))),), skip=0),
 }
