@@ -143,7 +143,9 @@ class FakeHost:
         if other is None or peer not in self.connected or not other.allows(self.peer_id):
             raise PeerUnreachable(peer=peer, problem="not connected")
         ours, theirs = trio.testing.memory_stream_pair()
-        handler = other.host.handlers[protocol]
+        handler = other.host.handlers.get(protocol)
+        if handler is None:
+            raise PeerUnreachable(peer=peer, problem=f"it does not serve {protocol}")
         served = FakeStream(theirs, self.peer_id)
         self.network.nursery.start_soon(self.network.serve, handler, served)
         return FakeStream(ours, peer)
