@@ -54,6 +54,7 @@ from pals.net.mux import MuxLimits
 from pals.net.mux_stream import ReceiveBudget
 from pals.net.muxer import MUX_PROTOCOL, MuxedConnection, MuxedStream
 from pals.net.noise import Allow, NoiseSession, NoiseTransport
+from pals.net.raw import limit_greeting
 from pals.net.yamux import BoundedYamux, Muxers, YamuxBytes
 from pals.types import PeerId
 
@@ -311,7 +312,8 @@ class MemberSwarm(Swarm):
         muxed: IMuxedConn | None = None
         try:
             with self._handshake():
-                muxed = await super().upgrade_inbound_raw_conn(raw_conn, maddr)
+                greeted = limit_greeting(raw_conn)
+                muxed = await super().upgrade_inbound_raw_conn(greeted, maddr)
         finally:
             if muxed is None:
                 with trio.CancelScope(shield=True):

@@ -55,7 +55,7 @@ from pals.net.muxer import MUX_PROTOCOL, MuxedConnection
 from pals.net.nat.addresses import neighbourhood
 from pals.net.noise import NoiseTransport
 from pals.net.rates import RateLimit
-from pals.net.raw import remote_endpoint
+from pals.net.raw import GREETING_BYTES, GreetedConnection, remote_endpoint
 from pals.net.yamux import Muxers
 from pals.swarm.addresses import peer_in_address
 from pals.swarm.identity import Identity
@@ -63,8 +63,6 @@ from pals.types import PeerId
 
 _log = logging.getLogger(__name__)
 
-GREETING_BYTES = 16 << 10
-"""What one side may say before a protocol is agreed on: more than it takes by far."""
 MAX_SOURCES = 10_000
 CLOSE_S = 3.0
 
@@ -272,7 +270,7 @@ class _DoorSwarm(MemberSwarm):
         assert isinstance(raw_conn, RawConnection)
         endpoint = remote_endpoint(raw_conn)
         source = "" if endpoint is None else neighbourhood(endpoint.ip)
-        greeted = _GreetedConnection(raw_conn)
+        greeted = GreetedConnection(raw_conn)
         try:
             with self._seat(source), trio.move_on_after(self._door_limits.connection_s):
                 await super().upgrade_inbound_raw_conn(greeted, maddr)
@@ -351,21 +349,3 @@ class _Greeting(ReadWriteCloser):
 
     def get_remote_address(self) -> tuple[str, int] | None:
         return self._stream.get_remote_address()
-
-
-class _GreetedConnection(RawConnection):
-    """An accepted socket, of which only so much is read before it is secured.
-
-    After the handshake the session reads the socket itself.
-    """
-
-    def __init__(self, raw: RawConnection) -> None:
-        super().__init__(raw.stream, raw.is_initiator)
-        self._left = GREETING_BYTES
-
-    async def read(self, n: int | None = None) -> bytes:
-        if n is None or n > self._left:
-            raise IOException("too long a greeting")
-        data = await super().read(n)
-        self._left -= len(data)
-        return data

@@ -13,7 +13,7 @@ import trio
 from libp2p.abc import IRawConnection
 from libp2p.connection_types import ConnectionType
 from libp2p.io.abc import ReadWriteCloser
-from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from multiaddr import Multiaddr
@@ -22,6 +22,8 @@ from pals.errors import PeerUnreachable
 from pals.net.nat.addresses import Endpoint
 from pals.types import PeerId
 
+GREETING_BYTES = 16 << 10
+"""What one side may say before a protocol is agreed on: more than it takes by far."""
 RELAYED_READ_BYTES = 1 << 18
 RELAYED_WRITE_BYTES = 1 << 16
 """One write through a relay, so that its deadline is one of few bytes."""
@@ -114,6 +116,35 @@ class RelayedStream(ReadWriteCloser):
 
 class PunchedConnection(RawConnection):
     """A socket that both sides opened by dialling each other at the same time."""
+
+
+class GreetedConnection(RawConnection):
+    """An accepted socket, of which only so much is read before it is secured.
+
+    What libp2p reads whole has no limit of its own. After the handshake the session reads
+    the socket itself.
+    """
+
+    def __init__(self, raw: RawConnection) -> None:
+        super().__init__(raw.stream, raw.is_initiator)
+        self._left = GREETING_BYTES
+
+    async def read(self, n: int | None = None) -> bytes:
+        if n is None or n > self._left:
+            raise IOException("too long a greeting")
+        data = await super().read(n)
+        self._left -= len(data)
+        return data
+
+
+def limit_greeting(raw: IRawConnection) -> IRawConnection:
+    """Bound what an accepted socket may say before it is secured.
+
+    A circuit has bounds of its own, and a punched connection is with somebody chosen.
+    """
+    assert isinstance(raw, RawConnection)
+    is_accepted = type(raw) is RawConnection and isinstance(raw.stream, TrioTCPStream)
+    return GreetedConnection(raw) if is_accepted else raw
 
 
 async def dial_endpoint(endpoint: Endpoint, *, source: Endpoint | None = None) -> RawConnection:

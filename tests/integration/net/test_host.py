@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import trio
 from libp2p.network.exceptions import SwarmException
+from libp2p.utils.varint import encode_uvarint
 
 from pals.errors import InvalidConfig, PeerUnreachable, PortInUse
 from pals.net.host import Host, HostLimits, open_host
@@ -124,7 +125,7 @@ async def test_a_silent_peer_costs_its_connection():
         await trio.sleep(0.5)  # two pings, to which it answers
         assert not gone
         (connection,) = b._swarm.get_connections()
-        connection.muxed_conn.pump = lambda: None
+        connection.muxed_conn.pump = lambda *_: None
         await until(lambda: gone == [b.peer_id])
 
 
@@ -238,6 +239,26 @@ async def test_garbage_and_endless_bytes_are_survived():
             await stream.aclose()
         await a.connect(b.peer_id, b.addresses())
         assert await ask_echo(a, b) == b"hello"
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [encode_uvarint(1 << 40), b"\x13/multistream/1.0.0\n" + encode_uvarint(1 << 40)],
+    ids=["greeting", "protocol"],
+)
+async def test_a_stranger_that_never_ends_its_greeting_is_cut(claim):
+    async with open_hosts(1) as (_, (host,)):
+        port = int(host.addresses()[0].split("/")[4])
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        async with stream:
+            await stream.send_all(claim)
+            with pytest.raises(trio.BrokenResourceError), trio.fail_after(4):
+                await send_for_ever(stream)  # sooner than the deadline of the handshake
+
+
+async def send_for_ever(stream):
+    while True:
+        await stream.send_all(bytes(1 << 16))
 
 
 async def test_both_sides_may_dial_at_once():

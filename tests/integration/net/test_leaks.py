@@ -109,7 +109,7 @@ async def tear_down(host: Host, number: int) -> None:
 async def fall_silent(host: Host, number: int) -> None:
     """Neither send nor close anything until the other side has given up."""
     async with connected(host, number) as (client, muxed):
-        muxed.pump = lambda: None
+        muxed.pump = lambda *_: None
         await until(lambda: client.peer_id not in host.connected_peers(), deadline_s=DEADLINE_S)
 
 
