@@ -397,6 +397,8 @@ class Keeper:
         Raises:
             InvalidRecord: It is not the one of the list's epoch.
         """
+        if self._ledger.epoch >= epoch:
+            return  # another member was faster
         actions = self._ledger.enter(epoch, secret, trio.current_time())
         self._secret = secret
         self._around.rekey(epoch, secret)
@@ -424,7 +426,7 @@ class Keeper:
                 return False
             await self._enter(epoch, SwarmSecret.parse(entry.swarm_secret).reveal())
         except PalsError as error:
-            _log.warning("the profile's swarm secret: %s", error)
+            _log.info("the profile's swarm secret: %s", error)
             return False
         return True
 

@@ -531,6 +531,8 @@ def test_preset_says_only_what_differs(tmp_path: Path) -> None:
         (b"[serve]\nport = -1\n", "$.serve.port"),
         (b"[node]\nstep_deadline_s = 0\n", "$.node.step_deadline_s"),
         (b"[node]\npoll_interval_s = nan\n", "$.node.poll_interval_s"),
+        (b"[node]\nmax_stale_s = 299\n", "$.node.max_stale_s"),
+        (b"[node]\nmax_stale_s = 2592001\n", "$.node.max_stale_s"),
         (b"[node]\nsession_idle_s = inf\n", "$.node.session_idle_s"),
         (b"[shard]\ndtype = 'f16'\n", "$.shard.dtype"),
         (b"a = 1\na = 2\n", "overwrite"),

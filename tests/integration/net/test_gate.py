@@ -43,6 +43,18 @@ async def test_a_member_taken_off_the_list_is_cut_and_cannot_come_back():
             await _refused(client, server)
 
 
+async def test_nothing_new_is_served_on_a_connection_that_outlives_a_membership() -> None:
+    async with open_hosts(2) as (members, [client, server]):
+        running = await client.open_stream(server.peer_id, ECHO)
+        await running.write(b"before")
+        assert await running.read_exactly(6) == b"before"
+        members.discard(client.peer_id)  # as when a list expires: what runs may end in its time
+        await running.write(b"after")
+        assert await running.read_exactly(5) == b"after"
+        with pytest.raises(PeerUnreachable):
+            await ask_echo(client, server)
+
+
 async def test_a_member_removed_during_its_handshake_does_not_get_in():
     async with open_hosts(2) as (_, (client, server)):
         answers = iter([True, False])  # to the Noise gate, then at registration

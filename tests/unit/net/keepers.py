@@ -201,7 +201,7 @@ class Machine:
             cut=self._cut,
             end=lambda: self.ended.append(trio.current_time()),
             expect=self.expected.append,
-            rekey=self.secrets.__setitem__,
+            rekey=self._rekey,
         )
         self.keeper = Keeper(around, self.ledger, secret, rng=random.Random(self.peer_id))
 
@@ -221,6 +221,10 @@ class Machine:
     async def run(self) -> None:
         with self.scope:
             await self.keeper.run()
+
+    def _rekey(self, epoch: int, secret: bytes) -> None:
+        assert epoch > max(self.secrets), "links enter later epochs only"
+        self.secrets[epoch] = secret
 
     async def _publish(self, data: bytes) -> None:
         await self.network.gossip(self, data)

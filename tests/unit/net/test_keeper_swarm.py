@@ -143,6 +143,7 @@ async def test_a_late_comer_gets_the_newest_secret_from_any_member(
         network.kick(STAYING[0], 2, digest(b"later still"))
         staying[0].save_secret(2, digest(b"later still"))
         rest = [m for m in staying if m.peer_id != STAYING[0].peer_id]
+        network.connect(*rest)
         await until(lambda: all(2 in m.secrets for m in rest), within_s=40.0)
         staying[0].scope.cancel()  # the operator goes
         network.machines.pop(staying[0].peer_id)
