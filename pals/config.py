@@ -173,8 +173,15 @@ def create_private(path: Path, data: bytes) -> None:
     _write_whole(path, data, os.link)
 
 
+def _make_private_folder(folder: Path) -> None:
+    """Make a folder and what it lies in, each for this user alone; leave what is there."""
+    if not folder.is_dir():
+        _make_private_folder(folder.parent)
+        folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
+
+
 def _write_whole(path: Path, data: bytes, place: Callable[[str, Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+    _make_private_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -269,7 +276,7 @@ class Profile:
 
     def create_folder(self) -> None:
         """Make the folder with mode 0700, or check the one that is there."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
+        _make_private_folder(self.path)
         self.check_folder()
 
     def check_folder(self) -> None:
@@ -299,7 +306,6 @@ class Profile:
 
     def save_swarm(self, entry: SwarmEntry) -> None:
         folder = self.swarm_folder(entry.swarm_id)
-        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
         write_private(folder / "swarm.json", msgspec.json.format(msgspec.json.encode(entry)))
 
     def load_swarm(self, wanted: str | None = None) -> SwarmEntry:

@@ -178,14 +178,15 @@ def test_secrets_show_in_no_repr() -> None:
 
 
 def test_private_file_is_written_for_its_owner_only(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "secret"
+    path = tmp_path / "new" / "inner" / "secret"
     previous = os.umask(0)
     try:
         write_private(path, b"data")
     finally:
         os.umask(previous)
     assert read_private(path) == b"data"
-    assert (mode_of(path), mode_of(path.parent)) == (0o600, 0o700)
+    made = (path, path.parent, path.parent.parent)
+    assert [mode_of(one) for one in made] == [0o600, 0o700, 0o700]
 
 
 def test_file_is_on_the_disk_before_it_takes_its_place(
