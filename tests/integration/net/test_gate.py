@@ -45,6 +45,7 @@ async def test_a_member_taken_off_the_list_is_cut_and_cannot_come_back():
 
 async def test_nothing_new_is_served_on_a_connection_that_outlives_a_membership() -> None:
     async with open_hosts(2) as (members, [client, server]):
+        await client.connect(server.peer_id, server.addresses())
         running = await client.open_stream(server.peer_id, ECHO)
         await running.write(b"before")
         assert await running.read_exactly(6) == b"before"
