@@ -14,6 +14,7 @@ from pals import config
 from pals.errors import InvalidFrame, PalsError, WireVersionMismatch
 from pals.net import handshake as handshake_module
 from pals.net import links as links_module
+from pals.net import live_link as live_link_module
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host
 from pals.net.links import Arrival, Links
@@ -87,7 +88,8 @@ async def test_a_corrupted_frame_ends_its_link_and_the_session_goes_on_over_anot
 
 def logged_errors(caplog: pytest.LogCaptureFixture, kind: type[PalsError]) -> list[PalsError]:
     """Return the errors of one kind that the links have logged."""
-    records = [record for record in caplog.records if record.name == links_module.__name__]
+    names = {links_module.__name__, live_link_module.__name__}
+    records = [record for record in caplog.records if record.name in names]
     arguments = [a for record in records if isinstance(record.args, tuple) for a in record.args]
     return [argument for argument in arguments if isinstance(argument, kind)]
 

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from pals.net.host import Host, Stream, StreamHandler
 from pals.net.links import LANE_PROTOCOL, LINK_PROTOCOL, Links
+from pals.net.muxer import MuxedStream
 from pals.net.wire import HEADER_BYTES, Kind, Lane, Outgoing
 from pals.swarm.keys import TAG_BYTES
 from pals.types import PeerId
@@ -25,12 +26,13 @@ WRITES_BEFORE_FRAMES = {(LINK_PROTOCOL, True): 2, (LINK_PROTOCOL, False): 1}
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class StreamEnd:
-    """One member's end of a stream, and all that it wrote there."""
+    """One member's end of a stream, its number in its connection, and all that it wrote there."""
 
     local: PeerId
     remote: PeerId
     protocol: str
     is_opener: bool
+    number: int
     writes: list[bytes] = field(default_factory=list)
 
 
@@ -67,6 +69,7 @@ class Wiretap:
         self.private_keys: dict[bytes, bytes] = {}
         self.tamper: Tamper = lambda _, data: data
         self._end_of: dict[Stream, StreamEnd] = {}
+        self._not_written: dict[Stream, bytes] = {}
 
     def make_ephemeral(self) -> X25519PrivateKey:
         """Return the next of a fixed row of keys, and remember it."""
@@ -77,14 +80,27 @@ class Wiretap:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Tap all streams that are opened from now on, until ``patch`` is undone."""
-        write, open_stream, handle, send = Stream.write, Host.open_stream, Host.handle, Links.send
+        write, try_write, send = Stream.write, Stream.try_write, Links.send
+        open_stream, handle = Host.open_stream, Host.handle
 
         async def tapped_write(stream: Stream, data: bytes | bytearray) -> None:
             end = self._end_of.get(stream)
             if end is not None:
-                data = self.tamper(end, bytes(data))
+                data = self._tampered(stream, end, data)
                 end.writes.append(data)
             await write(stream, data)
+
+        def tapped_try_write(stream: Stream, data: bytes | bytearray) -> bool:
+            end = self._end_of.get(stream)
+            if end is None:
+                return try_write(stream, data)
+            data = self._tampered(stream, end, data)
+            is_written = try_write(stream, data)
+            if is_written:
+                end.writes.append(data)
+            else:
+                self._not_written[stream] = data
+            return is_written
 
         async def tapped_open(host: Host, peer: PeerId, protocol: str, **options: float) -> Stream:
             stream = await open_stream(host, peer, protocol, **options)
@@ -103,9 +119,16 @@ class Wiretap:
             self.sent.append(SentFrame(links._host.peer_id, peer, lane, outgoing))
 
         patch.setattr(Stream, "write", tapped_write)
+        patch.setattr(Stream, "try_write", tapped_try_write)
         patch.setattr(Host, "open_stream", tapped_open)
         patch.setattr(Host, "handle", tapped_handle)
         patch.setattr(Links, "send", tapped_send)
+
+    def _tampered(self, stream: Stream, end: StreamEnd, data: bytes | bytearray) -> bytes:
+        """Return what to write; what was not written at once is what is written next."""
+        if stream in self._not_written:
+            return self._not_written.pop(stream)
+        return self.tamper(end, bytes(data))
 
     def all_sent_is_written(self) -> bool:
         """Return whether no frame waits in an outbox; what a link says itself is not counted."""
@@ -116,12 +139,13 @@ class Wiretap:
         return [e for e in self.ends if e.protocol == LINK_PROTOCOL and e.is_opener]
 
     def streams(self) -> list[TappedStream]:
-        """Pair the ends: the n-th that A opened to B is the n-th that B served for A."""
-        sides: dict[bool, defaultdict[tuple[str, PeerId, PeerId], list[bytes]]]
+        """Pair the ends: the n-th of a number that A opened to B is the n-th that B served."""
+        sides: dict[bool, defaultdict[tuple[str, PeerId, PeerId, int], list[bytes]]]
         sides = {True: defaultdict(list), False: defaultdict(list)}
         for end in self.ends:
             peers = (end.local, end.remote) if end.is_opener else (end.remote, end.local)
-            sides[end.is_opener][end.protocol, *peers].append(b"".join(end.writes))
+            key = (end.protocol, *peers, end.number)
+            sides[end.is_opener][key].append(b"".join(end.writes))
         assert sides[True].keys() == sides[False].keys()
         return [
             TappedStream(
@@ -131,16 +155,23 @@ class Wiretap:
                 from_opener=from_opener,
                 from_acceptor=from_acceptor,
             )
-            for (protocol, opener, acceptor), opened in sides[True].items()
+            for (protocol, opener, acceptor, number), opened in sides[True].items()
             for from_opener, from_acceptor in zip(
-                opened, sides[False][protocol, opener, acceptor], strict=True
+                opened, sides[False][protocol, opener, acceptor, number], strict=True
             )
         ]
 
     def _add(self, stream: Stream, local: PeerId, protocol: str, *, is_opener: bool) -> None:
         if protocol not in (LINK_PROTOCOL, LANE_PROTOCOL):
             return
-        end = StreamEnd(local=local, remote=stream.peer_id, protocol=protocol, is_opener=is_opener)
+        assert isinstance(stream._bytes, MuxedStream)
+        end = StreamEnd(
+            local=local,
+            remote=stream.peer_id,
+            protocol=protocol,
+            is_opener=is_opener,
+            number=stream._bytes.state.stream_id,
+        )
         self._end_of[stream] = end
         self.ends.append(end)
 
