@@ -22,6 +22,7 @@ from pals.backend.limiter import BackendLimiter
 from pals.backend.metrics import BackendMetrics
 from pals.backend.service import BackendService, SignedRequest
 from pals.errors import BodyTooLarge, InvalidRequest, StorageFailed, UnknownSwarm
+from pals.swarm.freshness import HEADER as FRESHNESS_HEADER
 from pals.swarm.messages import (
     BackendMessage,
     EntriesMessage,
@@ -35,7 +36,6 @@ from pals.swarm.requests import HEADER as AUTHORIZATION_HEADER
 from pals.types import SwarmId
 
 MAX_MESSAGE_BYTES = 16 << 10
-FRESHNESS_HEADER = "pals-freshness"
 
 ApiRequest = Request[None, None, State]
 
