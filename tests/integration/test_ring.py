@@ -11,6 +11,7 @@ from pals.driver.sessions import open_sessions
 from pals.errors import ContextTooLong, NoChain, PeerUnreachable, ShardBusy
 from pals.models.snapshot import Snapshot
 from pals.net.removal import remove_peer
+from pals.types import PeerId
 from tests.integration.net.harness import until
 from tests.integration.swarm import (
     LIMITS,
