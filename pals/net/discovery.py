@@ -32,7 +32,6 @@ SYNC_INTERVAL_S = 10.0
 PROBE_S = 1.5
 PROBES_AT_ONCE = 32
 PING = "/ipfs/ping/1.0.0"
-PING_BYTES = 32
 NEWS_PER_S = 2.0
 """Of one member; a shard announces once a minute and when something changes."""
 NEWS_BURST = 32.0
@@ -228,17 +227,17 @@ class Discovery:
                 await self._gossip.publish(_NOTICE + encode_notice(notice))
 
     async def _answers(self, announcement: Announcement) -> bool:
-        """Return whether a member answers a ping, over a new connection if need be."""
+        """Return whether a member agrees to a stream, over a new connection if need be.
+
+        It takes a round trip. The ping itself may be refused, to whoever has two at once.
+        """
         peer = announcement.peer
         async with self._probes:
             with trio.move_on_after(PROBE_S):
                 try:
                     if peer not in self._host.connected_peers():
                         await self._host.connect(peer, announcement.addresses, deadline_s=PROBE_S)
-                    stream = await self._host.open_stream(peer, PING)
-                    await stream.write(bytes(PING_BYTES))
-                    await stream.read_exactly(PING_BYTES)
-                    await stream.close()
+                    await (await self._host.open_stream(peer, PING)).reset()
                 except PalsError:
                     return False
                 return True
