@@ -45,6 +45,7 @@ from pals.swarm.allowlist import AllowList, AllowState
 from pals.swarm.hints import AddressHint, open_usable_hints
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.swarm.invite import Invite, backend_url_problem
+from pals.swarm.kdf import VERSION, extract
 from pals.swarm.keys import secret_commitment
 from pals.swarm.records import (
     Appoint,
@@ -377,8 +378,16 @@ def _entry(
         backend_url=backend_url,
         epoch=epoch,
         swarm_secret=secret.to_text(),
-        peer_credential=digest(receipt).hex(),
+        peer_credential=_credential(receipt),
     )
+
+
+def _credential(receipt: bytes) -> str:
+    """Return what a profile keeps of its redemption.
+
+    It is not the hash of the entry, which the next entry holds and every poll may name.
+    """
+    return extract(VERSION + b"credential", receipt).hex()
 
 
 def _not_after(expires_hours: float | None, now: float) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 import pytest
 import trio
+from litestar.types import ASGIApp, Receive, Scope, Send
 
 from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
@@ -304,6 +307,52 @@ async def test_invite_is_found_by_the_start_of_its_id(operator: Profile, url: st
     with pytest.raises(UnknownInvite) as caught:
         find_invite([line, twin], key[:4])
     assert "write more" in caught.value.hint
+
+
+class Recorder:
+    """An application that notes all that it is asked, and passes it on."""
+
+    def __init__(self) -> None:
+        self.heard = bytearray()
+
+    def wrap(self, app: ASGIApp) -> ASGIApp:
+        async def recording(scope: Scope, receive: Receive, send: Send) -> None:
+            async def listen() -> Any:
+                message = await receive()
+                self.heard.extend(cast("bytes", message.get("body", b"")))
+                return message
+
+            self.heard.extend(
+                repr((scope["path"], scope["query_string"], scope["headers"])).encode()
+            )
+            await app(scope, listen, send)
+
+        return recording
+
+
+async def test_the_receipt_of_joining_is_in_no_request(
+    operator: Profile, database_url: str, tmp_path: Path
+) -> None:
+    service, recorder = BackendService(database_url), Recorder()
+    with running_backend(service, wrap=recorder.wrap) as url:
+        await found(operator, url)
+        first = await joined(operator, tmp_path / "first")
+        second = await joined(operator, tmp_path / "second")
+        client, swarm_id = MembershipClient(url), swarm_of(operator)
+        fetched = await client.fetch_records(swarm_id)
+        await client.fetch_records(swarm_id, etag=fetched.etag)  # names the newest entry
+        receipts = [p.load_swarm().peer_credential for p in (operator, first, second)]
+        for profile in (operator, first, second):
+            await look_up(profile)
+        await remove_peer(operator, peer_of(second), now=NOW)
+        await leave_swarm(first, first.load_swarm())
+    service.close()
+
+    assert fetched.etag.strip('"').encode() in recorder.heard
+    for receipt in receipts:
+        raw = bytes.fromhex(receipt)
+        for form in (receipt.encode(), raw, b64encode(raw), urlsafe_b64encode(raw)):
+            assert form.rstrip(b"=") not in recorder.heard
 
 
 # --- kick and rotate -----------------------------------------------------------------

@@ -80,6 +80,7 @@ class Capture:
     driver: PeerId
     shards: tuple[PeerId, ...]
     answers: tuple[list[int], ...]
+    receipts: tuple[str, ...]
     tap: Wiretap
     links: list[Link]
     frames: list[OpenFrame]
@@ -176,6 +177,9 @@ def build_capture(
         driver=options.identity.peer_id,
         shards=tuple(shard.node.peer_id for shard in shards),
         answers=tuple(answers),
+        receipts=tuple(
+            profile.load_swarm().peer_credential for profile in (swarm.operator, *swarm.peers)
+        ),
         tap=tap,
         links=links,
         frames=[f for f in opened if f is not None and f.header.kind != KIND_KEY],
@@ -355,6 +359,15 @@ def test_no_plaintext_is_in_the_recorded_bytes(capture: Capture) -> None:
         # Pairs, since any four bytes may occur in a header or by chance in a ciphertext.
         assert not [p for p in pairwise(ids) if int32_bytes(p) in capture.recorded]
     assert all(int32_bytes(prompt) in plain for prompt in PROMPTS)
+
+
+def test_the_receipts_of_joining_are_in_no_frame_and_in_no_byte(capture: Capture) -> None:
+    said = b"".join(frame.body for frame in (*capture.frames, *capture.key_frames))
+    assert len(set(capture.receipts)) == len(capture.receipts) > 1
+    for receipt in capture.receipts:
+        for form in (receipt.encode(), bytes.fromhex(receipt)):
+            assert form not in said
+            assert form not in capture.recorded
 
 
 def windows(parts: Sequence[bytes]) -> set[bytes]:
