@@ -46,7 +46,7 @@ def node_options(profile: Profile, *, port: int, announced_port: int) -> NodeOpt
     """Return the options of a member that listens on one port and is dialled at another."""
     entry = profile.load_swarm()
     announced = Multiaddr(f"/ip4/127.0.0.1/tcp/{announced_port}")
-    _libp2p._expand_wildcards = lambda _: [announced]
+    _libp2p.expand_wildcards = lambda _: [announced]
     return NodeOptions(
         profile=profile,
         entry=entry,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,23 +77,39 @@ def backend(
     if backup is not None or move_to is not None:
         _copy(url, backup, move_to, as_json=json)
         return
+    proxies = frozenset(_address(proxy) for proxy in trusted_proxy)
+    folder = (file.parent if url.startswith("sqlite") else profile).absolute()
+    doorway = Doorway(folder=folder, port=p2p_port, announced=announce)
+    with (
+        _listening(preset, host, port) as listener,
+        _opened(url, (key_file or folder / KEY_NAME).absolute(), log_format) as service,
+    ):
+        _serve(service, listener, public_name, proxies, doorway, as_json=json)
+
+
+@contextmanager
+def _listening(preset: str | None, host: str | None, port: int | None) -> Generator[Listener]:
+    """Listen where the command line says, else where the preset does."""
     # The HTTP stack takes half a second to import, which no other command should pay.
     from pals.api.server import listen_anywhere
-    from pals.backend.key_file import load_or_create_key
-    from pals.backend.service import BackendService
 
     settings = config.load_settings(preset).backend
-    proxies = frozenset(_address(proxy) for proxy in trusted_proxy)
     listener = listen_anywhere(
         settings.host if host is None else host, settings.port if port is None else port
     )
-    folder = file.parent if url.startswith("sqlite") else profile
     with listener.socket:
-        signer = load_or_create_key((key_file or folder / KEY_NAME).absolute())
-        configure_logs(log_format)
-        with closing(BackendService(url, signer=signer)) as service:
-            doorway = Doorway(folder=folder.absolute(), port=p2p_port, announced=announce)
-            _serve(service, listener, public_name, proxies, doorway, as_json=json)
+        yield listener
+
+
+@contextmanager
+def _opened(url: str, key_file: Path, log_format: LogFormat) -> Generator[BackendService]:
+    from pals.backend.key_file import load_or_create_key
+    from pals.backend.service import BackendService
+
+    signer = load_or_create_key(key_file)
+    configure_logs(log_format)
+    with closing(BackendService(url, signer=signer)) as service:
+        yield service
 
 
 def _serve(

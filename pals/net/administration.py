@@ -86,9 +86,17 @@ class Administrator:
             RosterRefused: The backend says that it took the record and does not list it.
         """
         data = encode(sign_by(record, self.signer))
-        await self.client.append(self.swarm_id, data, signer=self.signer)
-        await self._check_listed(data)
+        await self.append_signed(data)
         return data
+
+    async def append_signed(self, record: bytes) -> None:
+        """Have the backend take a record that is signed already.
+
+        Raises:
+            RosterRefused: The backend says that it took the record and does not list it.
+        """
+        await self.client.append(self.swarm_id, record, signer=self.signer)
+        await self._check_listed(record)
 
     async def _check_listed(self, record: bytes) -> None:
         """Believe the list alone: who enters an epoch that nobody hears of is there alone."""

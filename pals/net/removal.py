@@ -196,7 +196,7 @@ async def _append_kept(administrator: Administrator) -> frozenset[PeerId]:
     for data in waiting:
         peer = _denied(administrator.roster, data)
         if peer is not None:
-            await administrator.client.append(swarm_id, data, signer=administrator.signer)
+            await administrator.append_signed(data)
             removed.add(peer)
     kept.keep_removals(profile, swarm_id, ())
     return frozenset(removed)
