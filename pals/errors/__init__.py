@@ -56,6 +56,8 @@ from pals.errors.models import (
     UnsupportedModel,
 )
 from pals.errors.peers import (
+    AdmissionTimeout,
+    DeadlineExceeded,
     FrameKeyExhausted,
     InternalStepError,
     InvalidActivation,
@@ -65,10 +67,13 @@ from pals.errors.peers import (
     NoChain,
     NoPath,
     OtherEpoch,
+    PagesExhausted,
+    PeerSessionsFull,
     PeerUnreachable,
     QueueFull,
     RelayRefused,
     SessionRefused,
+    SessionTooLong,
     ShardBusy,
     ShardDraining,
     ShardFull,
@@ -109,6 +114,7 @@ from pals.errors.users import (
 )
 
 __all__ = [
+    "AdmissionTimeout",
     "AlreadyMember",
     "AmbiguousPeer",
     "AmbiguousSwarm",
@@ -120,6 +126,7 @@ __all__ = [
     "ChildFailed",
     "ContextTooLong",
     "CorruptModel",
+    "DeadlineExceeded",
     "DiskTooSmall",
     "DownloadStalled",
     "FrameKeyExhausted",
@@ -161,8 +168,10 @@ __all__ = [
     "OperatorLeaves",
     "OriginRefused",
     "OtherEpoch",
+    "PagesExhausted",
     "PalsError",
     "PeerError",
+    "PeerSessionsFull",
     "PeerUnreachable",
     "PortInUse",
     "ProfileExposed",
@@ -177,6 +186,7 @@ __all__ = [
     "RosterUnavailable",
     "SecretOnCommandLine",
     "SessionRefused",
+    "SessionTooLong",
     "ShardBusy",
     "ShardDraining",
     "ShardFull",

@@ -177,6 +177,49 @@ class QueueFull(CapacityError):
     hint_template = "try again in a moment"
 
 
+class PagesExhausted(CapacityError):
+    """The KV cache of a shard has fewer free pages than are needed at once."""
+
+    code = "PALS-KV-FULL"
+    message = "{pages} pages of the KV cache are needed, {available} are free"
+    hint_template = "try again in a moment"
+
+
+class SessionTooLong(CapacityError):
+    """A session that a shard could not hold even if it were alone."""
+
+    code = "PALS-KV-TOO-LONG"
+    message = "{tokens} tokens, the shard holds {limit} in all"
+    hint_template = "ask for fewer tokens, or give the shard more memory with `--kv-memory`"
+    retryable = False
+
+
+class AdmissionTimeout(CapacityError):
+    """A session that found no room on a shard for as long as it may wait."""
+
+    code = "PALS-ADMISSION-TIMEOUT"
+    message = "no room for {tokens} tokens came free within {waited_s:g} s"
+    hint_template = "try again in a moment, or start another shard"
+
+
+class PeerSessionsFull(CapacityError):
+    """A peer that has as many sessions on a shard as one peer may."""
+
+    code = "PALS-PEER-SESSIONS"
+    message = "one peer may have {limit} sessions on a shard"
+    hint_template = "send fewer requests at one time"
+
+
+class DeadlineExceeded(PeerError):
+    """A session that was not done by the time that its driver had set."""
+
+    code = "PALS-DEADLINE"
+    message = "the session's deadline passed after {tokens} tokens"
+    hint_template = "allow more time, or ask for fewer tokens"
+    http_status = 504
+    retryable = False
+
+
 class InternalStepError(PalsError):
     """A step of a shard failed for a reason that is Pals's own fault."""
 

@@ -1,0 +1,235 @@
+"""Which steps are compiled, and which of them runs a batch.
+
+A step has rows of one token, or of a few tokens to verify, and at most one chunk of a
+prompt. Each is padded to the next size that there is a program for. Everything that the
+limits allow fits some program, at least row by row, so that nothing is compiled later.
+
+Pure: no clock, no jax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from pals.errors import InvalidConfig
+
+MAX_PROGRAMS = 32
+
+SMALLEST_ROWS = 2
+"""On CPU a matrix product of one row is padded to two anyway; elsewhere it costs nothing."""
+
+CHEAP_ROWS = 8
+"""Up to as many rows a step takes as long as with two: it reads the same weights."""
+
+SHORT_CONTEXT_TOKENS = 256
+SMALLEST_CHUNK = 16
+
+_RATIOS = ((2, 8), (4, 8), (4, 16), (8, 64), (64, 4096))
+"""Most between neighbouring sizes of rows and of pages: the first pair that gives few enough
+programs is taken. Rows are padded to at most twice as many where that is affordable."""
+
+_CHUNK_RATIO = 8
+_MIXED_RATIO = 32
+"""Smallest chunk alone, and beside decode rows, as parts of the largest. A small chunk alone
+costs a reading of all weights; beside decode rows it costs arithmetic only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """What the steps of a shard are compiled for.
+
+    Attributes:
+        max_rows: Rows of one step, beside a chunk.
+        max_context_tokens: Tokens that one session may reach.
+        max_chunk_tokens: Tokens of a prompt that one step computes; a power of two.
+        verify_tokens: Tokens of a row that verifies a draft; 1 where nothing is drafted.
+        page_tokens: Tokens of a page.
+        max_attended_tokens: Rows times the context that they are padded to, for which
+            attention makes room; None where it walks the pages of each row instead.
+    """
+
+    max_rows: int = 64
+    max_context_tokens: int = 131072
+    max_chunk_tokens: int = 512
+    verify_tokens: int = 8
+    page_tokens: int = 32
+    max_attended_tokens: int | None = 131072
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of the longest session."""
+        return self.pages_of(self.max_context_tokens)
+
+    def pages_of(self, tokens: int) -> int:
+        """Return how many pages hold ``tokens``."""
+        return -(-tokens // self.page_tokens)
+
+
+def check_batch_limits(limits: BatchLimits) -> None:
+    """Raise unless steps can be compiled for ``limits``.
+
+    Raises:
+        InvalidConfig: They cannot.
+    """
+    chunk = limits.max_chunk_tokens
+    checks = (
+        ("max_rows", limits.max_rows, 1 <= limits.max_rows <= 256, "1 to 256"),
+        ("max_context_tokens", limits.max_context_tokens,
+         1 <= limits.max_context_tokens <= 1 << 20, f"1 to {1 << 20}"),
+        ("max_chunk_tokens", chunk,
+         SMALLEST_CHUNK <= chunk <= 512 and chunk & (chunk - 1) == 0,
+         f"a power of two from {SMALLEST_CHUNK} to 512"),
+        ("verify_tokens", limits.verify_tokens, 1 <= limits.verify_tokens <= 32, "1 to 32"),
+        ("page_tokens", limits.page_tokens, limits.page_tokens in (16, 32, 64), "16, 32 or 64"),
+        ("max_attended_tokens", limits.max_attended_tokens,
+         limits.max_attended_tokens is None or limits.max_attended_tokens >= 1, "1 or more"),
+    )  # fmt: skip
+    for name, value, holds, choices in checks:
+        if not holds:
+            problem, advice = f"{name} is {value}", f"choose {choices}"
+            raise InvalidConfig(source="shard", problem=problem, advice=advice)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Program:
+    """The padded sizes of one compiled step.
+
+    Attributes:
+        rows: Of short rows; 0 where the step has a chunk alone.
+        row_tokens: Tokens of each short row.
+        chunk_tokens: Of the chunk; 0 where the step has none.
+        pages: Width of the page tables, which attention may read.
+    """
+
+    rows: int
+    row_tokens: int
+    chunk_tokens: int
+    pages: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of a step, padding included."""
+        return self.rows * self.row_tokens + self.chunk_tokens
+
+    @property
+    def kind(self) -> Literal["decode", "verify", "chunk", "mixed"]:
+        if self.chunk_tokens:
+            return "mixed" if self.rows else "chunk"
+        return "verify" if self.row_tokens > 1 else "decode"
+
+    def __str__(self) -> str:
+        short = f"{self.rows}x{self.row_tokens}" if self.rows else ""
+        chunk = f"c{self.chunk_tokens}" if self.chunk_tokens else ""
+        return f"{self.kind}_{short}{chunk}_p{self.pages}"
+
+
+def plan_programs(limits: BatchLimits) -> tuple[Program, ...]:
+    """Return the programs of a shard, at most `MAX_PROGRAMS`.
+
+    Raises:
+        InvalidConfig: The limits are no limits of a shard.
+    """
+    check_batch_limits(limits)
+    for ratios in _RATIOS:
+        programs = tuple(sorted(set(_programs(limits, *ratios))))
+        if len(programs) <= MAX_PROGRAMS:
+            return programs
+    raise AssertionError(f"{limits} need more programs than there may be")
+
+
+def _programs(limits: BatchLimits, row_ratio: int, page_ratio: int) -> Iterator[Program]:
+    rows = _row_sizes(limits.max_rows, row_ratio)
+    pages = _page_sizes(limits, page_ratio)
+    largest = limits.max_chunk_tokens
+    alone = max(SMALLEST_CHUNK, largest // _CHUNK_RATIO)
+    beside = max(SMALLEST_CHUNK, largest // _MIXED_RATIO)
+    # What is rarer or costs more anyway has no programs for the shortest contexts.
+    wide = pages[1:] or pages
+    middle = min(CHEAP_ROWS, rows[-1])
+    yield from _fitting(limits, rows, 1, (0,), pages)
+    if limits.verify_tokens > 1:
+        yield from _fitting(limits, {rows[0], middle}, limits.verify_tokens, (0,), wide)
+    yield from _fitting(limits, (0,), 1, {alone, largest}, wide)
+    yield from _fitting(limits, {middle, rows[-1]}, 1, {beside, alone}, wide[:2], spare=0)
+
+
+def _row_sizes(most: int, ratio: int) -> list[int]:
+    """Return 2, 8 and multiples of it, up to what holds ``most``."""
+    if most <= CHEAP_ROWS:
+        return sorted({SMALLEST_ROWS, max(SMALLEST_ROWS, most)})
+    return [SMALLEST_ROWS, *_sizes(CHEAP_ROWS, most, ratio)]
+
+
+def _page_sizes(limits: BatchLimits, ratio: int) -> list[int]:
+    """Return the widths of page tables: only the widest where its padding costs nothing."""
+    if limits.max_attended_tokens is None:
+        return [limits.max_pages]
+    return _sizes(limits.pages_of(SHORT_CONTEXT_TOKENS), limits.max_pages, ratio)
+
+
+def _sizes(least: int, most: int, ratio: int) -> list[int]:
+    """Return sizes from ``least`` to ``most``, each at most about ``ratio`` times the last."""
+    if most <= least:
+        return [most]
+    steps = math.ceil(math.log(most / least, ratio) - 1e-9)
+    sizes = {math.ceil(least * (most / least) ** (step / steps) - 1e-9) for step in range(steps)}
+    return sorted({*sizes, most})
+
+
+def _fitting(
+    limits: BatchLimits,
+    rows: Iterable[int],
+    row_tokens: int,
+    chunks: Iterable[int],
+    pages: Iterable[int],
+    *,
+    spare: int = SMALLEST_ROWS,
+) -> Iterator[Program]:
+    """Yield the programs of these sizes for which attention has room.
+
+    Programs of up to ``spare`` rows are there in any case: a session of any length can run.
+    """
+    for program in (Program(r, row_tokens, c, p) for r in rows for c in chunks for p in pages):
+        attended = program.rows * program.pages * limits.page_tokens
+        most = limits.max_attended_tokens
+        if most is None or program.rows <= spare or attended <= most:
+            yield program
+
+
+class Buckets:
+    """The programs of one shard, and the smallest of them for each batch.
+
+    Attributes:
+        limits: What they are compiled for.
+        programs: All of them.
+        chunk_sizes: Of chunks, alone or beside rows, smallest first.
+    """
+
+    def __init__(self, limits: BatchLimits) -> None:
+        """Plan the programs.
+
+        Raises:
+            InvalidConfig: The limits are no limits of a shard.
+        """
+        self.limits = limits
+        self.programs = plan_programs(limits)
+        self.chunk_sizes = sorted({p.chunk_tokens for p in self.programs if p.chunk_tokens})
+        self._choose = lru_cache(maxsize=4096)(self._search)
+
+    def choose(self, rows: int, row_tokens: int, chunk_tokens: int, pages: int) -> Program | None:
+        """Return the program that pads a batch least; None when none holds it."""
+        return self._choose(rows, row_tokens, chunk_tokens, pages)
+
+    def _search(self, rows: int, row_tokens: int, chunk: int, pages: int) -> Program | None:
+        holding = (
+            p
+            for p in self.programs
+            if p.rows >= rows and p.row_tokens >= row_tokens and p.pages >= pages
+            and p.chunk_tokens >= chunk
+            and bool(p.rows) == bool(rows) and bool(p.chunk_tokens) == bool(chunk)
+        )  # fmt: skip
+        return min(holding, key=lambda p: (p.tokens, p.rows * p.pages, p), default=None)

@@ -1,0 +1,121 @@
+"""Whose turn it is: an order between peers, and between the sessions of each.
+
+Start-time fair queueing (Goyal, Vin, Cheng 1996, https://doi.org/10.1145/248156.248171) on
+two levels. Each peer and each session has a clock that runs by what it is given; whoever is
+furthest behind comes first. Who was away begins where the others are, and saves up nothing;
+so whoever waits is passed only until the clocks of the others have reached its own.
+
+Pure: no clock of the world, only these.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from pals.types import PeerId
+
+Member = TypeVar("Member", bound=Hashable)
+
+
+@dataclass(slots=True)
+class _Clocks(Generic[Member]):
+    """The clocks of one level.
+
+    Attributes:
+        waiting: Of those that stand in line.
+        rested: Of those that do not, where they are ahead of the rest.
+        floor: Where newcomers begin: no clock in line is behind it.
+    """
+
+    waiting: dict[Member, float] = field(default_factory=dict[Member, float])
+    rested: dict[Member, float] = field(default_factory=dict[Member, float])
+    floor: float = 0.0
+
+    def begin(self, member: Member) -> None:
+        if member not in self.waiting:
+            self.waiting[member] = max(self.rested.pop(member, self.floor), self.floor)
+
+    def rest(self, member: Member) -> None:
+        clock = self.waiting.pop(member, self.floor)
+        if clock > self.floor:
+            self.rested[member] = clock
+
+    def forget(self, member: Member) -> None:
+        self.waiting.pop(member, None)
+        self.rested.pop(member, None)
+
+    def raise_floor(self) -> None:
+        self.floor = max(self.floor, min(self.waiting.values(), default=self.floor))
+
+
+class FairOrder(Generic[Member]):
+    """The clocks of all peers, and of the sessions of each.
+
+    Members are sessions, or whatever else stands in line for a peer. Call `begin` when one
+    has something to wait for, `charge` for what it was given, `rest` when it waits for
+    nothing more, and `forget` when it is over.
+    """
+
+    def __init__(self) -> None:
+        self._peers: _Clocks[PeerId] = _Clocks()
+        self._members: dict[PeerId, _Clocks[Member]] = {}
+
+    def begin(self, peer: PeerId, member: Member) -> None:
+        """Let a member stand in line, if it does not yet."""
+        self._peers.begin(peer)
+        self._members.setdefault(peer, _Clocks()).begin(member)
+
+    def charge(self, peer: PeerId, member: Member, cost: float) -> None:
+        """Take what a member that stands in line was given, such as tokens."""
+        self._peers.waiting[peer] += cost
+        self._members[peer].waiting[member] += cost
+
+    def rest(self, peer: PeerId, member: Member) -> None:
+        """Let a member leave the line, and its peer with the last."""
+        if (clocks := self._members.get(peer)) is not None:
+            clocks.rest(member)
+            if not clocks.waiting:
+                self._peers.rest(peer)
+
+    def forget(self, peer: PeerId, member: Member) -> None:
+        """Drop a member that is over, if it ever stood in line, and its peer with the last."""
+        self.rest(peer, member)
+        if (clocks := self._members.get(peer)) is None:
+            return
+        clocks.forget(member)
+        if not clocks.waiting and not clocks.rested:
+            del self._members[peer]
+            self._peers.forget(peer)
+
+    def order(self, waiting: Iterable[tuple[PeerId, Member]]) -> Iterator[Member]:
+        """Yield some that stand in line, as if each cost 1: furthest behind first.
+
+        Args:
+            waiting: Peers and their members. Among equals the order stays.
+        """
+        self._peers.raise_floor()
+        lines = self._lines(waiting)
+        heap = [(self._peers.waiting[peer], n, peer) for n, peer in enumerate(lines)]
+        heapq.heapify(heap)
+        while heap:
+            clock, n, peer = heapq.heappop(heap)
+            line = lines[peer]
+            yield line.pop()
+            if line:
+                heapq.heappush(heap, (clock + 1, n, peer))
+
+    def _lines(self, waiting: Iterable[tuple[PeerId, Member]]) -> dict[PeerId, list[Member]]:
+        """Return the line of each peer, its first member last."""
+        lines: defaultdict[PeerId, list[Member]] = defaultdict(list)
+        for peer, member in waiting:
+            lines[peer].append(member)
+        for peer, line in lines.items():
+            clocks = self._members[peer]
+            clocks.raise_floor()
+            line.sort(key=clocks.waiting.__getitem__)
+            line.reverse()
+        return lines
