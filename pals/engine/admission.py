@@ -75,19 +75,20 @@ class AdmissionLine:
         self._order.charge(request.peer, request.session, pages)
         self.remove(request.session)
 
-    def remove(self, session: SessionId) -> None:
-        """Let a session out of the line."""
+    def remove(self, session: SessionId) -> Candidate:
+        """Let a session out of the line, and return what it was."""
         candidate = self._waiting.pop(session)
         self._order.forget(candidate.request.peer, session)
         if self._first == session:
             self._first = None
+        return candidate
 
-    def expire(self, now: float) -> list[Refused]:
+    def expire(self, now: float) -> list[tuple[Candidate, Refused]]:
         """Let out those that have waited too long, and return their refusals."""
         over = [c for c in self._waiting.values() if now >= self._until(c)]
         for candidate in over:
             self.remove(candidate.request.session)
-        return [self._refuse(candidate, now) for candidate in over]
+        return [(candidate, self._refuse(candidate, now)) for candidate in over]
 
     def next_expiry(self) -> float:
         """Return when the next one has waited too long."""

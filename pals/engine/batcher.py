@@ -81,6 +81,11 @@ class Batcher:
         return self._sessions.free_tokens
 
     @property
+    def programs(self) -> tuple[Program, ...]:
+        """All that steps may be."""
+        return self._buckets.programs
+
+    @property
     def num_running(self) -> int:
         """Sessions that hold pages, or are about to by a fork."""
         return len(self._sessions.running)
@@ -290,7 +295,10 @@ class Batcher:
     def _somebody_decodes(self, now: float) -> bool:
         """Return whether rows of decoding sessions may come at any moment."""
         since = now - self._rules.decoding_s
-        return any(r.decodes and r.last_row > since for r in self._sessions.running.values())
+        return any(
+            r.decodes and r.origin is None and r.last_row > since
+            for r in self._sessions.running.values()
+        )
 
     def _chunk_options(
         self, draft: _Draft, running: Running, row: WaitingRow

@@ -114,14 +114,10 @@ class Archive:
     def __init__(self) -> None:
         self._former: OrderedDict[tuple[PeerId, SessionId], Former] = OrderedDict()
 
-    def keep(self, running: Running, *, yielded: bool) -> None:
-        """Remember a session that ends."""
-        request = running.request
-        self._former[running.peer, running.session] = Former(
-            running.seniority,
-            running.has_yielded or yielded,
-            request.prompt_tokens,
-            request.max_tokens,
+    def keep(self, request: SessionRequest, seniority: Seniority, *, has_yielded: bool) -> None:
+        """Remember a session that ends, or that found no room."""
+        self._former[request.peer, request.session] = Former(
+            seniority, has_yielded, request.prompt_tokens, request.max_tokens
         )
         if len(self._former) > MAX_FORMER:
             self._former.popitem(last=False)

@@ -125,7 +125,7 @@ class Sessions:
                 last token that was sampled is in none: nobody has computed with it yet.
         """
         if session in self._waiting:
-            self._waiting.remove(session)
+            self._forget(self._waiting.remove(session))
         elif (running := self.running.get(session)) is not None:
             if names and running.origin is None:
                 self.pool.name(session, self.pool.keys_of(running.peer, names))
@@ -153,7 +153,9 @@ class Sessions:
 
     def tend(self, now: float) -> None:
         """End what is late, and admit what has room."""
-        self._events += self._waiting.expire(now)
+        for candidate, refusal in self._waiting.expire(now):
+            self._forget(candidate)
+            self._events.append(refusal)
         for running in [r for r in self.running.values() if now >= r.request.deadline]:
             self._remove(running, yielded=False)
             late = DeadlineExceeded(tokens=running.end)
@@ -285,9 +287,16 @@ class Sessions:
                 self.stand_in_line(running)
                 self._events.append(Admitted(running.session, position))
 
+    def _forget(self, candidate: Candidate) -> None:
+        """Remember a session that found no room, so that it keeps its place when it asks again."""
+        self._archive.keep(
+            candidate.request, candidate.seniority, has_yielded=candidate.has_yielded
+        )
+
     def _remove(self, running: Running, *, yielded: bool) -> None:
         del self.running[running.session]
-        self._archive.keep(running, yielded=yielded)
+        has_yielded = running.has_yielded or yielded
+        self._archive.keep(running.request, running.seniority, has_yielded=has_yielded)
         self.waiting_tokens -= sum(row.tokens for row in running.rows)
         if running.origin is None:
             self.pool.close(running.session)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ UNWRITTEN = -1
 
 def next_token(history: Iterable[int], seed: int = 0) -> int:
     """Return the token that a deterministic model makes of all tokens before it."""
-    return zlib.crc32(repr((list(history), seed)).encode()) % 997
+    return zlib.crc32(array("i", [*history, seed])) % 997
 
 
 @dataclass
@@ -44,12 +45,11 @@ class PageMemory:
             self.pages[page][offset % self.page_tokens] = token
 
     def read(self, table: Sequence[int], length: int) -> list[int]:
-        return [
-            self.pages[table[i // self.page_tokens]][i % self.page_tokens] for i in range(length)
-        ]
+        pages = table[: -(-length // self.page_tokens)]
+        return [token for page in pages for token in self.pages[page]][:length]
 
     def run(self, step: Step, inputs: dict[bytes, list[int]]) -> dict[bytes, list[list[int]]]:
-        """Run a step; return what each row's tokens see, one history for each of them.
+        """Run a step; return what tokens see, one history for each: of a chunk the last alone.
 
         Args:
             step: As planned.
