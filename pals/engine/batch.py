@@ -30,7 +30,8 @@ class BatchRules:
         prefill_share: Of the time, for prompts while other sessions decode.
         kv_share: Of the pages, what a peer keeps when others want more.
         admission_wait_s: How long a session waits for room before it is refused.
-        decoding_s: So long after its last row a session counts as one that decodes.
+        decoding_s: So long after its last row a session counts as one that goes on; then it
+            pauses, and nobody waits for it.
     """
 
     max_sessions: int = 256

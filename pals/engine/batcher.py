@@ -32,6 +32,7 @@ class _Draft:
     """A step that is being put together.
 
     Attributes:
+        now: When.
         rows: Short rows.
         row_tokens: What short rows are padded to.
         chunk: Of a prompt.
@@ -40,6 +41,7 @@ class _Draft:
         members: The sessions in it.
     """
 
+    now: float
     rows: list[StepRow] = field(default_factory=list[StepRow])
     row_tokens: int = 1
     chunk: StepRow | None = None
@@ -174,12 +176,12 @@ class Batcher:
         self._sessions.tend(now)
         self._pace.fill(now)
         self._wake_at = NEVER
-        draft = _Draft()
+        draft = _Draft(now)
         if self._chunk_is_due:  # nothing holds it beside the rows, which wait for one step
-            self._add_chunk(draft, now)
+            self._add_chunk(draft)
         if draft.chunk is None:
             self._add_rows(draft)
-            self._add_chunk(draft, now)
+            self._add_chunk(draft)
         return self._launch(draft)
 
     def finish(self, step: Step, seconds: float) -> None:
@@ -212,9 +214,9 @@ class Batcher:
         if not draft.rows:
             draft.row_tokens = 1
 
-    def _add_chunk(self, draft: _Draft, now: float) -> None:
+    def _add_chunk(self, draft: _Draft) -> None:
         """Take a chunk of the prompt that is furthest behind, if there is time and room."""
-        is_free = not draft.rows and not self._somebody_decodes(now)
+        is_free = not draft.rows and not self._somebody_decodes(draft.now)
         is_first = True
         for running, row in self._in_line(self._sessions.prompt_line, {"prefill"}):
             options = self._chunk_options(draft, running, row)
@@ -255,8 +257,9 @@ class Batcher:
         row = running.next_row
         assert row is not None
         self._sessions.move_to_next_row(running)
-        copies = self._sessions.reserve(running, tokens, draft.members)
-        if copies is None:
+        copies = self._sessions.reserve(running, tokens, draft.members, draft.now)
+        if copies is None:  # until pages come free, or those who could give some pause
+            self._wake_at = min(self._wake_at, draft.now + self._rules.decoding_s)
             return None
         taken = StepRow(
             session=running.session,
@@ -336,7 +339,8 @@ class Batcher:
         sizes = [option for _, option in options]
         chosen = self._pace.choose(sizes, step_s)
         if chosen is None:
-            self._wake_at = self._pace.pays_at(min(option.cost_s for option in sizes))
+            paid_at = self._pace.pays_at(min(option.cost_s for option in sizes))
+            self._wake_at = min(self._wake_at, paid_at)
         return chosen
 
 

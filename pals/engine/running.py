@@ -136,11 +136,13 @@ class Need:
 
     Attributes:
         seniority: Of the session; None for one that is only about to begin.
+        active_since: Sessions without rows since then pause, and hold nobody up.
     """
 
     peer: PeerId
     pages: int
     seniority: Seniority | None
+    active_since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +150,9 @@ class Shares:
     """Who has to give pages back for whom.
 
     Every peer keeps a guaranteed part of the pool while others want more; beyond it the
-    older session stays. Two rules keep everybody going: the oldest session of those that
-    have something to run may take from every younger one, so that it ends; and a session
-    gives way to another peer's guarantee only once, so that it does not begin again and again.
+    older session stays. Two rules keep everybody going: the oldest session of those that do
+    not pause may take from every younger one, so that it ends; and a session gives way to
+    another peer's guarantee only once, so that it does not begin again and again.
     """
 
     pool: PagePool
@@ -175,7 +177,8 @@ class Shares:
         They are of the peers that use most, and of each the youngest first.
         """
         holding = (r for r in running if r.origin is None and self.pool.length(r.session))
-        oldest = min((r.seniority for r in running if r.next_row), default=None)
+        active = (r for r in running if r.next_row or r.last_row > need.active_since)
+        oldest = min((r.seniority for r in active), default=None)
         is_oldest = need.seniority is not None and need.seniority == oldest
         found = [r for r in holding if self._yields(r, need, is_oldest=is_oldest)]
         found.sort(key=lambda r: (self.pool.used_by(r.peer), r.seniority), reverse=True)

@@ -183,7 +183,7 @@ class Sessions:
             running.done = min(running.done, row.position)
 
     def reserve(
-        self, running: Running, tokens: int, spared: Collection[Running]
+        self, running: Running, tokens: int, spared: Collection[Running], now: float
     ) -> tuple[PageCopy, ...] | None:
         """Give a session pages for its next tokens, if need be from others.
 
@@ -191,12 +191,13 @@ class Sessions:
             running: Who needs them.
             tokens: How many it will write.
             spared: Sessions that are in the coming step already.
+            now: The time.
 
         Returns:
             What the step has to copy; None when the session has to wait.
         """
         while (pages := self.pool.pages_needed(running.session, tokens)) > self.pool.available:
-            need = Need(running.peer, pages, running.seniority)
+            need = Need(running.peer, pages, running.seniority, self._active_since(now))
             victims = self._shares.victims(need, self.running.values())
             victim = next((v for v in victims if v not in spared), None)
             if victim is None:
@@ -234,7 +235,8 @@ class Sessions:
         held = self.pool.format.pages_of(match.tokens)
         new_pages = self.pool.format.pages_of(request.prompt_tokens + 1) - held
         needed = max(0, new_pages) + match.idle
-        if not self._find_room(request.peer, needed):
+        need = Need(request.peer, needed, None, self._active_since(now))
+        if not self._find_room(need):
             return False
         self._waiting.take(candidate, needed)
         tokens = self.pool.open(request.session, request.peer, candidate.keys)
@@ -249,15 +251,18 @@ class Sessions:
         self._events.append(Admitted(request.session, tokens))
         return True
 
-    def _find_room(self, peer: PeerId, pages: int) -> bool:
-        """Return whether ``pages`` may be promised to a peer, taking them back if it may."""
+    def _active_since(self, now: float) -> float:
+        return now - self._rules.decoding_s
+
+    def _find_room(self, need: Need) -> bool:
+        """Return whether pages may be promised to a peer, taking them back if it may."""
         # A page for each that runs: else the newcomer would soon be preempted again.
-        wanted = pages + promised_pages(self.pool, self.running.values()) + len(self.running)
+        wanted = need.pages + promised_pages(self.pool, self.running.values()) + len(self.running)
         lacking = wanted - self.pool.available
         if lacking <= 0 or not self.running:
             return True
         chosen: list[Running] = []
-        for victim in self._shares.victims(Need(peer, pages, None), self.running.values()):
+        for victim in self._shares.victims(need, self.running.values()):
             chosen.append(victim)
             lacking -= self.pool.format.pages_of(self.pool.length(victim.session)) + 1
             if lacking <= 0:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pals.engine.batch import Admitted, BatchRules, Ended, Preempted, Refused, SessionRequest, Step
 from pals.engine.batcher import Batcher
 from pals.engine.buckets import BatchLimits
+from pals.engine.prefix import hash_blocks
 from pals.errors import (
     AdmissionTimeout,
     DeadlineExceeded,
@@ -289,6 +290,30 @@ def test_peer_within_its_share_takes_back_what_another_has_beyond_its_own_once()
     assert batcher.take_events() == []
 
 
+def test_peer_within_its_share_keeps_its_pages_from_older_sessions() -> None:
+    batcher, _ = make_batcher(20)
+    open_all(
+        batcher,
+        request("a", longest=320),
+        request("b", BOB, longest=320),
+        request("c", CAROL, longest=320),
+    )
+    fill(batcher, "a", 10)
+    fill(batcher, "b", 224)
+    fill(batcher, "c", 80)
+    batcher.add(name("a"), "decode", 10, 1, 5.0)
+    batcher.add(name("b"), "decode", 224, 1, 5.0)
+
+    assert run(batcher, 5.0) == "decode: a@10+1"
+    assert run(batcher, 5.5) == ""
+    assert batcher.take_events() == []
+    assert batcher.next_at() == 6.5
+
+    # a pauses: nobody waits for it, and b goes on as the oldest.
+    assert run(batcher, 6.5) == "decode: b@224+1"
+    assert batcher.take_events() == [Preempted(name("c"))]
+
+
 def test_replay_of_another_peer_or_of_another_length_keeps_no_place() -> None:
     for changed in ({"peer": BOB}, {"longest": 100}, {"prompt": 9}):
         batcher, _ = make_batcher(8)
@@ -301,6 +326,19 @@ def test_replay_of_another_peer_or_of_another_length_keeps_no_place() -> None:
         fill(batcher, "b", 64)
         batcher.add(name("a2"), "decode", 64, 1, 3.0)
         assert run(batcher, 3.0) == "" or changed == {"peer": BOB}
+
+
+def test_prompt_that_is_taken_back_is_not_held_for_others() -> None:
+    batcher, _ = make_batcher(20)
+    names = hash_blocks(b"s" * 32, [7] * 64)
+    open_all(batcher, request("a", prompt=70, names=names))
+    prefill(batcher, "a", 70)
+    batcher.add(name("a"), "verify", 30, 4, 1.0)
+    assert run(batcher, 1.0) == "verify: a@30+4"
+
+    batcher.open(request("b", prompt=70, names=names), 2.0)
+    batcher.plan(2.0)
+    assert batcher.take_events() == [Admitted(name("b"), 16)]
 
 
 def test_closed_session_frees_its_pages_at_once() -> None:
@@ -510,18 +548,20 @@ def test_decoding_keeps_its_rate_while_a_long_prompt_is_computed() -> None:
 
 
 def test_repeated_prompt_is_computed_but_for_its_last_token() -> None:
-    world = World([40, 60])
+    world = World([60, 80])
     prompt = [3] * 320
     first = world.ask(Answer(peer=ALICE, prompt=prompt, max_new=3))
     world.run()
     second = world.ask(Answer(peer=ALICE, prompt=prompt, max_new=3))
     stranger = world.ask(Answer(peer=BOB, prompt=prompt, max_new=3))
     world.run()
+    third = world.ask(Answer(peer=ALICE, prompt=prompt, max_new=3))
+    world.run()
 
-    check_all(world, [first, second, stranger])
+    check_all(world, [first, second, stranger, third])
     for shard in world.shards:
         prefilled = [s.chunk.tokens for s in shard.steps if s.chunk is not None]
-        assert sum(prefilled) == 2 * len(prompt) + 1
+        assert sum(prefilled) == 2 * len(prompt) + 2
 
 
 def test_limits_of_the_tests_have_every_kind_of_program() -> None:

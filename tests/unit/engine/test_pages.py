@@ -202,6 +202,18 @@ def test_rewind_frees_pages_and_forgets_their_names() -> None:
     assert pool.match(keys).tokens == 16
 
 
+def test_page_whose_tokens_change_is_not_found_any_more() -> None:
+    pool = make_pool()
+    keys = keys_of(pool, [7] * 64)
+    pool.open(A, ALICE, keys)
+    write(pool, A, 64)
+
+    pool.rewind(A, 40)
+    write(pool, A, 24)
+
+    assert pool.match(keys).tokens == 32
+
+
 def test_answer_is_found_once_its_blocks_are_named() -> None:
     pool = make_pool()
     history = [7] * 64
@@ -334,6 +346,15 @@ class PoolAgainstLists(RuleBasedStateMachine):
         self.sessions[child] = Modelled(
             model.driver, model.tokens[:position], model.tokens[:position]
         )
+
+    @rule()
+    def ask_for_every_prompt(self) -> None:
+        for driver in DRIVERS:
+            for prompt in PROMPTS:
+                session = self.new_id()
+                held = self.pool.open(session, driver, keys_of(self.pool, prompt, driver))
+                assert self.memory.read(self.pool.table(session), held) == prompt[:held]
+                self.pool.close(session)
 
     @precondition(lambda self: self.sessions)
     @rule(number=st.integers(0, 9), named=st.booleans())
