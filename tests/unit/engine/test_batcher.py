@@ -328,6 +328,21 @@ def test_replay_of_another_peer_or_of_another_length_keeps_no_place() -> None:
         assert run(batcher, 3.0) == "" or changed == {"peer": BOB}
 
 
+def test_held_prompt_is_held_again_after_its_last_token_was_computed_anew() -> None:
+    batcher, _ = make_batcher(20)
+    names = hash_blocks(b"s" * 32, [7] * 64)
+    open_all(batcher, request("a", prompt=64, names=names))
+    prefill(batcher, "a", 64)
+    batcher.close(name("a"))
+    for text in "bc":
+        batcher.open(request(text, prompt=64, names=names), 1.0)
+        batcher.plan(1.0)
+        assert batcher.take_events() == [Admitted(name(text), 64)]
+        batcher.add(name(text), "prefill", 63, 1, 1.0)
+        assert run(batcher, 1.0) == f"chunk: {text}@63+1"
+        batcher.close(name(text))
+
+
 def test_prompt_that_is_taken_back_is_not_held_for_others() -> None:
     batcher, _ = make_batcher(20)
     names = hash_blocks(b"s" * 32, [7] * 64)
