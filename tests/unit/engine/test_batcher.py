@@ -222,6 +222,17 @@ def test_nobody_passes_the_first_in_line() -> None:
     assert batcher.take_events() == []
 
 
+def test_newcomer_leaves_a_page_to_each_that_runs() -> None:
+    batcher, _ = make_batcher(8)
+    open_all(batcher, request("a", prompt=60, longest=120))
+    batcher.open(request("b", BOB, prompt=60, longest=120), 0.0)
+    batcher.plan(0.0)
+    assert batcher.take_events() == []
+
+    batcher.close(name("b"))
+    open_all(batcher, request("c", BOB, prompt=47, longest=120))
+
+
 def test_deadlines_end_sessions_that_wait_and_that_run() -> None:
     batcher, _ = make_batcher(8)
     open_all(batcher, request("a", prompt=100, longest=120, deadline=3.0))
@@ -455,7 +466,7 @@ def answers(draw: st.DrawFn, most_tokens: int) -> list[Answer]:
     return made
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(st.data(), st.lists(st.integers(14, 60), min_size=1, max_size=3))
 def test_everybody_gets_the_answer_that_they_would_get_alone(
     data: st.DataObject, num_pages: list[int]

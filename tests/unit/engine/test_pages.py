@@ -404,4 +404,4 @@ class PoolAgainstLists(RuleBasedStateMachine):
 
 
 TestPool = PoolAgainstLists.TestCase
-TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
