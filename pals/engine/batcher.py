@@ -189,7 +189,7 @@ class Batcher:
         self._costs.note(step.program, seconds)
         if step.rows and step.chunk is None:
             self._decode_s = seconds
-        for running, row in zip(self._flying.pop(step, []), step.all_rows, strict=True):
+        for running, row in zip(self._flying.pop(step), step.all_rows, strict=True):
             if self._sessions.running.get(row.session) is running:
                 length = self._pool.length(row.session)
                 running.done = max(running.done, min(row.end, length))
@@ -219,6 +219,9 @@ class Batcher:
         is_free = not draft.rows and not self._somebody_decodes(draft.now)
         is_first = True
         for running, row in self._in_line(self._sessions.prompt_line, {"prefill"}):
+            if running in draft.members:  # this row has to see what the step writes
+                is_first = False
+                continue
             options = self._chunk_options(draft, running, row)
             if not options:
                 self._chunk_is_due = self._chunk_is_due or is_first

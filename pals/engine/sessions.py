@@ -20,6 +20,7 @@ from pals.engine.batch import (
 )
 from pals.engine.fairness import FairOrder
 from pals.engine.pages import PageCopy, PagePool
+from pals.engine.prefix import BLOCK_TOKENS
 from pals.engine.running import Archive, Need, Running, Shares, promised_pages
 from pals.errors import (
     DeadlineExceeded,
@@ -218,9 +219,10 @@ class Sessions:
 
     def _build_candidate(self, request: SessionRequest, now: float) -> Candidate:
         former = self._archive.take(request)
+        names = request.names[: request.prompt_tokens // BLOCK_TOKENS]
         return Candidate(
             request=request,
-            keys=self.pool.keys_of(request.peer, request.names),
+            keys=self.pool.keys_of(request.peer, names),
             seniority=former.seniority if former else (now, next(self._numbers)),
             has_yielded=former is not None and former.has_yielded,
             since=now,

@@ -118,6 +118,17 @@ def test_verified_rows_step_back_to_where_the_draft_was_wrong() -> None:
     assert pool.length(name("a")) == 15
 
 
+def test_step_has_one_row_of_a_session() -> None:
+    batcher, _ = make_batcher(40)
+    open_all(batcher, request("a"))
+    prefill(batcher, "a")
+    batcher.add(name("a"), "decode", 10, 1, 0.0)
+    batcher.add(name("a"), "prefill", 11, 5, 0.0)
+
+    assert run(batcher) == "decode: a@10+1"
+    assert run(batcher, 2.0) == "chunk: a@11+5"
+
+
 def test_late_row_is_no_fault() -> None:
     batcher, _ = make_batcher(40)
     assert not batcher.add(name("a"), "decode", 0, 1, 0.0)
@@ -352,6 +363,17 @@ def test_held_prompt_is_held_again_after_its_last_token_was_computed_anew() -> N
         batcher.add(name(text), "prefill", 63, 1, 1.0)
         assert run(batcher, 1.0) == f"chunk: {text}@63+1"
         batcher.close(name(text))
+
+
+def test_no_more_is_held_than_the_prompt_has() -> None:
+    batcher, _ = make_batcher(20)
+    names = hash_blocks(b"s" * 32, [7] * 128)
+    open_all(batcher, request("a", prompt=128, names=names))
+    prefill(batcher, "a", 128)
+    batcher.close(name("a"))
+    batcher.open(request("b", prompt=100, longest=101, names=names), 1.0)
+    batcher.plan(1.0)
+    assert batcher.take_events() == [Admitted(name("b"), 64)]
 
 
 def test_prompt_that_is_taken_back_is_not_held_for_others() -> None:
