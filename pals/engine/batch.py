@@ -92,9 +92,9 @@ class StepRow:
         return self.position + self.tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One call of a compiled program; equal only to itself.
+    """One call of a compiled program.
 
     Attributes:
         program: Its padded sizes.

@@ -70,7 +70,6 @@ class Batcher:
         self._costs = costs
         self._sessions = Sessions(pool, rules)
         self._pace = PrefillPace(rules.prefill_share)
-        self._flying: dict[Step, list[Running]] = {}
         self._chunk_is_due = False
         self._wake_at = NEVER
         self._decode_s = 0.0
@@ -109,7 +108,6 @@ class Batcher:
 
     def fail(self, error: PalsError) -> None:
         """End every session that runs: a step failed, and took the cache along."""
-        self._flying.clear()
         self._sessions.fail(error)
 
     def take_events(self) -> list[Event]:
@@ -189,11 +187,9 @@ class Batcher:
         self._costs.note(step.program, seconds)
         if step.rows and step.chunk is None:
             self._decode_s = seconds
-        for running, row in zip(self._flying.pop(step), step.all_rows, strict=True):
-            if self._sessions.running.get(row.session) is running:
-                length = self._pool.length(row.session)
-                running.done = max(running.done, min(row.end, length))
-                self._pool.publish(row.session, running.done)
+        for row in step.all_rows:
+            if row.session in self._sessions.running:
+                self._pool.publish(row.session, row.end)
 
     def next_at(self) -> float:
         """Return when to call `plan` although nothing was added and no step has ended."""
@@ -287,14 +283,12 @@ class Batcher:
         chunk_tokens = draft.chunk.tokens if draft.chunk is not None else 0
         program = self._buckets.choose(len(draft.rows), draft.row_tokens, chunk_tokens, draft.pages)
         assert program is not None
-        step = Step(
+        return Step(
             program=program,
             rows=tuple(draft.rows),
             chunk=draft.chunk,
             copies=tuple(draft.copies),
         )
-        self._flying[step] = draft.members
-        return step
 
     # --- chunks ----------------------------------------------------------------------
 

@@ -254,8 +254,10 @@ class PagePool:
         self._tables[session].keys = keys
 
     def publish(self, session: SessionId, position: int) -> None:
-        """Let prompts to come find the named pages below ``position``, which are written.
+        """Let prompts to come find the named pages below ``position``.
 
+        They are written, or will be by steps that are planned: whoever finds them is planned
+        later, and steps run in the order of their plans.
         A page that another session of the driver has published is used instead of its twin.
         """
         table = self._tables[session]

@@ -41,7 +41,6 @@ class Running:
         seniority: Its place in line; a session that is replayed keeps it.
         has_yielded: It was preempted before, and gives way to no peer's share again.
         end: Where its next row stands unless it steps back.
-        done: Tokens before this position are written.
         last_row: When its last row came.
         decodes: Its prompt is over.
         is_started: Its first row, which may begin below what was held, has come to a step.
@@ -52,7 +51,6 @@ class Running:
     seniority: Seniority
     has_yielded: bool
     end: int
-    done: int
     last_row: float
     rows: deque[WaitingRow] = field(default_factory=deque[WaitingRow])
     decodes: bool = False

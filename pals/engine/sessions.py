@@ -112,7 +112,6 @@ class Sessions:
             seniority=(now, next(self._numbers)),
             has_yielded=False,
             end=position,
-            done=0,
             last_row=now,
             origin=(parent, position),
         )
@@ -130,7 +129,7 @@ class Sessions:
         elif (running := self.running.get(session)) is not None:
             if names and running.origin is None:
                 self.pool.name(session, self.pool.keys_of(running.peer, names))
-                self.pool.publish(session, running.done)
+                self.pool.publish(session, self.pool.length(session))
             self._remove(running, yielded=False)
 
     def fail(self, error: PalsError) -> None:
@@ -181,7 +180,6 @@ class Sessions:
         if row.position < self.pool.length(running.session):
             move = self.pool.rewind if running.is_started else self.pool.start
             move(running.session, row.position)
-            running.done = min(running.done, row.position)
 
     def reserve(
         self, running: Running, tokens: int, spared: Collection[Running], now: float
@@ -247,7 +245,6 @@ class Sessions:
             seniority=candidate.seniority,
             has_yielded=candidate.has_yielded,
             end=tokens,
-            done=tokens,
             last_row=now,
         )
         self._events.append(Admitted(request.session, tokens))
@@ -290,7 +287,6 @@ class Sessions:
             elif origin.origin is None and self.pool.length(parent) >= position:
                 self.pool.fork(parent, running.session, position)
                 running.origin = None
-                running.done = min(origin.done, position)
                 self.stand_in_line(running)
                 self._events.append(Admitted(running.session, position))
 

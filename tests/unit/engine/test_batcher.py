@@ -107,6 +107,20 @@ def test_prompt_takes_its_share_beside_those_who_decode() -> None:
     assert describe(first) == "mixed: a@10+1 p@0+16"
 
 
+def test_prompt_goes_on_although_nothing_runs_it_beside_drafts() -> None:
+    batcher, _ = make_batcher(60)
+    open_all(batcher, request("a"), request("p", prompt=190))
+    prefill(batcher, "a")
+    batcher.add(name("p"), "prefill", 0, 190, 0.0)
+    steps: list[str] = []
+    for number in range(20):
+        batcher.add(name("a"), "verify", 10, 4, float(number))
+        steps += [run(batcher, float(number)), run(batcher, number + 0.5)]
+
+    assert "chunk: p@0+16" in steps
+    assert steps.count("verify: a@10+4") == 20
+
+
 def test_verified_rows_step_back_to_where_the_draft_was_wrong() -> None:
     batcher, pool = make_batcher(40)
     open_all(batcher, request("a"))
