@@ -115,10 +115,11 @@ def test_prompt_goes_on_although_nothing_runs_it_beside_drafts() -> None:
     steps: list[str] = []
     for number in range(20):
         batcher.add(name("a"), "verify", 10, 4, float(number))
-        steps += [run(batcher, float(number)), run(batcher, number + 0.5)]
+        steps.append(run(batcher, float(number)))
 
-    assert "chunk: p@0+16" in steps
-    assert steps.count("verify: a@10+4") == 20
+    kinds = [step.partition(":")[0] for step in steps]
+    assert kinds[:2] == ["verify", "chunk"]
+    assert 5 <= kinds.count("chunk") <= 10
 
 
 def test_verified_rows_step_back_to_where_the_draft_was_wrong() -> None:
