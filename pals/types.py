@@ -112,14 +112,31 @@ class Sampling:
 
     Attributes:
         temperature: 0 is greedy; otherwise logits are divided by it. Range 0 to 2.
+        top_k: Most tokens to choose from; 0 for all.
         top_p: Smallest probability mass to sample from, in (0, 1].
-        seed: Start of the session's random stream. The token at a position depends on
-            ``(seed, position)`` and the logits only, never on what else is in the batch.
+        min_p: Least probability of a token to choose, as a part of the likeliest one's.
+        repetition_penalty: Divides the positive logits of tokens of prompt and answer, and
+            multiplies negative ones; 1 changes nothing.
+        presence_penalty: Taken from the logit of each token that the answer has.
+        frequency_penalty: Taken from it as many times as the answer has it.
+        logit_bias: Token ids and what is added to their logits.
+        seed: Start of the session's random stream, below 2**64. The token at a position
+            depends on ``(seed, position)`` and the logits only, never on what else is in the
+            batch.
+        logprobs: How many likeliest tokens to name beside each token's own log-probability,
+            0 to 20; None where nobody asks for either.
     """
 
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,13 +145,23 @@ class EngineLimits:
 
     Attributes:
         max_sessions: Sessions that hold KV cache at one time (one slot each).
+        max_rows: Rows of one step, beside a chunk of a prompt.
         max_context_tokens: Tokens (prompt and answer) one session may reach.
         max_chunk_tokens: Tokens of one prefill step; a power of two.
+        verify_tokens: Tokens of a row that verifies a draft; 1 where nothing is drafted.
+        page_tokens: Tokens of a page of the KV cache: 16, 32 or 64.
+        kv_bytes: Of the KV cache; None for what the memory plan leaves.
+        prefill_share: Of the time, for prompts while other sessions decode.
     """
 
     max_sessions: int = 4
+    max_rows: int = 64
     max_context_tokens: int = 2048
     max_chunk_tokens: int = 256
+    verify_tokens: int = 8
+    page_tokens: int = 64
+    kv_bytes: int | None = None
+    prefill_share: float = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

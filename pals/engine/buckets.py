@@ -10,12 +10,13 @@ Pure: no clock, no jax.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from pals.errors import InvalidConfig
+from pals.types import EngineLimits
 
 MAX_PROGRAMS = 32
 
@@ -25,12 +26,11 @@ SMALLEST_ROWS = 2
 CHEAP_ROWS = 8
 """Up to as many rows a step takes as long as with two: it reads the same weights."""
 
-SHORT_CONTEXT_TOKENS = 256
 SMALLEST_CHUNK = 16
 
-_RATIOS = ((2, 8), (4, 8), (4, 16), (8, 64), (64, 4096))
-"""Most between neighbouring sizes of rows and of pages: the first pair that gives few enough
-programs is taken. Rows are padded to at most twice as many where that is affordable."""
+_ROW_RATIOS = (2, 4, 8, 64)
+"""Most between neighbouring sizes of rows: the first that gives few enough programs is taken.
+Rows are padded to at most twice as many where that is affordable."""
 
 _CHUNK_RATIO = 8
 _MIXED_RATIO = 32
@@ -48,16 +48,24 @@ class BatchLimits:
         max_chunk_tokens: Tokens of a prompt that one step computes; a power of two.
         verify_tokens: Tokens of a row that verifies a draft; 1 where nothing is drafted.
         page_tokens: Tokens of a page.
-        max_attended_tokens: Rows times the context that they are padded to, for which
-            attention makes room; None where it walks the pages of each row instead.
     """
 
     max_rows: int = 64
     max_context_tokens: int = 131072
     max_chunk_tokens: int = 512
     verify_tokens: int = 8
-    page_tokens: int = 32
-    max_attended_tokens: int | None = 131072
+    page_tokens: int = 64
+
+    @classmethod
+    def of(cls, limits: EngineLimits) -> BatchLimits:
+        """Return what a shard with these limits compiles."""
+        return cls(
+            max_rows=limits.max_rows,
+            max_context_tokens=limits.max_context_tokens,
+            max_chunk_tokens=limits.max_chunk_tokens,
+            verify_tokens=limits.verify_tokens,
+            page_tokens=limits.page_tokens,
+        )
 
     @property
     def max_pages(self) -> int:
@@ -85,8 +93,6 @@ def check_batch_limits(limits: BatchLimits) -> None:
          f"a power of two from {SMALLEST_CHUNK} to 512"),
         ("verify_tokens", limits.verify_tokens, 1 <= limits.verify_tokens <= 32, "1 to 32"),
         ("page_tokens", limits.page_tokens, limits.page_tokens in (16, 32, 64), "16, 32 or 64"),
-        ("max_attended_tokens", limits.max_attended_tokens,
-         limits.max_attended_tokens is None or limits.max_attended_tokens >= 1, "1 or more"),
     )  # fmt: skip
     for name, value, holds, choices in checks:
         if not holds:
@@ -134,27 +140,26 @@ def plan_programs(limits: BatchLimits) -> tuple[Program, ...]:
         InvalidConfig: The limits are no limits of a shard.
     """
     check_batch_limits(limits)
-    for ratios in _RATIOS:
-        programs = tuple(sorted(set(_programs(limits, *ratios))))
+    for ratio in _ROW_RATIOS:
+        programs = tuple(sorted(set(_programs(limits, ratio))))
         if len(programs) <= MAX_PROGRAMS:
             return programs
     raise AssertionError(f"{limits} need more programs than there may be")
 
 
-def _programs(limits: BatchLimits, row_ratio: int, page_ratio: int) -> Iterator[Program]:
+def _programs(limits: BatchLimits, row_ratio: int) -> Iterator[Program]:
     rows = _row_sizes(limits.max_rows, row_ratio)
-    pages = _page_sizes(limits, page_ratio)
-    largest = limits.max_chunk_tokens
+    largest, pages = limits.max_chunk_tokens, limits.max_pages
     alone = max(SMALLEST_CHUNK, largest // _CHUNK_RATIO)
     beside = max(SMALLEST_CHUNK, largest // _MIXED_RATIO)
-    # What is rarer or costs more anyway has no programs for the shortest contexts.
-    wide = pages[1:] or pages
     middle = min(CHEAP_ROWS, rows[-1])
-    yield from _fitting(limits, rows, 1, (0,), pages)
+    yield from (Program(count, 1, 0, pages) for count in rows)
     if limits.verify_tokens > 1:
-        yield from _fitting(limits, {rows[0], middle}, limits.verify_tokens, (0,), wide)
-    yield from _fitting(limits, (0,), 1, {alone, largest}, wide)
-    yield from _fitting(limits, {middle, rows[-1]}, 1, {beside, alone}, wide[:2], spare=0)
+        verify = limits.verify_tokens
+        yield from (Program(count, verify, 0, pages) for count in (rows[0], middle))
+    yield from (Program(0, 1, chunk, pages) for chunk in (alone, largest))
+    for count in (middle, rows[-1]):
+        yield from (Program(count, 1, chunk, pages) for chunk in (beside, alone))
 
 
 def _row_sizes(most: int, ratio: int) -> list[int]:
@@ -164,40 +169,11 @@ def _row_sizes(most: int, ratio: int) -> list[int]:
     return [SMALLEST_ROWS, *_sizes(CHEAP_ROWS, most, ratio)]
 
 
-def _page_sizes(limits: BatchLimits, ratio: int) -> list[int]:
-    """Return the widths of page tables: only the widest where its padding costs nothing."""
-    if limits.max_attended_tokens is None:
-        return [limits.max_pages]
-    return _sizes(limits.pages_of(SHORT_CONTEXT_TOKENS), limits.max_pages, ratio)
-
-
 def _sizes(least: int, most: int, ratio: int) -> list[int]:
     """Return sizes from ``least`` to ``most``, each at most about ``ratio`` times the last."""
-    if most <= least:
-        return [most]
     steps = math.ceil(math.log(most / least, ratio) - 1e-9)
     sizes = {math.ceil(least * (most / least) ** (step / steps) - 1e-9) for step in range(steps)}
     return sorted({*sizes, most})
-
-
-def _fitting(
-    limits: BatchLimits,
-    rows: Iterable[int],
-    row_tokens: int,
-    chunks: Iterable[int],
-    pages: Iterable[int],
-    *,
-    spare: int = SMALLEST_ROWS,
-) -> Iterator[Program]:
-    """Yield the programs of these sizes for which attention has room.
-
-    Programs of up to ``spare`` rows are there in any case: a session of any length can run.
-    """
-    for program in (Program(r, row_tokens, c, p) for r in rows for c in chunks for p in pages):
-        attended = program.rows * program.pages * limits.page_tokens
-        most = limits.max_attended_tokens
-        if most is None or program.rows <= spare or attended <= most:
-            yield program
 
 
 class Buckets:

@@ -631,4 +631,3 @@ def test_limits_of_the_tests_have_every_kind_of_program() -> None:
     batcher, _ = make_batcher(20)
     kinds = {program.kind for program in batcher.programs}
     assert kinds == {"decode", "verify", "chunk", "mixed"}
-    assert LIMITS.max_attended_tokens is not None

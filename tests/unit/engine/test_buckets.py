@@ -14,13 +14,11 @@ LIMITS = st.builds(
     max_chunk_tokens=st.sampled_from([16, 32, 64, 128, 256, 512]),
     verify_tokens=st.integers(1, 32),
     page_tokens=st.sampled_from([16, 32, 64]),
-    max_attended_tokens=st.none() | st.integers(1, 1 << 22),
 )
 
 
 def test_default_limits_need_few_programs() -> None:
-    assert len(plan_programs(BatchLimits())) == 30
-    assert len(plan_programs(BatchLimits(max_attended_tokens=None))) == 13
+    assert len(plan_programs(BatchLimits())) == 13
 
 
 @settings(max_examples=300)
@@ -100,7 +98,6 @@ def test_programs_have_names_that_say_what_they_hold() -> None:
         BatchLimits(max_chunk_tokens=1024),
         BatchLimits(verify_tokens=0),
         BatchLimits(page_tokens=8),
-        BatchLimits(max_attended_tokens=0),
     ],
 )
 def test_impossible_limits_are_refused(limits: BatchLimits) -> None:

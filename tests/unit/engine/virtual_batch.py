@@ -39,7 +39,6 @@ LIMITS = BatchLimits(
     max_chunk_tokens=64,
     verify_tokens=4,
     page_tokens=16,
-    max_attended_tokens=8192,
 )
 LATENCY_S = 0.01
 RETRY_S = 0.5
