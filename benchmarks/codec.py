@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from benchmarks.quantize import LIMITS, TEXT, compare, read_windows
+from benchmarks.quantize import TEXT, WINDOW_TOKENS, compare, read_windows
 from benchmarks.results import Result, Setting, Subject
-from pals.engine.cache import build_cache, cache_positions
+from pals.engine.cache import lone_cache
 from pals.models.build import AbstractModel
 from pals.models.gguf import DEMO_MODEL_ID
 from pals.models.hub import resolve_model
 from pals.models.loading import load_shard_parameters
 from pals.models.numerics import Numerics
+from pals.models.paged import lone_row
 from pals.models.snapshot import Snapshot
 from pals.net.codec import decode_int8, encode_int8
 from pals.net.wire import INT8_BLOCK, Codec, hidden_shape
@@ -132,11 +133,9 @@ def open_stage(snapshot: Snapshot, layers: LayerRange) -> Stage:
     @partial(jax.jit, donate_argnums=1)
     def step(leaves, cache, inputs, start):  # noqa: ANN001, ANN202
         decoder = model.merge(leaves)
-        slot = jnp.zeros(1, jnp.int32)
-        hidden, cache = decoder(
-            inputs[None], cache, slots=slot, starts=start[None], context=cache_positions(LIMITS)
-        )
-        return (decoder.forward_logits(hidden[0]) if is_tail else hidden[0]), cache
+        row = lone_row(inputs.shape[0], start, len(cache[0][0]))
+        hidden, cache = decoder(inputs, cache, *row)
+        return (decoder.forward_logits(hidden) if is_tail else hidden), cache
 
     return Stage(layers, leaves, step)
 
@@ -158,7 +157,7 @@ class Session:
     def __init__(self, snapshot: Snapshot, stages: Sequence[Stage]) -> None:
         self._stages = stages
         self._caches = [
-            build_cache(snapshot.config, stage.layers, limits=LIMITS, dtype=NUMERICS.compute)
+            lone_cache(snapshot.config, stage.layers, tokens=WINDOW_TOKENS, dtype=NUMERICS.compute)
             for stage in stages
         ]
         self._position = 0

@@ -21,12 +21,13 @@ import msgspec
 import numpy as np
 
 from benchmarks.results import Result, Setting, Subject
-from pals.engine.cache import build_cache, cache_positions
+from pals.engine.cache import lone_cache
 from pals.models.build import AbstractModel
 from pals.models.gguf import DEMO_MODEL_ID
 from pals.models.hub import resolve_model
 from pals.models.loading import load_shard_parameters
 from pals.models.numerics import Numerics
+from pals.models.paged import lone_row
 from pals.models.quantized import FEW_ROWS
 from pals.models.snapshot import Snapshot
 from pals.text.tokenizer import Tokenizer
@@ -38,7 +39,6 @@ SOURCE = "Q4_1"
 WINDOW_TOKENS = 1024
 QUICK_WINDOWS = 1
 MANY_ROWS = 512
-LIMITS = EngineLimits(max_sessions=1, max_context_tokens=WINDOW_TOKENS, max_chunk_tokens=MANY_ROWS)
 
 Scorer = Callable[[np.ndarray], jax.Array]
 """From a window of tokens [T] to logits [T, V]."""
@@ -148,14 +148,12 @@ def open_route(snapshot: Snapshot, route: Route) -> Scorer:
     @partial(jax.jit, donate_argnums=1)
     def step(leaves, cache, tokens, start):  # noqa: ANN001, ANN202
         decoder = model.merge(leaves)
-        slot = jnp.zeros(1, jnp.int32)
-        hidden, cache = decoder(
-            tokens[None], cache, slots=slot, starts=start[None], context=cache_positions(LIMITS)
-        )
-        return decoder.forward_logits(hidden[0]), cache
+        row = lone_row(tokens.shape[0], start, len(cache[0][0]))
+        hidden, cache = decoder(tokens, cache, *row)
+        return decoder.forward_logits(hidden), cache
 
     def score(window: np.ndarray) -> jax.Array:
-        cache = build_cache(snapshot.config, layers, limits=LIMITS, dtype=numerics.compute)
+        cache = lone_cache(snapshot.config, layers, tokens=WINDOW_TOKENS, dtype=numerics.compute)
         parts: list[jax.Array] = []
         for start in range(0, len(window), route.rows):
             tokens = window[start : start + route.rows]

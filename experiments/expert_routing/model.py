@@ -6,14 +6,13 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pals.engine.cache import build_cache, cache_positions
+from pals.engine.cache import lone_cache
 from pals.models.build import AbstractModel, ParameterPath, Parameters
 from pals.models.config import ModelConfig
 from pals.models.configs import read_config
@@ -22,7 +21,8 @@ from pals.models.hub import resolve_model
 from pals.models.loading import load_shard_parameters
 from pals.models.moe_options import MoEOptions, RoutingRecord
 from pals.models.numerics import COMPUTE_DTYPES, Numerics
-from pals.types import Dtype, EngineLimits, LayerRange
+from pals.models.paged import lone_row
+from pals.types import Dtype, LayerRange
 
 RANDOM_CONFIG = {
     "model_type": "qwen3_moe",
@@ -119,7 +119,7 @@ class RoutedModel:
     def run(self, token_ids: np.ndarray) -> tuple[np.ndarray, list[RoutingRecord]]:
         """Run one text [T]; returns logits [T, V] and the records, by layer."""
         self._records = []
-        logits = np.asarray(self._step(self._leaves, jnp.asarray(token_ids, jnp.int32)[None]))
+        logits = np.asarray(self._step(self._leaves, jnp.asarray(token_ids, jnp.int32)))
         jax.effects_barrier()
         return logits, sorted(self._records, key=lambda record: record.layer)
 
@@ -130,12 +130,8 @@ class RoutedModel:
     def _forward(self, leaves: Sequence[jax.Array], token_ids: jax.Array) -> jax.Array:
         model = self._model.merge(leaves)
         layers = LayerRange(0, self.config.num_layers)
-        length = token_ids.shape[1]
-        limits = EngineLimits(max_sessions=1, max_context_tokens=length, max_chunk_tokens=length)
-        cache = build_cache(
-            self.config, layers, limits=limits, dtype=COMPUTE_DTYPES[self.source.dtype]
-        )
-        zeros = jnp.zeros(1, jnp.int32)
-        run = partial(model, slots=zeros, starts=zeros, context=cache_positions(limits))
-        hidden, _ = run(token_ids, cache)
-        return model.forward_logits(hidden[0])
+        length = token_ids.shape[0]
+        dtype = COMPUTE_DTYPES[self.source.dtype]
+        cache = lone_cache(self.config, layers, tokens=length, dtype=dtype)
+        hidden, _ = model(token_ids, cache, *lone_row(length, 0, len(cache[0][0])))
+        return model.forward_logits(hidden)

@@ -1,4 +1,4 @@
-"""The KV cache of a shard: its shape, and what each slot of it holds."""
+"""The KV cache of a shard: how many pages it has, and their shape."""
 # pyright: reportUnknownMemberType=false
 # (jax annotates its functions with types that pyright sees as partially unknown)
 
@@ -8,86 +8,72 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pals.errors import InvalidStep
-from pals.models.attention import storage_dtype
+from pals.engine.pages import PageFormat, token_bytes
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
+from pals.models.paged import storage_dtype
 from pals.types import EngineLimits, LayerRange
 
-MIN_CHUNK_BUCKET = 16
+PLANNED_TOKENS = 16384
+"""Tokens that a shard has room for at least, when nobody names the bytes of its cache."""
 
 AbstractCache = tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
 
 
-def cache_positions(limits: EngineLimits) -> int:
-    """Return the positions of one slot: the context and a margin for padding.
+def page_format(
+    config: ModelConfig, layers: LayerRange, *, page_tokens: int, dtype: jnp.dtype
+) -> PageFormat:
+    """Return the size of a page of all layers of a shard."""
+    shapes = [config.cache_shapes(layer) for layer in range(layers.start, layers.stop)]
+    size = token_bytes(shapes, element_bytes=storage_dtype(dtype).itemsize)
+    return PageFormat(page_tokens=page_tokens, token_bytes=size)
 
-    A chunk is padded to less than twice its length, so padding reaches at most half the
-    largest bucket past the context; without the margin XLA would shift such a write back
-    over real positions.
-    """
-    return limits.max_context_tokens + max(MIN_CHUNK_BUCKET, limits.max_chunk_tokens // 2)
+
+def kv_bytes(limits: EngineLimits, format_: PageFormat) -> int:
+    """Return the bytes of the cache: those that are named, or what is planned without."""
+    if limits.kv_bytes is not None:
+        return limits.kv_bytes
+    sessions = limits.max_sessions * format_.pages_of(limits.max_context_tokens)
+    pages = min(sessions, format_.pages_of(PLANNED_TOKENS))
+    return (pages + 1) * format_.page_bytes
 
 
 def abstract_cache(
-    config: ModelConfig, layers: LayerRange, *, limits: EngineLimits, dtype: jnp.dtype
+    config: ModelConfig, layers: LayerRange, *, num_pages: int, page_tokens: int, dtype: jnp.dtype
 ) -> AbstractCache:
-    """Return the shapes of the cache, [slots, K, C, H] for each array that a layer keeps."""
+    """Return the shapes of the cache, [P, K, p, W] for each array that a layer keeps.
+
+    Args:
+        config: Of the model.
+        layers: Of the shard.
+        num_pages: P, the scratch page included.
+        page_tokens: p.
+        dtype: In which the layers compute.
+    """
     stored = storage_dtype(dtype)
-    positions = cache_positions(limits)
     return tuple(
         tuple(
-            jax.ShapeDtypeStruct((limits.max_sessions, heads, positions, width), stored)
+            jax.ShapeDtypeStruct((num_pages, heads, page_tokens, width), stored)
             for heads, width in config.cache_shapes(layer)
         )
         for layer in range(layers.start, layers.stop)
     )
 
 
-def build_cache(
-    config: ModelConfig,
-    layers: LayerRange,
-    *,
-    limits: EngineLimits,
-    dtype: jnp.dtype,
-    mesh: Mesh | None = None,
-) -> Cache:
+def build_cache(shapes: AbstractCache, mesh: Mesh | None = None) -> Cache:
     """Allocate zeros in the shapes of `abstract_cache`, whole on each device of ``mesh``."""
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return tuple(
         tuple(jnp.zeros(array.shape, array.dtype, device=place) for array in arrays)
-        for arrays in abstract_cache(config, layers, limits=limits, dtype=dtype)
+        for arrays in shapes
     )
 
 
-class SlotLengths:
-    """How many tokens each slot holds of its present session.
-
-    A session begins at position 0 and may step back, but never past what it wrote: beyond
-    that lie the tokens of the slot's former session.
-    """
-
-    def __init__(self, limits: EngineLimits) -> None:
-        self._lengths = [0] * limits.max_sessions
-        self._max_context_tokens = limits.max_context_tokens
-
-    def check(self, slot: int, position: int, tokens: int) -> None:
-        """Raise unless ``tokens`` may be written at ``position``.
-
-        Raises:
-            InvalidStep: The slot does not exist, or the positions leave a gap or the context.
-        """
-        if not 0 <= slot < len(self._lengths):
-            raise InvalidStep(problem=f"slot {slot} is not one of {len(self._lengths)}")
-        if not 0 <= position <= self._lengths[slot]:
-            raise InvalidStep(
-                problem=f"position {position} in slot {slot}, which holds {self._lengths[slot]}"
-            )
-        if position + tokens > self._max_context_tokens:
-            raise InvalidStep(
-                problem=f"{tokens} tokens at position {position} leave the context of "
-                f"{self._max_context_tokens}"
-            )
-
-    def advance(self, slot: int, position: int, tokens: int) -> None:
-        self._lengths[slot] = position + tokens
+def lone_cache(config: ModelConfig, layers: LayerRange, *, tokens: int, dtype: jnp.dtype) -> Cache:
+    """Return a cache for one sequence of some tokens; see `pals.models.paged.lone_row`."""
+    page_tokens = EngineLimits().page_tokens
+    num_pages = 1 - (-tokens // page_tokens)
+    shapes = abstract_cache(
+        config, layers, num_pages=num_pages, page_tokens=page_tokens, dtype=dtype
+    )
+    return build_cache(shapes)

@@ -13,14 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal
 
 import jax
 
 from pals.config import cache_dir
-from pals.engine.cache import AbstractCache, abstract_cache, cache_positions
-from pals.engine.steps import Programs, use_compilation_cache
+from pals.engine.buckets import Program
+from pals.engine.cache import kv_bytes, page_format
+from pals.engine.compilation import use_compilation_cache
+from pals.engine.pages import PageFormat
+from pals.engine.steps import Programs, sampled_rows, step_shape
 from pals.models.build import ParameterPath
 from pals.models.config import CacheShape, ModelConfig
 from pals.models.numerics import Numerics
@@ -105,13 +106,13 @@ class ModelPlan:
     Attributes:
         kinds: The layers, equal ones together, by their first.
         ends: Embedding and LM head.
-        kv_tokens: Tokens that a shard reserves cache for.
+        limits: What a shard reserves and compiles.
         num_programs: Programs that a shard compiles.
     """
 
     kinds: tuple[LayerPlan, ...]
     ends: EndsPlan
-    kv_tokens: int
+    limits: EngineLimits
     num_programs: int
     _kind_of: Mapping[int, LayerPlan] = field(init=False, repr=False, compare=False)
 
@@ -134,10 +135,15 @@ class ModelPlan:
         kinds = [self._kind_of[layer] for layer in range(layers.start, layers.stop)]
         return RangePlan(
             weights=sum(kind.weights for kind in kinds) + self._end_weights(layers),
-            kv=sum(kind.kv_per_token for kind in kinds) * self.kv_tokens,
+            kv=self._kv_bytes(sum(kind.kv_per_token for kind in kinds)),
             workspace=max(kind.workspace for kind in kinds),
             runtime=RUNTIME_BASE_BYTES + PROGRAM_BYTES * len(layers) * self.num_programs,
         )
+
+    def _kv_bytes(self, token_bytes: int) -> int:
+        """Return the bytes of whole pages that a cache of ``token_bytes`` a token has."""
+        format_ = PageFormat(page_tokens=self.limits.page_tokens, token_bytes=token_bytes)
+        return kv_bytes(self.limits, format_) // format_.page_bytes * format_.page_bytes
 
     def _end_weights(self, layers: LayerRange) -> int:
         is_head, is_tail = layers.start == 0, layers.stop == self.num_layers
@@ -196,8 +202,8 @@ def plan_model(config: ModelConfig, spec: ShardSpec) -> ModelPlan:
     return ModelPlan(
         kinds=kinds,
         ends=planner.plan_ends(),
-        kv_tokens=spec.limits.max_sessions * cache_positions(spec.limits),
-        num_programs=len(planner.whole.all_keys()),
+        limits=spec.limits,
+        num_programs=len(planner.whole.all) + 1,
     )
 
 
@@ -246,34 +252,37 @@ class _Planner:
         return [tuple(own) for own in leaves]
 
     def _kv_per_token(self, layer: int) -> int:
-        one = EngineLimits(max_sessions=1)
-        cache = self._cache(LayerRange(layer, layer + 1), one)
-        return _size(array for arrays in cache for array in arrays) // cache_positions(one)
-
-    def _cache(self, layers: LayerRange, limits: EngineLimits) -> AbstractCache:
-        return abstract_cache(self._config, layers, limits=limits, dtype=self._numerics.compute)
+        layers, dtype = LayerRange(layer, layer + 1), self._numerics.compute
+        return page_format(self._config, layers, page_tokens=1, dtype=dtype).token_bytes
 
     def _workspaces(self, kinds: Sequence[Sequence[int]]) -> list[int]:
         """Return for some equal layers at a time the temporaries of their largest program.
 
-        Prefill is measured at the first of them, whose input is a temporary where it is the
-        head, as it is between two layers; decode at the last, where the tail samples for
-        more rows than in prefill.
+        The program of most tokens is measured at the first of them, whose input is a
+        temporary where it is the head, as it is between two layers; that which samples most
+        at the last, which is the tail.
         """
-        prefills = [self._programs(LayerRange(first, first + 1)) for first, *_ in kinds]
-        decodes = [self._programs(LayerRange(last, last + 1)) for *_, last in kinds]
+        firsts = [self._programs(LayerRange(first, first + 1)) for first, *_ in kinds]
+        lasts = [self._programs(LayerRange(last, last + 1)) for *_, last in kinds]
+        longest = max(self.whole.all, key=lambda program: program.tokens)
+        most = max(self.whole.all, key=_sampling_size)
         with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
-            prefill = pool.map(partial(_workspace, "prefill"), prefills)
-            decode = pool.map(partial(_workspace, "decode"), decodes)
-            return [max(both) for both in zip(prefill, decode, strict=True)]
+            long = pool.map(lambda programs: programs.workspace_bytes(longest), firsts)
+            many = pool.map(lambda programs: programs.workspace_bytes(most), lasts)
+            return [max(both) for both in zip(long, many, strict=True)]
 
     def _programs(self, layers: LayerRange) -> Programs:
-        return Programs(self._config, layers, numerics=self._numerics, limits=self._limits)
+        return Programs(
+            self._config,
+            layers,
+            numerics=self._numerics,
+            limits=self._limits,
+            num_pages=2,  # temporaries do not grow with the cache
+        )
 
 
-def _workspace(kind: Literal["prefill", "decode"], programs: Programs) -> int:
-    """Return the temporaries of the largest program of a kind."""
-    return programs.workspace_bytes(max(key for key in programs.all_keys() if key.kind == kind))
+def _sampling_size(program: Program) -> tuple[int, int]:
+    return sampled_rows(step_shape(program)), program.tokens
 
 
 def _end_size(programs: Programs, *modules: str) -> int:

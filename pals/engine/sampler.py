@@ -41,7 +41,7 @@ class SamplingRows(NamedTuple, Generic[Array]):
     seeds: Array
 
 
-def build_sampling_rows(samplings: Sequence[Sampling], size: int) -> SamplingRows[np.ndarray]:
+def build_old(samplings: Sequence[Sampling], size: int) -> SamplingRows[np.ndarray]:
     """Return the arrays for ``size`` rows; those past ``samplings`` are greedy.
 
     Raises:
@@ -72,7 +72,7 @@ def check_sampling(sampling: Sampling) -> None:
         raise InvalidStep(problem=f"top_p {top_p} is not in (0, 1]")
 
 
-def sample(logits: jax.Array, rows: SamplingRows[jax.Array], positions: jax.Array) -> jax.Array:
+def sample_old(logits: jax.Array, rows: SamplingRows[jax.Array], positions: jax.Array) -> jax.Array:
     """Choose one token for each row.
 
     Args:
@@ -139,3 +139,26 @@ def draw_tokens(logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> ja
         return jnp.argmax(logits + jax.random.gumbel(key, logits.shape, jnp.float32))
 
     return jax.vmap(draw_row)(logits, seeds, positions).astype(jnp.int32)
+
+
+from pals.engine.work import Sampled
+
+
+def sample(logits, rows, positions, bank):
+    ids = sample_old(logits, rows, positions)
+    z = jnp.zeros(ids.shape, jnp.float32)
+    return Sampled(
+        ids, z, jnp.zeros((ids.shape[0], 20), jnp.int32), jnp.zeros((ids.shape[0], 20), jnp.float32)
+    ), bank
+
+
+def build_sampling_rows(samplings, size):
+    return build_old([GREEDY if s is None else s.sampling for s in samplings], size)
+
+
+def abstract_rows(size):
+    return SamplingRows(
+        jax.ShapeDtypeStruct((size,), jnp.float32),
+        jax.ShapeDtypeStruct((size,), jnp.float32),
+        jax.ShapeDtypeStruct((size, 2), jnp.uint32),
+    )

@@ -1,29 +1,34 @@
 """One machine's slice of a model.
 
-A `Shard` is called from one thread at a time. It trusts no caller: XLA would silently
-clamp a token id, slot or position that is out of range, so each is checked before.
+A `Shard` is called from one thread at a time. It trusts no caller with inputs, which XLA
+would silently clamp where they are out of range; which rows run, and on which pages, is the
+word of `pals.engine.batcher`, whose steps it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from pals.config import cache_dir
-from pals.engine.cache import MIN_CHUNK_BUCKET, SlotLengths, build_cache, cache_positions
-from pals.engine.sampler import SamplingRows, build_sampling_rows
-from pals.engine.steps import (
-    CompiledProgram,
-    Leaves,
-    ProgramKey,
-    Programs,
-    batch_buckets,
-    chunk_buckets,
-    use_compilation_cache,
-)
+from pals.engine.arrays import StepArrays, tokens_of
+from pals.engine.bank import Bank, BankSlots, build_bank
+from pals.engine.batch import BatchRules, Step
+from pals.engine.batcher import Batcher
+from pals.engine.buckets import BatchLimits, Buckets, Program, check_batch_limits
+from pals.engine.cache import build_cache, kv_bytes, page_format
+from pals.engine.compilation import use_compilation_cache
+from pals.engine.pacing import StepCosts
+from pals.engine.pages import SCRATCH_PAGE, PageCopy, PagePool
+from pals.engine.prefix import PrefixScope
+from pals.engine.sampler import build_sampling_rows, check_sampling
+from pals.engine.steps import COPIES, CompiledProgram, Leaves, Programs, sampled_rows, step_shape
+from pals.engine.work import PenaltyHistory, RowSampling, Sampled, StepOutput
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.config import ModelConfig
 from pals.models.configs.moe import SparseConfig
@@ -31,6 +36,7 @@ from pals.models.decoder import Cache
 from pals.models.loading import LoadedParameters, load_shard_parameters
 from pals.models.numerics import Numerics
 from pals.models.snapshot import Snapshot
+from pals.models.walk import DECODE_BLOCK_TOKENS, walk_widths
 from pals.types import (
     DEFAULT_QUANTIZATION,
     Dtype,
@@ -40,8 +46,12 @@ from pals.types import (
     Sampling,
 )
 
-MAX_SESSIONS = 256
-MAX_CHUNK_TOKENS = 4096
+MAX_SESSIONS = 4096
+
+LONG_RUN_S = 0.2
+"""A program that takes longer is run once in warm-up: planning is a small part of it then."""
+
+Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +71,9 @@ class Shard:
         dtype: In what the layers' matrices are held, which decides the dtype in which
             hidden states come and go.
         layer_hashes: SHA-256 of the source bytes of each layer.
-        limits: Slots, context and chunk that are reserved and compiled for.
+        limits: What is reserved and compiled.
+        page_format: The size of a page of the cache.
+        kv_bytes: Of the cache.
         is_head: Takes token ids instead of hidden states.
         is_tail: Returns sampled tokens instead of hidden states.
     """
@@ -82,12 +94,18 @@ class Shard:
         self.dtype: Dtype = dtype
         self._numerics = numerics
         self.limits = limits
+        self.page_format = page_format(
+            config, layers, page_tokens=limits.page_tokens, dtype=numerics.compute
+        )
+        self.kv_bytes = kv_bytes(limits, self.page_format)
         self.is_head = layers.start == 0
         self.is_tail = layers.stop == config.num_layers
         self._programs = programs
         self._leaves: Leaves = loaded.leaves
         self.layer_hashes = loaded.layer_hashes
-        self._reset()
+        self._seconds: dict[Program, float] = {}
+        self._arrays = {p: StepArrays(p, self._empty_token()) for p in programs.all}
+        self.reset()
 
     @classmethod
     def load(
@@ -118,7 +136,7 @@ class Shard:
         use_compilation_cache(cache_dir() / "xla")
         has_experts = isinstance(config, SparseConfig)
         numerics = Numerics.of(dtype, quantization, split_experts=split_experts and has_experts)
-        programs = Programs(config, layers, numerics=numerics, limits=limits)
+        programs = build_programs(config, layers, numerics=numerics, limits=limits)
         loaded = load_shard_parameters(snapshot, layers, numerics, programs.parameters)
         return cls(
             config=config,
@@ -130,34 +148,17 @@ class Shard:
             loaded=loaded,
         )
 
-    def warmup(self) -> list[CompiledProgram]:
-        """Compile every program that the limits allow; nothing is compiled afterwards.
+    # --- what it is ------------------------------------------------------------------
 
-        Those that a session begins with are run once: on CPU, XLA plans matrix products
-        only when a program first runs, which takes as long as twenty steps of decode.
-        """
-        compiled = [
-            self._programs.compile(key, self._leaves, self._cache)
-            for key in self._programs.all_keys()
-        ]
-        self._run_first_steps()
-        return compiled
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """All programs that its steps may be."""
+        return self._programs.all
 
-    def _run_first_steps(self) -> None:
-        """Run a first chunk and a first batch of each size, and forget them."""
-        limits, sampling = self.limits, Sampling()
-        for size in chunk_buckets(limits):
-            inputs = self._zeros(min(size, limits.max_context_tokens))
-            self.prefill(slot=0, position=0, inputs=inputs, sampling=sampling)
-        for size in batch_buckets(limits):
-            rows = min(size, limits.max_sessions)
-            self.decode(
-                slots=range(rows),
-                positions=[0] * rows,
-                inputs=self._zeros(rows),
-                samplings=[sampling] * rows,
-            )
-        self._lengths = SlotLengths(limits)
+    @property
+    def num_pages(self) -> int:
+        """Pages of the cache, the scratch page included."""
+        return self.kv_bytes // self.page_format.page_bytes
 
     def memory_bytes(self) -> MemoryUse:
         """Return the device bytes of weights and cache."""
@@ -166,135 +167,196 @@ class Shard:
             kv=sum(array.nbytes for array in jax.tree.leaves(self._cache)),
         )
 
-    def prefill(
-        self, *, slot: int, position: int, inputs: np.ndarray, sampling: Sampling | None
-    ) -> np.ndarray:
-        """Run one chunk of one session.
-
-        Position 0 begins a new session in the slot. A position below what the slot holds
-        steps back to it.
+    def make_batcher(self, manifest: bytes, rules: BatchRules | None = None) -> Batcher:
+        """Return a batcher that plans steps of this shard, with no session yet.
 
         Args:
-            slot: Below ``limits.max_sessions``.
-            position: Of the chunk's first token.
+            manifest: Of the model, 32 bytes.
+            rules: Who gives way; those of the limits when left out.
+        """
+        scope = PrefixScope(
+            manifest=manifest,
+            layers=self.layers,
+            dtype=self.dtype,
+            kv_dtype=self._numerics.compute.name,
+        )
+        pool = PagePool(self.page_format, budget_bytes=self.kv_bytes, scope=scope)
+        limits = self.limits
+        rules = rules or BatchRules(
+            max_sessions=limits.max_sessions, prefill_share=limits.prefill_share
+        )
+        buckets = Buckets(BatchLimits.of(limits))
+        return Batcher(buckets, pool, rules, StepCosts(self._seconds))
+
+    # --- warm-up ---------------------------------------------------------------------
+
+    def warmup(
+        self, on_program: Callable[[CompiledProgram], None] = lambda _: None
+    ) -> list[CompiledProgram]:
+        """Compile every program that the limits allow; nothing is compiled afterwards.
+
+        Each is run once: on CPU, XLA plans matrix products only when a program first runs,
+        which takes as long as twenty steps of decode.
+
+        Args:
+            on_program: Told of each program when it is ready.
+        """
+        compiled = [self._programs.compile_copy(self._cache)]
+        self._copy((PageCopy(SCRATCH_PAGE, SCRATCH_PAGE),))
+        on_program(compiled[0])
+        for program in self.programs:
+            built = self._programs.compile(program, self._leaves, self._cache)
+            built = replace(built, run_s=self._measure(program))
+            self._seconds[program] = built.run_s
+            compiled.append(built)
+            on_program(built)
+        return compiled
+
+    def _measure(self, program: Program) -> float:
+        """Run a program over the scratch page; return how long it takes, in seconds."""
+        arrays = self._arrays[program]
+        arrays.fill_padding(*_warm_rows(program, self.limits))
+        samplings = [RowSampling(Sampling(), 0)] * sampled_rows(step_shape(program))
+        seconds = 0.0
+        for _ in range(2):
+            started = time.perf_counter()
+            self._call(program, arrays, samplings)
+            seconds = time.perf_counter() - started
+            if seconds > LONG_RUN_S:
+                break
+        return seconds
+
+    # --- steps -----------------------------------------------------------------------
+
+    def check_inputs(self, inputs: Array) -> None:
+        """Raise unless rows of ``inputs`` can be computed; may be called on any thread.
+
+        Args:
             inputs: Token ids [T] int32 at the head, hidden states [T, D] elsewhere.
-            sampling: How the tail samples after the chunk's last token; None samples nothing.
-
-        Returns:
-            Hidden states [T, D]; at the tail one token [1] int32, or [0] without sampling.
 
         Raises:
-            InvalidStep: An argument is out of range.
+            InvalidStep: Their shape or dtype is another, or a token id is out of range.
         """
-        tokens = self._check_inputs(inputs, self.limits.max_chunk_tokens)
-        self._lengths.check(slot, position, tokens)
-        rows = build_sampling_rows([] if sampling is None else [sampling], 1)
-        key = self._programs.prefill_key(position, tokens)
-        output = self._run(
-            key,
-            _pad(inputs, key.size),
-            np.array([slot], np.int32),
-            np.array([position], np.int32),
-            np.array([tokens], np.int32),
-            rows if self.is_tail else None,
-        )
-        self._lengths.advance(slot, position, tokens)
-        if self.is_tail:
-            return output if sampling is not None else output[:0]
-        return output[:tokens]
-
-    def decode(
-        self,
-        *,
-        slots: Sequence[int],
-        positions: Sequence[int],
-        inputs: np.ndarray,
-        samplings: Sequence[Sampling],
-    ) -> np.ndarray:
-        """Run one token of each of some sessions.
-
-        Args:
-            slots: Distinct.
-            positions: Of each row's token.
-            inputs: Token ids [B] int32 at the head, hidden states [B, D] elsewhere.
-            samplings: One for each row; only the tail looks at them.
-
-        Returns:
-            Hidden states [B, D], or the next tokens [B] int32 at the tail.
-
-        Raises:
-            InvalidStep: An argument is out of range.
-        """
-        count = self._check_inputs(inputs, self.limits.max_sessions)
-        if not count == len(slots) == len(positions) == len(samplings):
-            raise InvalidStep(
-                problem=f"{count} inputs, {len(slots)} slots, {len(positions)} positions and "
-                f"{len(samplings)} samplings in one batch"
-            )
-        if len(set(slots)) != count:
-            raise InvalidStep(problem=f"a slot stands twice in the batch {list(slots)}")
-        for slot, position in zip(slots, positions, strict=True):
-            self._lengths.check(slot, position, 1)
-        key = self._programs.decode_key(count, max(positions))
-        # Rows that only pad write to the margin of slot 0, which nobody attends to.
-        idle = key.size - count
-        output = self._run(
-            key,
-            _pad(inputs, key.size),
-            np.array([*slots, *[0] * idle], np.int32),
-            np.array([*positions, *[cache_positions(self.limits) - 1] * idle], np.int32),
-            build_sampling_rows(samplings, key.size) if self.is_tail else None,
-        )
-        for slot, position in zip(slots, positions, strict=True):
-            self._lengths.advance(slot, position, 1)
-        return output[:count]
-
-    def _run(
-        self, key: ProgramKey, *arguments: np.ndarray | SamplingRows[np.ndarray] | None
-    ) -> np.ndarray:
-        """Run a program over the cache and wait for its result.
-
-        Any failure empties every slot: the cache was given to the program, and is gone.
-        """
-        try:
-            program = self._programs.get(key, self._leaves, self._cache)
-            output, self._cache = program(self._leaves, self._cache, *arguments)
-            return np.asarray(output)
-        except Exception:  # XLA's errors have no common type; each is raised again
-            self._reset()
-            raise
-
-    def _zeros(self, tokens: int) -> np.ndarray:
-        if self.is_head:
-            return np.zeros(tokens, np.int32)
-        return np.zeros((tokens, self.config.hidden_size), self._numerics.compute)
-
-    def _reset(self) -> None:
-        """Reserve an empty cache."""
-        self._lengths = SlotLengths(self.limits)
-        self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
-        self._cache = build_cache(
-            self.config,
-            self.layers,
-            limits=self.limits,
-            dtype=self._numerics.compute,
-            mesh=self._numerics.moe.mesh,
-        )
-
-    def _check_inputs(self, inputs: np.ndarray, most: int) -> int:
-        """Return the number of tokens, having checked dtype, shape and range."""
-        dtype = np.dtype(np.int32) if self.is_head else self._numerics.compute
-        row_shape = () if self.is_head else (self.config.hidden_size,)
-        if inputs.dtype != dtype or inputs.shape[1:] != row_shape or inputs.ndim == 0:
+        empty = self._empty_token()
+        if inputs.dtype != empty.dtype or inputs.ndim == 0 or inputs.shape[1:] != empty.shape:
             raise InvalidStep(
                 problem=f"inputs are {inputs.dtype} {list(inputs.shape)} instead of "
-                f"{dtype} {['tokens', *row_shape]}"
+                f"{empty.dtype} {['tokens', *empty.shape]}"
             )
-        if not 1 <= len(inputs) <= most:
-            raise InvalidStep(problem=f"{len(inputs)} tokens in one step, which takes 1 to {most}")
+        if not len(inputs):
+            raise InvalidStep(problem="a row of no tokens")
         if self.is_head and not (inputs.min() >= 0 and inputs.max() < self.config.vocab_size):
             raise InvalidStep(problem=f"a token id is not in [0, {self.config.vocab_size})")
-        return len(inputs)
+
+    def run(
+        self,
+        step: Step,
+        inputs: Sequence[Array],
+        samplings: Sequence[RowSampling | None],
+    ) -> StepOutput:
+        """Run a step that was planned, and wait for its result.
+
+        Any failure takes the cache along: whoever planned it has to begin anew, with `reset`.
+
+        Args:
+            step: From `Batcher.plan`.
+            inputs: Of each of `Step.all_rows`, as `check_inputs` takes them.
+            samplings: Of each of them, how the tail samples; None for a chunk that is not
+                the last one of its prompt, and at every other shard.
+        """
+        arrays = self._arrays[step.program]
+        firsts = arrays.fill(step, inputs)
+        self._copy(step.copies)
+        rows = step.all_rows
+        if not self.is_tail:
+            hidden = self._call(step.program, arrays, ())
+            assert isinstance(hidden, np.ndarray)
+            return StepOutput(hidden=hidden[tokens_of(firsts, rows)], sampled=None)
+        places, padded = _place_samplings(step, firsts, samplings)
+        sampled = self._call(step.program, arrays, padded)
+        assert isinstance(sampled, Sampled)
+        return StepOutput(hidden=None, sampled=Sampled(*(array[places] for array in sampled)))
+
+    def _call(
+        self, program: Program, arrays: StepArrays, samplings: Sequence[RowSampling | None]
+    ) -> Array | Sampled:
+        rows = None
+        if self.is_tail:
+            rows = build_sampling_rows(samplings, sampled_rows(step_shape(program)))
+        run = self._programs.get(program, self._leaves, self._cache)
+        output, self._cache, self._bank = run(
+            self._leaves, self._cache, self._bank, arrays.inputs, arrays.tables, rows
+        )
+        return jax.tree.map(np.asarray, output)
+
+    def _copy(self, copies: Sequence[PageCopy]) -> None:
+        run = self._programs.get_copy(self._cache) if copies else None
+        for first in range(0, len(copies), COPIES):
+            assert run is not None
+            some = copies[first : first + COPIES]
+            sources, targets = np.zeros((2, COPIES), np.int32)
+            sources[: len(some)] = [copy.source for copy in some]
+            targets[: len(some)] = [copy.target for copy in some]
+            self._cache = run(self._cache, sources, targets)
+
+    def reset(self) -> None:
+        """Reserve an empty cache and bank: a step that failed took them along."""
+        self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
+        self._cache = build_cache(self._programs.cache, self._numerics.moe.mesh)
+        self._bank: Bank | None = build_bank(self.config.vocab_size) if self.is_tail else None
+        self._slots = BankSlots()
+
+    def _empty_token(self) -> Array:
+        """Return one token of inputs."""
+        if self.is_head:
+            return np.zeros((), np.int32)
+        return np.zeros(self.config.hidden_size, self._numerics.compute)
+
+
+def _place_samplings(
+    step: Step, firsts: Sequence[int], samplings: Sequence[RowSampling | None]
+) -> tuple[npt.NDArray[np.int32], list[RowSampling | None]]:
+    """Return which sampled tokens count, row after row, and how each of the step is sampled.
+
+    Args:
+        step: Its short rows sample after each of their tokens, the chunk after its last one.
+        firsts: Where the first token of each of `Step.all_rows` stands.
+        samplings: Of each of them; None for one that samples nothing.
+    """
+    padded: list[RowSampling | None] = [None] * sampled_rows(step_shape(step.program))
+    places: list[int] = []
+    for row, first, sampling in zip(step.all_rows, firsts, samplings, strict=True):
+        if sampling is None:
+            continue
+        count = 1 if row is step.chunk else row.tokens
+        padded[first : first + count] = [sampling] * count
+        places += range(first, first + count)
+    return np.array(places, np.int32), padded
+
+
+def _warm_rows(
+    program: Program, limits: EngineLimits
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return starts and lengths of rows that together take every branch of attention."""
+    most = limits.max_context_tokens - program.row_tokens
+    blocks = [
+        sum(row < width for width in walk_widths(program.rows)) for row in range(program.rows)
+    ]
+    starts = [max(0, min((count - 1) * DECODE_BLOCK_TOKENS, most)) for count in blocks]
+    lengths = [min(program.row_tokens, limits.max_context_tokens)] * program.rows
+    if program.chunk_tokens:
+        starts.append(0)
+        lengths.append(min(program.chunk_tokens, limits.max_context_tokens))
+    return np.array(starts, np.int32), np.array(lengths, np.int32)
+
+
+def build_programs(
+    config: ModelConfig, layers: LayerRange, *, numerics: Numerics, limits: EngineLimits
+) -> Programs:
+    """Return the programs of a shard, none of them compiled yet."""
+    format_ = page_format(config, layers, page_tokens=limits.page_tokens, dtype=numerics.compute)
+    num_pages = kv_bytes(limits, format_) // format_.page_bytes
+    return Programs(config, layers, numerics=numerics, limits=limits, num_pages=num_pages)
 
 
 def check_limits(limits: EngineLimits, config: ModelConfig) -> None:
@@ -303,24 +365,16 @@ def check_limits(limits: EngineLimits, config: ModelConfig) -> None:
     Raises:
         InvalidConfig: It cannot.
     """
-    context = min(config.max_position_embeddings, limits.max_context_tokens)
-    chunk = limits.max_chunk_tokens
+    check_batch_limits(BatchLimits.of(limits))
+    most = config.max_position_embeddings
     checks = [
         ("max_sessions", limits.max_sessions, 1 <= limits.max_sessions <= MAX_SESSIONS,
          f"choose 1 to {MAX_SESSIONS}"),
-        ("max_context_tokens", limits.max_context_tokens, 1 <= limits.max_context_tokens == context,
-         f"choose 1 to {config.max_position_embeddings}, the model's own context"),
-        ("max_chunk_tokens", chunk,
-         MIN_CHUNK_BUCKET <= chunk <= MAX_CHUNK_TOKENS and chunk & (chunk - 1) == 0,
-         f"choose a power of two from {MIN_CHUNK_BUCKET} to {MAX_CHUNK_TOKENS}"),
+        ("max_context_tokens", limits.max_context_tokens, limits.max_context_tokens <= most,
+         f"choose 1 to {most}, the model's own context"),
+        ("prefill_share", limits.prefill_share, 0 < limits.prefill_share < 1,
+         "choose a part of the time, such as 0.25"),
     ]  # fmt: skip
     for name, value, holds, advice in checks:
         if not holds:
             raise InvalidConfig(source="shard", problem=f"{name} is {value}", advice=advice)
-
-
-def _pad(inputs: np.ndarray, size: int) -> np.ndarray:
-    """Append rows of zeros until there are ``size``."""
-    padded = np.zeros((size, *inputs.shape[1:]), inputs.dtype)
-    padded[: len(inputs)] = inputs
-    return padded

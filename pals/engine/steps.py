@@ -1,6 +1,6 @@
-"""The compiled programs of a shard: prefill of one session, decode of many.
+"""The compiled programs of a shard: steps over rows of many sessions, and copies of pages.
 
-Inputs are padded to a few sizes, and each size is compiled once, before it is served.
+Rows are padded to a few sizes, and each size is compiled once, before it is served.
 """
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
@@ -8,111 +8,65 @@ Inputs are padded to a few sizes, and each size is compiled once, before it is s
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled
 
-from pals.config import PRIVATE_FOLDER
-from pals.engine.cache import MIN_CHUNK_BUCKET, abstract_cache, cache_positions
-from pals.engine.sampler import SamplingRows, sample
+from pals.engine.bank import Bank, abstract_bank
+from pals.engine.buckets import BatchLimits, Program, plan_programs
+from pals.engine.cache import AbstractCache, abstract_cache
+from pals.engine.compilation import CODE_UNOPTIMISED, compiler_options
+from pals.engine.sampler import Sampled, SamplingRows, abstract_rows, sample
 from pals.models.build import AbstractModel, Parameters
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
 from pals.models.numerics import Numerics
+from pals.models.paged import StepShape, Tables
 from pals.types import EngineLimits, LayerRange
 
-MIN_CONTEXT_BUCKET = 256
-CONTEXT_BUCKET_RATIO = 8
+COPIES = 16
+"""Pages that one call copies; a step that needs more calls again."""
 
 Leaves = tuple[jax.Array, ...]
-
-CompilerOptions = dict[str, str | bool]
-
-CPU_OPTIONS: CompilerOptions = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""By default XLA on CPU runs what depends on no input first: the widened int4 weights of all
-layers would be held at one time. This order is as fast (decode) or faster (int4 prefill)."""
-
-_CODE_UNOPTIMISED: CompilerOptions = {"xla_backend_optimization_level": "0"}
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class ProgramKey:
-    """What distinguishes the programs of one shard.
-
-    Attributes:
-        size: Tokens of a prefill chunk, or rows of a decode batch, padding included.
-        context: Positions of the cache that attention reads.
-    """
-
-    kind: Literal["prefill", "decode"]
-    size: int
-    context: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}_{self.size}x{self.context}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompiledProgram:
-    """How long one program took to compile, or to come from the cache on disk."""
+    """What one program took to compile, or to come from the cache on disk.
+
+    Attributes:
+        name: Says what it holds.
+        program: Its sizes; None for what is no step.
+        seconds: Until it could run.
+        run_s: Of its first run, where it has been run; of the second where that is short.
+        workspace_bytes: Temporaries on the device.
+    """
 
     name: str
+    program: Program | None
     seconds: float
+    run_s: float = 0.0
     workspace_bytes: int
 
 
-def use_compilation_cache(folder: Path) -> None:
-    """Keep every compiled program in ``folder``, however small or quick to compile."""
-    folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
-    # jax declares its options at run time, which pyright cannot see.
-    current = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if current == os.fspath(folder):
-        return
-    jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # jax looks at the folder once, at the first compilation of the process.
-    compilation_cache.reset_cache()
-
-
-def chunk_buckets(limits: EngineLimits) -> list[int]:
-    """Return the padded lengths of a prefill chunk: powers of two."""
-    return _powers_of_two(MIN_CHUNK_BUCKET, limits.max_chunk_tokens)
-
-
-def batch_buckets(limits: EngineLimits) -> list[int]:
-    """Return the padded rows of a decode batch: powers of two."""
-    return _powers_of_two(1, limits.max_sessions)
-
-
-def context_buckets(limits: EngineLimits) -> list[int]:
-    """Return how much of the cache attention may read: a short part, or all of it."""
-    whole = cache_positions(limits)
-    short = max(MIN_CONTEXT_BUCKET, limits.max_context_tokens // CONTEXT_BUCKET_RATIO)
-    return [short, whole] if short < whole else [whole]
-
-
-def smallest_bucket(buckets: list[int], size: int) -> int:
-    """Return the first bucket that holds ``size``; callers have checked that one does."""
-    return next(bucket for bucket in buckets if bucket >= size)
-
-
-def _powers_of_two(first: int, most: int) -> list[int]:
-    buckets = [first]
-    while buckets[-1] < most:
-        buckets.append(2 * buckets[-1])
-    return buckets
+def step_shape(program: Program) -> StepShape:
+    """Return how a program divides its tokens into rows."""
+    return StepShape(program.rows, program.row_tokens, program.chunk_tokens)
 
 
 class Programs:
-    """Builds and keeps the compiled programs of one shard."""
+    """Builds and keeps the compiled programs of one shard.
+
+    Args:
+        config: Of the model.
+        layers: Of the shard.
+        numerics: In which numbers it computes.
+        limits: What it is compiled for.
+        num_pages: Of its cache, the scratch page included.
+    """
 
     def __init__(
         self,
@@ -121,145 +75,177 @@ class Programs:
         *,
         numerics: Numerics,
         limits: EngineLimits,
+        num_pages: int,
     ) -> None:
         self._config = config
-        self._layers = layers
         self._dtype = numerics.compute
-        self._options = CPU_OPTIONS if numerics.platform == "cpu" else None
-        self._limits = limits
+        self._options = compiler_options(numerics.platform)
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
         self._model = AbstractModel.build(config, layers, numerics)
+        self.all: tuple[Program, ...] = plan_programs(BatchLimits.of(limits))
+        self.cache: AbstractCache = abstract_cache(
+            config, layers, num_pages=num_pages, page_tokens=limits.page_tokens, dtype=self._dtype
+        )
         # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
-        self._steps = {
-            "prefill": jax.jit(self._prefill, static_argnames="context", donate_argnames="cache"),
-            "decode": jax.jit(self._decode, static_argnames="context", donate_argnames="cache"),
-        }
-        self._compiled: dict[ProgramKey, Compiled] = {}
+        self._step = jax.jit(
+            self._run_step, static_argnames="shape", donate_argnames=("cache", "bank")
+        )
+        self._copy = jax.jit(copy_pages, donate_argnames="cache")
+        self._compiled: dict[Program, Compiled] = {}
+        self._compiled_copy: Compiled | None = None
 
     @property
     def parameters(self) -> Parameters:
         """Shape and dtype of each of the leaves that the programs take."""
         return self._model.parameters
 
-    def all_keys(self) -> list[ProgramKey]:
-        """Return every program that the limits allow."""
-        contexts = context_buckets(self._limits)
-        prefill = [
-            ProgramKey("prefill", size, context)
-            for size in chunk_buckets(self._limits)
-            for context in contexts
-            if size <= context
-        ]
-        decode = [
-            ProgramKey("decode", size, context)
-            for size in batch_buckets(self._limits)
-            for context in contexts
-        ]
-        return prefill + decode
-
-    def prefill_key(self, position: int, tokens: int) -> ProgramKey:
-        size = smallest_bucket(chunk_buckets(self._limits), tokens)
-        return ProgramKey("prefill", size, self._context(position + size))
-
-    def decode_key(self, rows: int, last_position: int) -> ProgramKey:
-        size = smallest_bucket(batch_buckets(self._limits), rows)
-        return ProgramKey("decode", size, self._context(last_position + 1))
-
-    def _context(self, positions: int) -> int:
-        return smallest_bucket(context_buckets(self._limits), positions)
-
-    def get(self, key: ProgramKey, leaves: Leaves, cache: Cache) -> Compiled:
+    def get(self, program: Program, leaves: Leaves, cache: Cache) -> Compiled:
         """Return a program, compiling it when it was not warmed up."""
-        if key not in self._compiled:
-            self.compile(key, leaves, cache)
-        return self._compiled[key]
+        if program not in self._compiled:
+            self.compile(program, leaves, cache)
+        return self._compiled[program]
 
-    def compile(self, key: ProgramKey, leaves: Leaves, cache: Cache) -> CompiledProgram:
+    def get_copy(self, cache: Cache) -> Compiled:
+        """Return what copies `COPIES` pages."""
+        if self._compiled_copy is None:
+            self.compile_copy(cache)
+        assert self._compiled_copy is not None
+        return self._compiled_copy
+
+    def compile(self, program: Program, leaves: Leaves, cache: Cache) -> CompiledProgram:
         """Compile one program; ``leaves`` and ``cache`` are looked at, not used up."""
         started = time.perf_counter()
-        arguments = self._abstract_arguments(key)
-        lowered = self._steps[key.kind].lower(leaves, cache, *arguments, context=key.context)
-        compiled = lowered.compile(self._options)
-        self._compiled[key] = compiled
-        memory = compiled.memory_analysis()
-        return CompiledProgram(
-            name=str(key),
-            seconds=time.perf_counter() - started,
-            workspace_bytes=memory.temp_size_in_bytes if memory is not None else 0,
-        )
+        compiled = self._lower(program, leaves, cache).compile(self._options)
+        self._compiled[program] = compiled
+        return _describe(str(program), program, compiled, started)
 
-    def workspace_bytes(self, key: ProgramKey) -> int:
+    def compile_copy(self, cache: Cache) -> CompiledProgram:
+        """Compile what copies pages."""
+        started = time.perf_counter()
+        ids = jax.ShapeDtypeStruct((COPIES,), jnp.int32)
+        compiled = self._copy.lower(cache, ids, ids).compile(self._options)
+        self._compiled_copy = compiled
+        return _describe(f"copy_{COPIES}", None, compiled, started)
+
+    def workspace_bytes(self, program: Program) -> int:
         """Return the temporary device bytes of a program, without weights or cache.
 
         The program is compiled of shapes only and thrown away. Buffers are assigned before
         machine code is made, so on CPU no time goes into optimising that code.
         """
-        leaves = tuple(self.parameters.values())
-        cache = abstract_cache(self._config, self._layers, limits=self._limits, dtype=self._dtype)
-        arguments = self._abstract_arguments(key)
-        lowered = self._steps[key.kind].lower(leaves, cache, *arguments, context=key.context)
-        compiled = lowered.compile(self._options and self._options | _CODE_UNOPTIMISED)
-        memory = compiled.memory_analysis()
-        return memory.temp_size_in_bytes if memory is not None else 0
+        lowered = self._lower(program, tuple(self.parameters.values()), self.cache)
+        compiled = lowered.compile(self._options and self._options | CODE_UNOPTIMISED)
+        return _workspace_bytes(compiled)
 
-    def _abstract_arguments(self, key: ProgramKey) -> tuple[object, ...]:
-        array = jax.ShapeDtypeStruct
-        rows = 1 if key.kind == "prefill" else key.size
-        row = array((rows,), jnp.int32)
-        inputs = (
-            array((key.size,), jnp.int32)
-            if self._is_head
-            else array((key.size, self._config.hidden_size), self._dtype)
+    def _lower(
+        self,
+        program: Program,
+        leaves: tuple[jax.Array | jax.ShapeDtypeStruct, ...],
+        cache: Cache | AbstractCache,
+    ) -> jax.stages.Lowered:
+        shape = step_shape(program)
+        return self._step.lower(
+            leaves,
+            cache,
+            abstract_bank(self._config.vocab_size) if self._is_tail else None,
+            self._abstract_inputs(shape.tokens),
+            _abstract_tables(program),
+            abstract_rows(sampled_rows(shape)) if self._is_tail else None,
+            shape=shape,
         )
-        sampling = SamplingRows(
-            temperature=array((rows,), jnp.float32),
-            top_p=array((rows,), jnp.float32),
-            seeds=array((rows, 2), jnp.uint32),
-        )
-        lengths = (row,) if key.kind == "prefill" else ()
-        return (inputs, row, row, *lengths, sampling if self._is_tail else None)
 
-    def _prefill(
+    def _abstract_inputs(self, tokens: int) -> jax.ShapeDtypeStruct:
+        if self._is_head:
+            return jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        return jax.ShapeDtypeStruct((tokens, self._config.hidden_size), self._dtype)
+
+    def _run_step(
         self,
         leaves: Leaves,
         cache: Cache,
+        bank: Bank | None,
         inputs: jax.Array,
-        slots: jax.Array,
-        starts: jax.Array,
-        lengths: jax.Array,
+        tables: Tables,
         sampling: SamplingRows[jax.Array] | None,
         *,
-        context: int,
-    ) -> tuple[jax.Array, Cache]:
-        """Run one padded chunk; returns hidden states [T, D], or a token [1] at the tail."""
+        shape: StepShape,
+    ) -> tuple[jax.Array | Sampled, Cache, Bank | None]:
+        """Run one padded step; returns hidden states [M, D], or at the tail what it sampled."""
         model = self._model.merge(leaves)
-        x, cache = model(
-            inputs[None], cache, slots=slots, starts=starts, context=context, lengths=lengths
-        )
+        x, cache = model(inputs, cache, shape, tables)
         if sampling is None:
-            return x[0], cache
-        last = jax.lax.dynamic_slice_in_dim(x[0], lengths[0] - 1, 1)
-        return sample(model.forward_logits(last), sampling, starts + lengths), cache
+            return x, cache, bank
+        assert bank is not None
+        sampled, bank = sample(
+            model.forward_logits(take_sampled(x, shape, tables)),
+            sampling,
+            sampled_positions(shape, tables),
+            bank,
+        )
+        return sampled, cache, bank
 
-    def _decode(
-        self,
-        leaves: Leaves,
-        cache: Cache,
-        inputs: jax.Array,
-        slots: jax.Array,
-        starts: jax.Array,
-        sampling: SamplingRows[jax.Array] | None,
-        *,
-        context: int,
-    ) -> tuple[jax.Array, Cache]:
-        """Run a padded batch; returns hidden states [B, D], or tokens [B] at the tail."""
-        model = self._model.merge(leaves)
-        # rows that only pad stand past the context, see `Shard.decode`
-        lengths = (starts < self._limits.max_context_tokens).astype(jnp.int32)
-        x, cache = model(
-            inputs[:, None], cache, slots=slots, starts=starts, context=context, lengths=lengths
+
+def sampled_rows(shape: StepShape) -> int:
+    """Return how many tokens the tail samples in a step, S: all but those within a chunk."""
+    return shape.short_tokens + bool(shape.chunk_tokens)
+
+
+def take_sampled(x: jax.Array, shape: StepShape, tables: Tables) -> jax.Array:
+    """Return of [M, D] each token of short rows and the last one of the chunk, [S, D]."""
+    short = x[: shape.short_tokens]
+    if not shape.chunk_tokens:
+        return short
+    last = shape.short_tokens + jnp.maximum(tables.lengths[-1] - 1, 0)
+    return jnp.concatenate([short, jax.lax.dynamic_slice_in_dim(x, last, 1)])
+
+
+def sampled_positions(shape: StepShape, tables: Tables) -> jax.Array:
+    """Return where the sampled tokens will stand, [S] int32."""
+    offsets = jnp.arange(1, shape.row_tokens + 1, dtype=jnp.int32)
+    short = (tables.starts[: shape.rows, None] + offsets).reshape(-1)
+    if not shape.chunk_tokens:
+        return short
+    return jnp.concatenate([short, tables.starts[-1:] + tables.lengths[-1:]])
+
+
+def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
+    """Copy pages of every layer; pairs that only pad copy the scratch page to itself."""
+
+    def copy(number: jax.Array, arrays: Cache) -> Cache:
+        return jax.tree.map(
+            lambda array: jax.lax.dynamic_update_index_in_dim(
+                array,
+                jax.lax.dynamic_index_in_dim(array, sources[number], keepdims=False),
+                targets[number],
+                0,
+            ),
+            arrays,
         )
-        if sampling is None:
-            return x[:, 0], cache
-        return sample(model.forward_logits(x[:, 0]), sampling, starts + 1), cache
+
+    copied: Cache = jax.lax.fori_loop(0, COPIES, copy, cache)
+    return copied
+
+
+def _abstract_tables(program: Program) -> Tables:
+    batch = step_shape(program).batch
+    column = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    pages = jax.ShapeDtypeStruct((batch, program.pages), jnp.int32)
+    # Lowering looks at shapes only.
+    return Tables(column, column, pages)  # pyright: ignore[reportArgumentType]
+
+
+def _describe(
+    name: str, program: Program | None, compiled: Compiled, started: float
+) -> CompiledProgram:
+    return CompiledProgram(
+        name=name,
+        program=program,
+        seconds=time.perf_counter() - started,
+        workspace_bytes=_workspace_bytes(compiled),
+    )
+
+
+def _workspace_bytes(compiled: Compiled) -> int:
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes if memory is not None else 0

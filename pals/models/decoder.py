@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pals.models.attention import LayerCache, Rows, make_rows
 from pals.models.config import ModelConfig
 from pals.models.layers import Embedding, RMSNorm, softcap
 from pals.models.numerics import Numerics
+from pals.models.paged import LayerCache, Rows, StepShape, Tables, make_rows
 from pals.types import LayerRange
 
 Cache = tuple[LayerCache, ...]
@@ -25,10 +24,8 @@ Cache = tuple[LayerCache, ...]
 class DecoderLayer(Protocol):
     """What a family's layer module does."""
 
-    def __call__(
-        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
-    ) -> tuple[jax.Array, LayerCache]:
-        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
+    def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
+        """Map [M, D] to [M, D], having written these tokens to the cache."""
         ...
 
 
@@ -36,12 +33,12 @@ BuildLayer = Callable[[ModelConfig, int, Numerics], DecoderLayer]
 """Makes a family's layer of a number."""
 
 
-@partial(jax.jit, static_argnames="context")
+@jax.jit
 def run_layer(
-    layer: DecoderLayer, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
+    layer: DecoderLayer, x: jax.Array, cache: LayerCache, rows: Rows
 ) -> tuple[jax.Array, LayerCache]:
     """Run one layer; jitted so that equal layers are traced once, not each."""
-    return layer(x, cache, rows, context=context)
+    return layer(x, cache, rows)
 
 
 class Decoder(nnx.Module):
@@ -69,39 +66,30 @@ class Decoder(nnx.Module):
         self.lm_head = Embedding(*ends, numerics=numerics) if is_tail and not tied_here else None
 
     def __call__(
-        self,
-        inputs: jax.Array,
-        cache: Cache,
-        *,
-        slots: jax.Array,
-        starts: jax.Array,
-        context: int,
-        lengths: jax.Array | None = None,
+        self, inputs: jax.Array, cache: Cache, shape: StepShape, tables: Tables
     ) -> tuple[jax.Array, Cache]:
-        """Run the layers over some rows of tokens.
+        """Run the layers over the tokens of a step.
 
         Args:
-            inputs: Token ids [B, T] at the head, hidden states [B, T, D] elsewhere.
+            inputs: Token ids [M] at the head, hidden states [M, D] elsewhere.
             cache: One entry for each layer of this shard.
-            slots: [B] int32, the cache slot of each row.
-            starts: [B] int32, the position of each row's first token.
-            context: Positions of the cache to attend to; covers every row.
-            lengths: [B] int32, how many tokens of each row are no padding; None for all.
+            shape: How the tokens are divided into rows.
+            tables: Where the rows stand; of the short ones the longest first.
 
         Returns:
-            Hidden states [B, T, D] before the final norm, and the new cache.
+            Hidden states [M, D] before the final norm, and the new cache.
         """
         x = inputs if self.embed_tokens is None else self.embed(inputs)
-        rows = make_rows(self.config, slots, starts, x.shape[1], lengths)
+        rows = make_rows(self.config, shape, tables)
         new_cache: list[LayerCache] = []
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
             with jax.named_scope(f"layer_{self.first_layer + number}"):
-                x, layer_cache = run_layer(layer, x, layer_cache, rows, context=context)
+                x, layer_cache = run_layer(layer, x, layer_cache, rows)
             new_cache.append(layer_cache)
         return x, tuple(new_cache)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
-        """Look up [B, T] ids; returns [B, T, D]."""
+        """Look up [M] ids; returns [M, D]."""
         assert self.embed_tokens is not None
         x = self.embed_tokens(token_ids)
         if self.config.embedding_scale == 1.0:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from pals.models.attention import Attention, LayerCache, Rows
+from pals.models.attention import Attention
 from pals.models.configs.dense import DenseConfig
 from pals.models.decoder import model_norm
 from pals.models.layers import GatedMLP
 from pals.models.numerics import Numerics
+from pals.models.paged import LayerCache, Rows
 
 
 class DenseLayer(nnx.Module):
@@ -23,10 +24,8 @@ class DenseLayer(nnx.Module):
             config.hidden_size, config.intermediate_size, bias=config.mlp_bias, numerics=numerics
         )
 
-    def __call__(
-        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
-    ) -> tuple[jax.Array, LayerCache]:
-        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows, context=context)
+    def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
+        """Map [M, D] to [M, D], having written these tokens to the cache."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), cache

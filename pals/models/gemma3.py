@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from pals.models.attention import Attention, LayerCache, Rows
+from pals.models.attention import Attention
 from pals.models.configs.dense import DenseConfig
 from pals.models.decoder import model_norm
 from pals.models.family import Family
 from pals.models.layers import GatedMLP
 from pals.models.numerics import Numerics
+from pals.models.paged import LayerCache, Rows
 from pals.models.table import Root, WeightTable
 
 
@@ -30,11 +31,9 @@ class Gemma3Layer(nnx.Module):
         )
         self.post_feedforward_layernorm = model_norm(config, numerics)
 
-    def __call__(
-        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
-    ) -> tuple[jax.Array, LayerCache]:
-        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows, context=context)
+    def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
+        """Map [M, D] to [M, D], having written these tokens to the cache."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows)
         x = x + self.post_attention_layernorm(mixed)
         fed = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(fed), cache

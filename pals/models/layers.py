@@ -41,11 +41,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((out_size,), numerics.compute)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, T, in] to [B, T, out]."""
-        product = multiply(x.reshape(-1, x.shape[-1]), self.weight)
+        """Map [M, in] to [M, out]."""
+        product = multiply(x, self.weight)
         if self.bias is not None:
             product = product + self.bias[...]
-        return product.astype(x.dtype).reshape(*x.shape[:-1], -1)
+        return product.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -55,7 +55,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), numerics.compute))
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
-        """Look up [B, T] ids; returns [B, T, D]."""
+        """Look up [M] ids; returns [M, D]."""
         return self.weight[...][token_ids]
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ class GatedMLP(nnx.Module):
         self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map [B, T, D] to [B, T, D]."""
+        """Map [M, D] to [M, D]."""
         with jax.named_scope("mlp"):
             gate = ACTIVATIONS[self.activation](self.gate_proj(x))
             return self.down_proj(gate * self.up_proj(x))

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pals.models.attention import LayerCache, Rows, attend, batched_matmul, read_slots, update_cache
 from pals.models.config import LatentAttentionConfig, ModelConfig
 from pals.models.layers import Linear, RMSNorm
 from pals.models.numerics import Numerics
+from pals.models.paged import LayerCache, Rows, update_cache
 from pals.models.rope import RopeTable, pair_halves, rotate
+from pals.models.walk import View, attend, batched_matmul
 
 LATENT_EPS = 1e-6
 """Of the norms over compressed queries and latents, whatever ``rms_norm_eps`` is."""
@@ -50,39 +51,31 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(v_size, hidden_size, bias=bias, numerics=numerics)
         self.config = attention
 
-    def __call__(
-        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
-    ) -> tuple[jax.Array, LayerCache]:
-        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
+    def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
+        """Map [M, D] to [M, D], having written these tokens to the cache."""
         with jax.named_scope("latent_attention"):
             table = rows.rope[self.config.rope]
             queries = self.latent_queries(x, table)
             cache = update_cache(cache, (self.latents(x, table),), rows)
-            kept = read_slots(cache[0], rows.slots, context, x.dtype)
-            mixed = attend(
-                queries,
-                kept,
-                kept[..., : self.config.kv_lora_rank],
-                rows.starts,
-                scale=self.config.scale,
-            )
+            view = View(scale=self.config.scale, value_width=self.config.kv_lora_rank)
+            mixed = attend(queries, cache, rows, view)
             values = self.kv_b_proj.expand_values(mixed)
-            return self.o_proj(values.reshape(*x.shape[:2], -1)), cache
+            return self.o_proj(values.reshape(x.shape[0], -1)), cache
 
     def latent_queries(self, x: jax.Array, table: RopeTable) -> jax.Array:
-        """Return the queries [B, T, N, R] of [B, T, D], laid out as `latents` are."""
+        """Return the queries [M, N, R] of [M, D], laid out as `latents` are."""
         if self.config.q_lora_rank is None:
             queries = self.q_proj(x)
         else:
             queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        queries = queries.reshape(*x.shape[:2], self.config.num_heads, self.config.qk_head_dim)
+        queries = queries.reshape(x.shape[0], self.config.num_heads, self.config.qk_head_dim)
         still, turning = jnp.split(queries, [self.config.qk_nope_head_dim], axis=-1)
         absorbed = self.kv_b_proj.absorb_queries(still)
         return jnp.concatenate([absorbed, self._turn(turning, table)], axis=-1)
 
     def latents(self, x: jax.Array, table: RopeTable) -> jax.Array:
-        """Return what is kept of [B, T, D]: latent, then turned key, [B, T, 1, R]."""
-        compressed = self.kv_a_proj_with_mqa(x)[:, :, None]
+        """Return what is kept of [M, D]: latent, then turned key, [M, 1, R]."""
+        compressed = self.kv_a_proj_with_mqa(x)[:, None]
         latent, key = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return jnp.concatenate([self.kv_a_layernorm(latent), self._turn(key, table)], axis=-1)
 
@@ -103,11 +96,11 @@ class LatentUpProjection(nnx.Module):
         self.key_size = attention.qk_nope_head_dim
 
     def absorb_queries(self, queries: jax.Array) -> jax.Array:
-        """Map [B, T, N, H] to what scores the same against latents, [B, T, N, R]."""
+        """Map [M, N, H] to what scores the same against latents, [M, N, R]."""
         return _per_head(queries, self._matrices()[:, : self.key_size], contract=2)
 
     def expand_values(self, latents: jax.Array) -> jax.Array:
-        """Map each head's latent [B, T, N, R] to its value [B, T, N, H]."""
+        """Map each head's latent [M, N, R] to its value [M, N, H]."""
         return _per_head(latents, self._matrices()[:, self.key_size :], contract=3)
 
     def _matrices(self) -> jax.Array:
@@ -117,8 +110,6 @@ class LatentUpProjection(nnx.Module):
 
 
 def _per_head(x: jax.Array, matrices: jax.Array, *, contract: int) -> jax.Array:
-    """Multiply heads [B, T, N, _] by their matrices [N, _, _] over ``contract`` of [1, N, _, _]."""
-    batch, tokens, num_heads, size = x.shape
-    heads = x.reshape(batch * tokens, num_heads, size).swapaxes(0, 1)[None]
-    product = batched_matmul(heads, matrices[None], contract=contract).astype(x.dtype)
-    return product[0].swapaxes(0, 1).reshape(batch, tokens, num_heads, -1)
+    """Multiply heads [M, N, _] by their matrices [N, _, _] over ``contract`` of [1, N, _, _]."""
+    product = batched_matmul(x.swapaxes(0, 1)[None], matrices[None], contract=contract)
+    return product[0].astype(x.dtype).swapaxes(0, 1)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import io_callback
 
-from pals.models.attention import Attention, LayerCache, Rows
+from pals.models.attention import Attention
 from pals.models.config import LatentAttentionConfig
 from pals.models.configs.moe import MoEConfig, SparseConfig
 from pals.models.decoder import model_norm
@@ -21,6 +21,7 @@ from pals.models.layers import GatedMLP
 from pals.models.mla import LatentAttention
 from pals.models.moe_options import RoutingHook, RoutingRecord
 from pals.models.numerics import Numerics
+from pals.models.paged import LayerCache, Rows
 from pals.models.router import Router, Routing
 from pals.models.table import Fused, PerExpert, WeightTable
 
@@ -70,20 +71,18 @@ class MoE(nnx.Module):
         self.deliver = None if hook is None else recorder(hook, layer, router.num_experts)
 
     def __call__(self, x: jax.Array, rows: jax.Array | None = None) -> jax.Array:
-        """Map [B, T, D] to [B, T, D].
+        """Map [M, D] to [M, D].
 
         Args:
             x: Hidden states.
-            rows: [B, T] booleans, False for padding: its result is undefined, it wakes no
+            rows: [M] booleans, False for padding: its result is undefined, it wakes no
                 expert and leaves no trace. None means that all tokens count.
         """
         with jax.named_scope("moe"):
-            flat = x.reshape(-1, x.shape[-1])
-            counted = None if rows is None else rows.reshape(-1)
-            routing = self.gate(flat)
+            routing = self.gate(x)
             if self.deliver is not None:
-                io_callback(self.deliver, None, routing, counted)
-            mixed = self.experts(flat, routing, counted).astype(x.dtype).reshape(x.shape)
+                io_callback(self.deliver, None, routing, rows)
+            mixed = self.experts(x, routing, rows).astype(x.dtype)
             return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
 
 
@@ -127,11 +126,9 @@ class SparseLayer(nnx.Module):
             else MoE(moe, config.hidden_size, layer, numerics)
         )
 
-    def __call__(
-        self, x: jax.Array, cache: LayerCache, rows: Rows, *, context: int
-    ) -> tuple[jax.Array, LayerCache]:
-        """Map [B, T, D] to [B, T, D], having written these tokens to the cache."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows, context=context)
+    def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
+        """Map [M, D] to [M, D], having written these tokens to the cache."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), cache, rows)
         x = x + mixed
         normed = self.post_attention_layernorm(x)
         mlp = self.mlp

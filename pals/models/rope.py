@@ -21,7 +21,7 @@ from pals.models.config import (
 
 
 class RopeTable(NamedTuple):
-    """Cosine and sine of the angles of a step's tokens, each [B, T, R] float32.
+    """Cosine and sine of the angles of a step's tokens, each [M, R] float32.
 
     R is the width of a head that turns.
     """
@@ -31,7 +31,7 @@ class RopeTable(NamedTuple):
 
 
 def make_table(rope: RopeConfig, positions: jax.Array) -> RopeTable:
-    """Return the table of tokens at ``positions`` [B, T]."""
+    """Return the table of tokens at ``positions`` [M]."""
     # float32 whatever the compute dtype: bf16 cannot tell position 256 from 257.
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope)
     angles = jnp.concatenate([angles, angles], axis=-1)
@@ -40,12 +40,12 @@ def make_table(rope: RopeConfig, positions: jax.Array) -> RopeTable:
 
 
 def rotate(x: jax.Array, table: RopeTable) -> jax.Array:
-    """Turn heads [B, T, N, H], pairing dimension h with h + R / 2; what is past R stays."""
+    """Turn heads [..., N, H], pairing dimension h with h + R / 2; what is past R stays."""
     width = table.cos.shape[-1]
     turning, still = x[..., :width].astype(jnp.float32), x[..., width:]
     half = width // 2
     turned = jnp.concatenate([-turning[..., half:], turning[..., :half]], axis=-1)
-    turned = turning * table.cos[:, :, None] + turned * table.sin[:, :, None]
+    turned = turning * table.cos[..., None, :] + turned * table.sin[..., None, :]
     return jnp.concatenate([turned.astype(x.dtype), still], axis=-1)
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from pals.config import CACHE_DIR_VARIABLE
-from pals.engine.cache import build_cache, cache_positions
-from pals.models.attention import Rows, make_rows
 from pals.models.decoder import Decoder
+from pals.models.paged import Rows, make_rows
 from pals.models.rope import rotate
 from pals.models.snapshot import Snapshot
 from pals.types import LayerRange
-from tests.parity.matrix import COMMON, LIMITS, NUMERICS, build_model, save_random_model
+from tests.parity.matrix import COMMON, build_model, empty_cache, one_row, save_random_model
 
 TOKENS = 21
 ATOL = 2e-5
@@ -39,13 +38,18 @@ class Parts:
     ours: Decoder
     hidden: np.ndarray
 
+    @property
+    def tokens(self) -> jax.Array:
+        """The hidden states as our layers take them, [T, D]."""
+        return jnp.array(self.hidden[0])
+
     def with_hidden(self, hidden: np.ndarray) -> "Parts":
         """Return the same models beside other hidden states."""
         return replace(self, hidden=hidden)
 
     def rows(self) -> Rows:
-        """Return the rows of one sequence that begins in slot 0."""
-        return make_rows(self.ours.config, jnp.array([0]), jnp.array([0]), TOKENS)
+        """Return the rows of one sequence."""
+        return make_rows(self.ours.config, *one_row(TOKENS))
 
     def their_tables(self, *layer_type: str) -> tuple:
         """Return cosine and sine [1, T, R] of transformers; some differ between layers."""
@@ -87,22 +91,19 @@ class Parts:
 
     def our_attention(self, layer: int) -> tuple[np.ndarray, tuple[jax.Array, ...]]:
         """Return what our attention makes of them, and the cache that it wrote."""
-        layers = LayerRange(layer, layer + 1)
-        (cache,) = build_cache(self.ours.config, layers, limits=LIMITS, dtype=NUMERICS.compute)
-        found, cache = self.ours.layers[layer].self_attn(
-            jnp.array(self.hidden), cache, self.rows(), context=cache_positions(LIMITS)
-        )
-        return np.asarray(found), cache
+        (cache,) = empty_cache(self.ours.config, LayerRange(layer, layer + 1))
+        found, cache = self.ours.layers[layer].self_attn(self.tokens, cache, self.rows())
+        return np.asarray(found)[None], cache
 
     def assert_same_norms(self) -> None:
         """Compare the norms before attention and MLP, and the final one."""
         theirs, ours = self.theirs.model, self.ours
         for number, layer in enumerate(ours.layers):
             for name in ("input_layernorm", "post_attention_layernorm"):
-                found = getattr(layer, name)(jnp.array(self.hidden))
+                found = getattr(layer, name)(self.tokens)
                 expected = self.call(getattr(theirs.layers[number], name))
                 assert_same(found, expected, f"{number}.{name}")
-        assert_same(ours.norm(jnp.array(self.hidden)), self.call(theirs.norm), "norm")
+        assert_same(ours.norm(self.tokens), self.call(theirs.norm), "norm")
 
     def assert_same_turns(self, apply_rotary_pos_emb: Callable[..., tuple]) -> None:
         """Compare rotary embedding with transformers' function of the family."""
@@ -114,7 +115,8 @@ class Parts:
 
         expected, _ = apply_rotary_pos_emb(theirs, theirs, *self.their_tables())
 
-        assert_same(rotate(jnp.array(heads), table), expected.transpose(1, 2).numpy(), "rope")
+        turned = rotate(jnp.array(heads[0]), table)[None]
+        assert_same(turned, expected.transpose(1, 2).numpy(), "rope")
 
     def assert_same_routing(self, layer: int, *, name: str = "gate") -> None:
         """Raise unless both routers give each token the same experts and weights."""
@@ -123,7 +125,7 @@ class Parts:
         router = getattr(self.theirs.model.layers[layer].mlp, name)
         with torch.no_grad():
             _, weights, ids = router(torch.tensor(self.hidden[0]))
-        routing = self.ours.layers[layer].mlp.gate(jnp.array(self.hidden[0]))
+        routing = self.ours.layers[layer].mlp.gate(self.tokens)
 
         order = np.argsort(ids.numpy(), axis=-1)
         ours = np.argsort(np.asarray(routing.expert_ids), axis=-1)
@@ -155,4 +157,5 @@ def parts_of(models: Mapping[str, tuple[str, Mapping[str, object]]]):
 
 def assert_same(found: jax.Array | np.ndarray, expected: np.ndarray, part: str) -> None:
     """Raise unless both are equal to rounding; ``part`` names what was compared."""
-    np.testing.assert_allclose(np.asarray(found), expected, atol=ATOL, rtol=2e-5, err_msg=part)
+    found = np.asarray(found).reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=2e-5, err_msg=part)

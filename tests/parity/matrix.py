@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 
 from pals.config import CACHE_DIR_VARIABLE
-from pals.engine.cache import build_cache, cache_positions
+from pals.engine.buckets import BatchLimits
+from pals.engine.cache import lone_cache
 from pals.models.build import AbstractModel
-from pals.models.decoder import Decoder
+from pals.models.config import ModelConfig
+from pals.models.decoder import Cache, Decoder
 from pals.models.loading import load_shard_parameters
 from pals.models.numerics import Numerics
+from pals.models.paged import StepShape, Tables, lone_row
 from pals.models.snapshot import Snapshot
 from pals.types import EngineLimits, LayerRange
 from tests.checkpoints import EOS_ID, VOCAB_SIZE, write_tokenizer
@@ -147,22 +150,15 @@ class Chain:
         ends = [*cuts[1:], config.num_layers]
         ranges = [LayerRange(start, stop) for start, stop in zip(cuts, ends, strict=True)]
         self.models = [build_model(snapshot, layers) for layers in ranges]
-        self.caches = [
-            build_cache(config, layers, limits=LIMITS, dtype=NUMERICS.compute) for layers in ranges
-        ]
+        self.caches = [empty_cache(config, layers) for layers in ranges]
 
     def logits(self, tokens: Sequence[int], start: int = 0) -> np.ndarray:
         """Return logits [T, V] of one step over tokens that begin at ``start``."""
-        x = jnp.array([tokens])
+        x = jnp.array(tokens)
+        shape, tables = one_row(len(tokens), start)
         for number, model in enumerate(self.models):
-            x, self.caches[number] = model(
-                x,
-                self.caches[number],
-                slots=jnp.array([1]),
-                starts=jnp.array([start]),
-                context=cache_positions(LIMITS),
-            )
-        return np.asarray(self.models[-1].forward_logits(x[0]))
+            x, self.caches[number] = model(x, self.caches[number], shape, tables)
+        return np.asarray(self.models[-1].forward_logits(x))
 
     def answer(self, prompt: Sequence[int]) -> list[int]:
         """Return the greedy answer."""
@@ -170,6 +166,16 @@ class Chain:
         for position in range(len(prompt), len(prompt) + NEW_TOKENS - 1):
             tokens.append(int(self.logits(tokens[-1:], position)[-1].argmax()))
         return tokens
+
+
+def empty_cache(config: ModelConfig, layers: LayerRange) -> Cache:
+    """Return room for one sequence in some layers."""
+    return lone_cache(config, layers, tokens=LIMITS.max_context_tokens, dtype=NUMERICS.compute)
+
+
+def one_row(tokens: int, start: int = 0) -> tuple[StepShape, Tables]:
+    """Return a step of that sequence."""
+    return lone_row(tokens, start, 1 + BatchLimits.of(LIMITS).max_pages)
 
 
 def build_model(snapshot: Snapshot, layers: LayerRange) -> Decoder:

@@ -33,7 +33,7 @@ def test_norms_of_latents_keep_their_own_epsilon(parts: Parts):
     ours, theirs = parts.ours.layers[0].self_attn, parts.theirs.model.layers[0].self_attn
     tiny = parts.with_hidden(1e-3 * parts.hidden[..., : COMMON["kv_lora_rank"]])
 
-    found = ours.kv_a_layernorm(jnp.array(tiny.hidden))
+    found = ours.kv_a_layernorm(tiny.tokens)
 
     assert_same(found, tiny.call(theirs.kv_a_layernorm), "kv_a_layernorm")
 
@@ -75,11 +75,11 @@ def test_cache_holds_the_latents_and_turned_keys_of_transformers(parts: Parts):
 
     expected = np.concatenate([kept.layers[0].keys, kept.layers[0].values], axis=-1)
     tokens = parts.hidden.shape[1]
-    assert_same(found[:1, :, :tokens], expected, "cache")
+    assert_same(found[1:2, :, :tokens], expected, "cache")
 
 
 def test_mlp_is_that_of_transformers(parts: Parts):
-    found = parts.ours.layers[0].mlp(jnp.array(parts.hidden))
+    found = parts.ours.layers[0].mlp(parts.tokens)
 
     assert_same(found, parts.call(parts.theirs.model.layers[0].mlp), "mlp")
 
@@ -89,6 +89,6 @@ def test_router_chooses_as_transformers_does(parts: Parts):
 
 
 def test_experts_are_those_of_transformers(parts: Parts):
-    found = parts.ours.layers[1].mlp(jnp.array(parts.hidden))
+    found = parts.ours.layers[1].mlp(parts.tokens)
 
     assert_same(found, parts.call(parts.theirs.model.layers[1].mlp), "experts")

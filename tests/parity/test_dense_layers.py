@@ -1,6 +1,5 @@
 """The parts of the dense families' layers, one by one."""
 
-import jax.numpy as jnp
 import pytest
 
 from tests.parity.layers import Parts, assert_same, parts_of
@@ -42,5 +41,5 @@ def test_attention_is_that_of_transformers(parts: Parts):
 
 def test_mlp_is_that_of_transformers(parts: Parts):
     for number, layer in enumerate(parts.ours.layers):
-        found = layer.mlp(jnp.array(parts.hidden))
+        found = layer.mlp(parts.tokens)
         assert_same(found, parts.call(parts.theirs.model.layers[number].mlp), f"{number}")

@@ -50,9 +50,9 @@ def test_norms_are_those_of_transformers(parts: Parts):
 
     for number, layer in enumerate(ours.layers):
         for name in NORMS:
-            found = getattr(layer, name)(jnp.array(parts.hidden))
+            found = getattr(layer, name)(parts.tokens)
             assert_same(found, parts.call(getattr(theirs.layers[number], name)), f"{number}.{name}")
-    assert_same(ours.norm(jnp.array(parts.hidden)), parts.call(theirs.norm), "norm")
+    assert_same(ours.norm(parts.tokens), parts.call(theirs.norm), "norm")
 
 
 @pytest.mark.parametrize("layer", range(len(LAYER_TYPES)))
@@ -60,7 +60,7 @@ def test_norms_of_heads_are_those_of_transformers(parts: Parts, layer):
     heads = parts.with_hidden(parts.hidden[..., None, :20])
 
     for name in ("q_norm", "k_norm"):
-        found = getattr(parts.ours.layers[layer].self_attn, name)(jnp.array(heads.hidden))
+        found = getattr(parts.ours.layers[layer].self_attn, name)(heads.tokens)
         theirs = getattr(parts.theirs.model.layers[layer].self_attn, name)
         assert_same(found, heads.call(theirs), name)
 
@@ -91,5 +91,5 @@ def test_attention_is_that_of_transformers(parts: Parts, layer):
 
 def test_mlp_is_that_of_transformers(parts: Parts):
     for number, layer in enumerate(parts.ours.layers):
-        found = layer.mlp(jnp.array(parts.hidden))
+        found = layer.mlp(parts.tokens)
         assert_same(found, parts.call(parts.theirs.model.layers[number].mlp), f"{number}")

@@ -49,5 +49,5 @@ def test_router_chooses_as_transformers_does(parts: Parts):
 
 def test_mlp_and_experts_are_those_of_transformers(parts: Parts):
     for layer in range(2):
-        found = parts.ours.layers[layer].mlp(jnp.array(parts.hidden))
+        found = parts.ours.layers[layer].mlp(parts.tokens)
         assert_same(found, parts.call(parts.theirs.model.layers[layer].mlp), f"{layer}")

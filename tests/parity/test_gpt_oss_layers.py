@@ -1,6 +1,5 @@
 """The parts of gpt-oss's layers, one by one."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,7 +55,7 @@ def test_router_chooses_as_transformers_does(parts: Parts, layer):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_experts_are_those_of_transformers(parts: Parts, layer):
-    found = parts.ours.layers[layer].mlp(jnp.array(parts.hidden))
+    found = parts.ours.layers[layer].mlp(parts.tokens)
 
     assert_same(found, parts.call(parts.theirs.model.layers[layer].mlp), f"{layer}")
 
@@ -69,6 +68,6 @@ def test_experts_are_clamped_where_transformers_clamps(parts: Parts):
     assert (products > limit).any()
     assert (products < -limit).any()
 
-    found = loud.ours.layers[0].mlp(jnp.array(loud.hidden))
+    found = loud.ours.layers[0].mlp(loud.tokens)
 
     np.testing.assert_allclose(found, loud.call(mlp), rtol=2e-5, atol=2e-4)

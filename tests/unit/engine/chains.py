@@ -1,12 +1,18 @@
 """Runs shards one after another, as the network does, for the engine's tests."""
 
+from __future__ import annotations
+
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 
+from pals.engine.batch import RowKind, Step, StepRow
+from pals.engine.buckets import BatchLimits, Buckets
 from pals.engine.shard import Shard
+from pals.engine.work import RowSampling
 from pals.models.snapshot import Snapshot
 from pals.types import (
     DEFAULT_QUANTIZATION,
@@ -15,6 +21,7 @@ from pals.types import (
     LayerRange,
     Quantization,
     Sampling,
+    SessionId,
 )
 
 LIMITS = EngineLimits(max_sessions=3, max_context_tokens=300, max_chunk_tokens=32)
@@ -37,6 +44,64 @@ def load_chain(
     ]
 
 
+def pages_of(shard: Shard, slot: int, end: int) -> array[int]:
+    """Return the page table of a session that has ``end`` tokens in the ``slot``-th place."""
+    limits = BatchLimits.of(shard.limits)
+    first = 1 + slot * limits.max_pages
+    return array("i", range(first, first + limits.pages_of(end)))
+
+
+def make_step(shard: Shard, rows: Sequence[StepRow], chunk: StepRow | None = None) -> Step:
+    """Return a step of some rows, on the least of the shard's programs."""
+    buckets = Buckets(BatchLimits.of(shard.limits))
+    chunk_tokens = 0 if chunk is None else chunk.tokens
+    most = max((row.tokens for row in rows), default=1)
+    program = buckets.choose(
+        len(rows), 1 if most == 1 else shard.limits.verify_tokens, chunk_tokens, 1
+    )
+    assert program is not None
+    return Step(program=program, rows=tuple(rows), chunk=chunk, copies=())
+
+
+def make_row(shard: Shard, slot: int, kind: RowKind, position: int, tokens: int) -> StepRow:
+    """Return a row of the session in the ``slot``-th place."""
+    return StepRow(
+        session=SessionId(slot.to_bytes(16, "big")),
+        kind=kind,
+        position=position,
+        tokens=tokens,
+        pages=pages_of(shard, slot, position + tokens),
+    )
+
+
+def run_rows(
+    chain: list[Shard],
+    rows: Sequence[tuple[int, RowKind, int, Sequence[int]]],
+    samplings: Sequence[Sampling | None],
+) -> list[list[int]]:
+    """Run rows (slot, kind, position, token ids) as one step through the chain.
+
+    Returns:
+        What the tail sampled for each row; nothing for those without sampling.
+    """
+    inputs = [np.array(tokens, np.int32) for *_, tokens in rows]
+    for shard in chain:
+        made = [make_row(shard, s, k, p, len(tokens)) for s, k, p, tokens in rows]
+        chunk = made[-1] if rows[-1][1] == "prefill" else None
+        step = make_step(shard, made if chunk is None else made[:-1], chunk)
+        chosen = [None if s is None or not shard.is_tail else RowSampling(s, 0) for s in samplings]
+        output = shard.run(step, inputs, chosen)
+        if output.hidden is not None:
+            ends = np.cumsum([row.tokens for row in made])[:-1]
+            inputs = np.split(output.hidden, ends)
+    assert output.sampled is not None
+    counts = [
+        0 if sampling is None else (1 if kind == "prefill" else len(tokens))
+        for (_, kind, _, tokens), sampling in zip(rows, samplings, strict=True)
+    ]
+    return [part.tolist() for part in np.split(output.sampled.ids, np.cumsum(counts)[:-1])]
+
+
 def prefill(
     chain: list[Shard],
     slot: int,
@@ -47,20 +112,13 @@ def prefill(
     sampling: Sampling | None = None,
 ) -> int:
     """Prefill a prompt in chunks; returns the first sampled token."""
-    token = np.zeros(0, np.int32)
+    sampled: list[int] = []
     for start in range(0, len(prompt), chunk):
-        x = np.array(prompt[start : start + chunk], np.int32)
         last = start + chunk >= len(prompt)
-        for shard in chain:
-            x = shard.prefill(
-                slot=slot,
-                position=position + start,
-                inputs=x,
-                sampling=(sampling or Sampling()) if last else None,
-            )
-        assert x.shape == ((1,) if last else (0,))
-        token = x
-    return int(token[0])
+        row = (slot, "prefill", position + start, prompt[start : start + chunk])
+        (sampled,) = run_rows(chain, [row], [(sampling or Sampling()) if last else None])
+    (token,) = sampled
+    return token
 
 
 def decode(
@@ -71,15 +129,8 @@ def decode(
     samplings: Sequence[Sampling] | None = None,
 ) -> list[int]:
     """Run one decode step of a batch through the chain; returns the next tokens."""
-    x = np.array(tokens, np.int32)
-    for shard in chain:
-        x = shard.decode(
-            slots=slots,
-            positions=positions,
-            inputs=x,
-            samplings=samplings or [Sampling()] * len(slots),
-        )
-    return x.tolist()
+    rows = [(s, "decode", p, [t]) for s, p, t in zip(slots, positions, tokens, strict=True)]
+    return [token for (token,) in run_rows(chain, rows, samplings or [Sampling()] * len(slots))]
 
 
 def generate(

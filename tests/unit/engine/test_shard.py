@@ -1,4 +1,5 @@
-from functools import partial
+from array import array
+from dataclasses import replace
 
 import jax
 import ml_dtypes
@@ -6,7 +7,10 @@ import numpy as np
 import pytest
 
 from pals.config import CACHE_DIR_VARIABLE
+from pals.engine.buckets import BatchLimits
+from pals.engine.pages import PageCopy
 from pals.engine.shard import Shard
+from pals.engine.work import RowSampling
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.snapshot import Snapshot
 from pals.types import EngineLimits, LayerRange, Sampling
@@ -17,7 +21,10 @@ from tests.unit.engine.chains import (
     decode,
     generate,
     load_chain,
+    make_row,
+    make_step,
     prefill,
+    run_rows,
 )
 
 PROMPT = [256, *b"The quick brown fox jumps over the lazy dog, twice."]
@@ -96,7 +103,7 @@ def test_replay_after_a_step_back_gives_the_same_tokens(whole, answer):
     assert prefill(whole, 0, PROMPT[position:], position=position) == answer[0]
 
 
-def test_answer_crosses_from_the_short_context_to_the_whole(snapshot, whole):
+def test_answer_crosses_pages_and_blocks(snapshot, whole):
     prompt = (PROMPT * 6)[:250]
     split = load_chain(snapshot, [0, 1])
 
@@ -111,27 +118,81 @@ def test_chunk_that_ends_with_the_context_is_whole(snapshot, whole):
     assert len(tokens) == 1
 
 
+def run_hidden(shard, rows, hidden, samplings):
+    """Run rows (slot, kind, position, tokens) of hidden states at the tail."""
+    made = [make_row(shard, *row) for row in rows]
+    chunk = made.pop() if rows[-1][1] == "prefill" else None
+    chosen = [None if sampling is None else RowSampling(sampling, 0) for sampling in samplings]
+    return shard.run(make_step(shard, made, chunk), hidden, chosen).sampled
+
+
 def test_poison_of_one_session_does_not_reach_the_next(snapshot):
     head, tail = load_chain(snapshot, [0, 2])
     expected = generate([head, tail], OTHER)
     poison = np.full((32, 64), np.inf, np.float32)
     for position in range(0, 96, 32):
-        tail.prefill(slot=0, position=position, inputs=poison, sampling=None)
+        run_hidden(tail, [(0, "prefill", position, 32)], [poison], [None])
 
     assert generate([head, tail], OTHER) == expected
 
 
-def test_poison_in_a_batch_does_not_reach_the_other_rows(snapshot):
+def test_poison_in_a_step_does_not_reach_the_other_rows(snapshot):
     tail = load_chain(snapshot, [0, 2])[1]
-    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
-    greedy = [Sampling()] * 3
-    steps = {"slots": [0, 1, 2], "positions": [0, 0, 0], "samplings": greedy}
-    expected = tail.decode(**steps, inputs=x)
-    x[1] = np.nan
+    x = list(np.random.default_rng(0).standard_normal((3, 1, 64)).astype(np.float32))
+    x.append(np.random.default_rng(1).standard_normal((9, 64)).astype(np.float32))
+    rows = [*((slot, "decode", 0, 1) for slot in range(3)), (3, "prefill", 0, 9)]
+    expected = run_hidden(tail, rows, x, [Sampling()] * 4).ids
+    x[1] = np.full_like(x[1], np.nan)
 
-    found = tail.decode(**steps, inputs=x)
+    found = run_hidden(tail, rows, x, [Sampling()] * 4).ids
 
-    assert found[[0, 2]].tolist() == expected[[0, 2]].tolist()
+    assert found[[0, 2, 3]].tolist() == expected[[0, 2, 3]].tolist()
+
+
+def test_rows_drafts_and_chunks_of_one_step_are_as_each_alone(whole):
+    rows = [
+        (0, "decode", len(PROMPT), [7]),
+        (2, "decode", len(OTHER), [9]),
+        (1, "prefill", 0, PROMPT[:16]),
+    ]
+
+    def prepare():
+        prefill(whole, 0, PROMPT)
+        prefill(whole, 2, OTHER)
+
+    prepare()
+    alone = [run_rows(whole, [row], [Sampling()])[0] for row in rows]
+    prepare()
+
+    assert run_rows(whole, rows, [Sampling()] * 3) == alone
+
+
+def test_drafts_are_verified_token_by_token_and_taken_back(whole, answer):
+    prefill(whole, 0, PROMPT)
+    draft = [answer[0], answer[1], 5, 6]
+
+    (verified,) = run_rows(whole, [(0, "verify", len(PROMPT), draft)], [Sampling()])
+
+    assert verified[:2] == answer[1:3]
+    position = len(PROMPT) + 2
+    assert decode(whole, [0], [position], [answer[2]]) == [answer[3]]
+
+
+def test_copied_page_is_a_page_of_its_own(whole, answer):
+    """As a fork has it: what one session writes to its copy is not seen by the other."""
+    shard = whole[0]
+    prefill(whole, 0, PROMPT)
+    row = make_row(shard, 0, "decode", len(PROMPT), 1)
+    copied = replace(row, pages=array("i", [1 + BatchLimits.of(LIMITS).max_pages]))
+    copies = (PageCopy(row.pages[0], copied.pages[0]),)
+    step = replace(make_step(shard, [copied]), copies=copies)
+    greedy = [RowSampling(Sampling(), 0)]
+
+    forked = shard.run(step, [np.array([3], np.int32)], greedy).sampled.ids
+    own = shard.run(make_step(shard, [row]), [np.array(answer[:1], np.int32)], greedy).sampled.ids
+
+    assert own.tolist() == answer[1:2]
+    assert forked.tolist() == generate(whole, [*PROMPT, 3], count=1)
 
 
 def test_nothing_is_compiled_after_warmup(snapshot):
@@ -162,35 +223,20 @@ def test_compilations_are_counted(snapshot):
     assert len(compilations) == 1
 
 
-def test_warmup_tells_each_program_once(snapshot):
+def test_warmup_tells_each_program_once_and_measures_it(snapshot):
     shard = load_chain(snapshot, [0, 2])[0]
+    told = []
 
-    names = [program.name for program in shard.warmup()]
+    programs = shard.warmup(told.append)
 
-    assert names == [
-        "prefill_16x256", "prefill_16x316", "prefill_32x256", "prefill_32x316",
-        "decode_1x256", "decode_1x316", "decode_2x256", "decode_2x316",
-        "decode_4x256", "decode_4x316",
+    assert told == programs
+    assert [program.name for program in programs] == [
+        "copy_16", *(str(program) for program in shard.programs)
     ]  # fmt: skip
-
-
-def test_warmup_runs_what_sessions_begin_with_and_leaves_no_session(snapshot, monkeypatch):
-    shard = load_chain(snapshot, [0, 2])[1]
-    run, names = shard._run, []
-
-    def note(key, *arguments):
-        names.append(str(key))
-        return run(key, *arguments)
-
-    monkeypatch.setattr(shard, "_run", note)
-    shard.warmup()
-
-    assert names == [
-        "prefill_16x256", "prefill_32x256", "decode_1x256", "decode_2x256", "decode_4x256"
-    ]  # fmt: skip
-    hidden = np.zeros((1, 64), np.float32)
-    with pytest.raises(InvalidStep, match="which holds 0"):
-        shard.decode(slots=[0], positions=[1], inputs=hidden, samplings=[Sampling()])
+    assert {program.program.kind for program in programs[1:]} == {
+        "decode", "verify", "chunk", "mixed"
+    }  # fmt: skip
+    assert all(program.run_s > 0 for program in programs[1:])
 
 
 def test_compiled_programs_are_kept_on_disk(snapshot, tmp_path, monkeypatch):
@@ -201,23 +247,26 @@ def test_compiled_programs_are_kept_on_disk(snapshot, tmp_path, monkeypatch):
     assert any((tmp_path / "xla").iterdir())
 
 
+def run_head(head, tokens):
+    """Return the hidden states that the head makes of a prompt."""
+    step = make_step(head, [], make_row(head, 0, "prefill", 0, len(tokens)))
+    return head.run(step, [np.array(tokens, np.int32)], [None]).hidden
+
+
 @pytest.mark.parametrize(("dtype", "wire"), [("f32", np.float32), ("bf16", ml_dtypes.bfloat16)])
 def test_hidden_states_travel_in_the_compute_dtype(snapshot, dtype, wire):
     head, tail = load_chain(snapshot, [0, 1], dtype)
 
-    hidden = head.prefill(slot=0, position=0, inputs=np.array(OTHER, np.int32), sampling=None)
-    token = tail.prefill(slot=0, position=0, inputs=hidden, sampling=Sampling())
+    hidden = run_head(head, OTHER)
+    sampled = run_hidden(tail, [(0, "prefill", 0, len(OTHER))], [hidden], [Sampling()])
 
     assert (hidden.dtype, hidden.shape) == (wire, (len(OTHER), 64))
-    assert (token.dtype, token.shape) == (np.int32, (1,))
+    assert (sampled.ids.dtype, sampled.ids.shape) == (np.int32, (1,))
 
 
 def test_bf16_is_near_f32(snapshot):
-    inputs = np.array(OTHER, np.int32)
     wide, narrow = (
-        load_chain(snapshot, [0, 1], dtype)[0]
-        .prefill(slot=0, position=0, inputs=inputs, sampling=None)
-        .astype(np.float32)
+        run_head(load_chain(snapshot, [0, 1], dtype)[0], OTHER).astype(np.float32)
         for dtype in ("f32", "bf16")
     )
 
@@ -231,32 +280,34 @@ def test_memory_is_what_the_arrays_take(snapshot):
 
     layer = 64 * (64 * 2 + 32 * 2) + 3 * 64 * 96 + 2 * 64
     assert use.weights == 2 * (259 * 64 + layer)
-    assert use.kv == 2 * 2 * 3 * 2 * 316 * 16
+    pages = 1 + LIMITS.max_sessions * BatchLimits.of(LIMITS).max_pages
+    assert use.kv == shard.kv_bytes == pages * 64 * 2 * 2 * 2 * 16
+
+
+def test_cache_has_the_bytes_that_are_named(snapshot):
+    page = 64 * 2 * 4 * 2 * 16
+    limits = replace(LIMITS, kv_bytes=7 * page + 5)
+
+    shard = load_chain(snapshot, [0, 1], limits=limits)[0]
+
+    assert shard.memory_bytes().kv == 7 * page
+    assert shard.make_batcher(bytes(32)).free_tokens == 6 * 64
 
 
 @pytest.mark.parametrize(
-    "change",
+    "inputs",
     [
-        {"slot": -1},
-        {"slot": 3},
-        {"position": -1},
-        {"position": 1},
-        {"inputs": np.zeros(0, np.int32)},
-        {"inputs": np.zeros(33, np.int32)},
-        {"inputs": np.zeros((), np.int32)},
-        {"inputs": np.zeros(4, np.int64)},
-        {"inputs": np.zeros((4, 64), np.float32)},
-        {"inputs": np.array([259], np.int32)},
-        {"inputs": np.array([-1], np.int32)},
-        {"sampling": Sampling(temperature=9.0)},
+        np.zeros(0, np.int32),
+        np.zeros((), np.int32),
+        np.zeros(4, np.int64),
+        np.zeros((4, 64), np.float32),
+        np.array([259], np.int32),
+        np.array([-1], np.int32),
     ],
 )
-def test_prefill_out_of_range_is_refused(snapshot, change):
-    shard = load_chain(snapshot, [0])[0]
-    step = {"slot": 0, "position": 0, "inputs": np.zeros(4, np.int32), "sampling": None}
-
+def test_token_ids_of_another_kind_are_refused(whole, inputs):
     with pytest.raises(InvalidStep):
-        shard.prefill(**(step | change))
+        whole[0].check_inputs(inputs)
 
 
 @pytest.mark.parametrize(
@@ -272,52 +323,7 @@ def test_hidden_states_of_another_kind_are_refused(snapshot, inputs):
     tail = load_chain(snapshot, [0, 1])[1]
 
     with pytest.raises(InvalidStep):
-        tail.prefill(slot=0, position=0, inputs=inputs, sampling=None)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"slots": [0, 0]},
-        {"slots": [0, 3]},
-        {"slots": [0]},
-        {"positions": [4]},
-        {"positions": [4, 5]},
-        {"positions": [4, -1]},
-        {"samplings": [Sampling()]},
-        {"inputs": np.zeros(4, np.int32)},
-        {"inputs": np.array([0, 259], np.int32)},
-    ],
-)
-def test_decode_out_of_range_is_refused(whole, change):
-    step = {
-        "slots": [0, 1],
-        "positions": [4, 4],
-        "inputs": np.zeros(2, np.int32),
-        "samplings": [Sampling()] * 2,
-    }
-    for slot in (0, 1):
-        prefill(whole, slot, [1, 2, 3, 4])
-
-    with pytest.raises(InvalidStep):
-        whole[0].decode(**(step | change))
-
-
-def test_session_cannot_read_past_what_it_wrote(whole):
-    """Beyond lie the tokens of the slot's former session."""
-    prefill(whole, 0, PROMPT)
-    prefill(whole, 0, OTHER)
-
-    with pytest.raises(InvalidStep):
-        decode(whole, [0], [len(PROMPT)], [1])
-
-
-def test_context_cannot_be_left(whole):
-    prompt = (PROMPT * 6)[: LIMITS.max_context_tokens]
-    prefill(whole, 0, prompt)
-
-    with pytest.raises(InvalidStep):
-        decode(whole, [0], [len(prompt)], [1])
+        tail.check_inputs(inputs)
 
 
 def test_layers_outside_the_model_are_refused(snapshot):
@@ -329,12 +335,15 @@ def test_layers_outside_the_model_are_refused(snapshot):
     "limits",
     [
         EngineLimits(max_sessions=0),
-        EngineLimits(max_sessions=257),
+        EngineLimits(max_sessions=4097),
         EngineLimits(max_context_tokens=0),
         EngineLimits(max_context_tokens=4097),
         EngineLimits(max_chunk_tokens=8),
         EngineLimits(max_chunk_tokens=100),
         EngineLimits(max_chunk_tokens=8192),
+        EngineLimits(max_rows=0),
+        EngineLimits(prefill_share=1.0),
+        EngineLimits(page_tokens=48),
     ],
 )
 def test_limits_out_of_range_are_refused(snapshot, limits):
@@ -342,27 +351,20 @@ def test_limits_out_of_range_are_refused(snapshot, limits):
         Shard.load(snapshot, LayerRange(0, 1), dtype="f32", limits=limits)
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_step_that_fails_empties_every_slot_and_the_next_session_runs(snapshot, kind, monkeypatch):
+def test_shard_whose_step_failed_runs_on_after_a_reset(snapshot, monkeypatch):
     shards = load_chain(snapshot, [0])
     expected = generate(shards, OTHER)
-    prefill(shards, 1, OTHER)
-    run_step = {
-        "prefill": partial(prefill, shards, 0, OTHER),
-        "decode": partial(decode, shards, [0], [len(OTHER)], [1]),
-    }[kind]
 
     def fail(leaves, cache, *_):
         """Fail as XLA does: after the cache was given away."""
-        for array in jax.tree.leaves(cache):
-            array.delete()
+        for leaf in jax.tree.leaves(cache):
+            leaf.delete()
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(shards[0]._programs, "get", lambda *_: fail)
         with pytest.raises(jax.errors.JaxRuntimeError):
-            run_step()
-    with pytest.raises(InvalidStep, match="which holds 0"):
-        decode(shards, [1], [len(OTHER)], [1])
+            prefill(shards, 0, OTHER)
+    shards[0].reset()
 
     assert generate(shards, OTHER) == expected

@@ -1,0 +1,87 @@
+"""The arrays of one step, put together on the host.
+
+Each program has arrays of its own, which its steps use one after another: what a step does
+not overwrite is padding, whose content nothing reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pals.engine.batch import Step, StepRow
+from pals.engine.buckets import Program
+from pals.models.paged import Tables
+
+Array = npt.NDArray[np.generic]
+Int32 = npt.NDArray[np.int32]
+
+
+class StepArrays:
+    """The inputs of one program.
+
+    Args:
+        program: Its sizes.
+        empty: One token of inputs, of which a buffer is made.
+    """
+
+    def __init__(self, program: Program, empty: Array) -> None:
+        batch = program.rows + bool(program.chunk_tokens)
+        self._program = program
+        self._short_tokens = program.rows * program.row_tokens
+        self.inputs: Array = np.zeros((program.tokens, *empty.shape), empty.dtype)
+        self._starts = np.zeros(batch, np.int32)
+        self._lengths = np.zeros(batch, np.int32)
+        self._pages = np.zeros((batch, program.pages), np.int32)
+
+    @property
+    def tables(self) -> Tables:
+        """Where the rows stand; numpy arrays, which compiled programs take as they are."""
+        return Tables(self._starts, self._lengths, self._pages)  # pyright: ignore[reportArgumentType]
+
+    def fill(self, step: Step, inputs: Sequence[Array]) -> list[int]:
+        """Take the rows of a step, of short ones the longest first.
+
+        Args:
+            step: Of this program.
+            inputs: Of each of `Step.all_rows`.
+
+        Returns:
+            Where the first token of each of `Step.all_rows` stands.
+        """
+        rows = step.rows
+        self._lengths[:] = 0
+        firsts = [0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda number: -rows[number].end)
+        for place, number in enumerate(order):
+            firsts[number] = place * self._program.row_tokens
+            self._fill_row(place, firsts[number], rows[number], inputs[number])
+        if step.chunk is not None:
+            firsts.append(self._short_tokens)
+            self._fill_row(self._program.rows, self._short_tokens, step.chunk, inputs[-1])
+        return firsts
+
+    def _fill_row(self, place: int, first: int, row: StepRow, inputs: Array) -> None:
+        self._starts[place] = row.position
+        self._lengths[place] = row.tokens
+        self._pages[place, : len(row.pages)] = row.pages
+        self.inputs[first : first + row.tokens] = inputs
+
+    def fill_padding(self, starts: Int32, lengths: Int32) -> None:
+        """Take rows that have no session: they read and write the scratch page.
+
+        Args:
+            starts: Of each row, the chunk last.
+            lengths: Tokens of each row.
+        """
+        self._starts[:], self._lengths[:] = starts, lengths
+
+
+def tokens_of(firsts: Sequence[int], rows: Sequence[StepRow]) -> Int32:
+    """Return where each token of some rows stands, row after row."""
+    if all(row.tokens == 1 for row in rows):
+        return np.array(firsts, np.int32)
+    parts = [np.arange(first, first + row.tokens) for first, row in zip(firsts, rows, strict=True)]
+    return np.concatenate(parts).astype(np.int32)
