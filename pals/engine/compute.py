@@ -6,14 +6,27 @@ step, or a compile of minutes, never holds the network up.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 
 from pals.engine.batch import SessionRequest
 from pals.engine.batcher import Batcher
-from pals.engine.work import Delivery, InputRow, PenaltyHistory, RefusedRow, StepRunner
+from pals.engine.compute_core import Compute, Member, Planned, SamplingChanges
+from pals.engine.work import (
+    Delivery,
+    InputRow,
+    PenaltyHistory,
+    RefusedRow,
+    StepOutput,
+    StepResult,
+    StepRunner,
+)
+from pals.errors import InternalStepError, InvalidStep, PalsError
 from pals.types import Sampling, SessionId
+
+_log = logging.getLogger(__name__)
 
 
 class ComputeThread:
@@ -41,20 +54,33 @@ class ComputeThread:
         max_queued_bytes: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        raise NotImplementedError
+        self._runner = runner
+        self._core = Compute(batcher, is_tail=runner.is_tail, max_queued_bytes=max_queued_bytes)
+        self._deliver = deliver
+        self._clock = clock
+        self._lock = threading.Lock()
+        # Held but while it wakes the thread: a condition would cost some more of each step.
+        self._work = threading.Lock()
+        self._work.acquire()
+        self._is_idle = False
+        self._closing = False
+        self._free_s = clock()
+        self._thread = threading.Thread(target=self._run, name="pals-compute", daemon=True)
 
     @property
     def free_tokens(self) -> int:
         """Tokens that sessions to come find room for."""
-        raise NotImplementedError
+        with self._lock:
+            return self._core.batcher.free_tokens
 
     @property
     def num_running(self) -> int:
         """Sessions that hold pages, or are about to by a fork."""
-        raise NotImplementedError
+        with self._lock:
+            return self._core.batcher.num_running
 
     def start(self) -> None:
-        raise NotImplementedError
+        self._thread.start()
 
     def open(
         self,
@@ -78,7 +104,9 @@ class ComputeThread:
             PeerSessionsFull: Its peer has as many sessions as one may.
             ShardFull: As many wait already as may.
         """
-        raise NotImplementedError
+        with self._lock:
+            self._core.open(request, owner, sampling, history, self._clock())
+            self._wake()
 
     def fork(
         self,
@@ -98,7 +126,10 @@ class ComputeThread:
             PeerSessionsFull: Its peer has as many sessions as one may.
             ShardFull: As many run as may.
         """
-        raise NotImplementedError
+        with self._lock:
+            now = self._clock()
+            self._core.fork(parent, child, position, owner, sampling, history, now)
+            self._wake()
 
     def close_session(self, session: SessionId, names: tuple[bytes, ...] = ()) -> None:
         """End a session and free its pages at once; it may be over already, or wait still.
@@ -109,7 +140,9 @@ class ComputeThread:
             session: Its id.
             names: Of its blocks, see `Sessions.close`.
         """
-        raise NotImplementedError
+        with self._lock:
+            self._core.close_session(session, names)
+            self._wake()
 
     def add(self, rows: Sequence[InputRow]) -> list[RefusedRow]:
         """Queue the rows of a frame, each behind the others of its session.
@@ -125,8 +158,141 @@ class ComputeThread:
             session's length or what the shard can compute, and `QueueFull` where too many
             tokens or bytes wait.
         """
-        raise NotImplementedError
+        refused = self._find_unsound(rows)
+        if refused:
+            unsound = {id(one.row) for one in refused}
+            rows = [row for row in rows if id(row) not in unsound]
+        with self._lock:
+            refused += self._core.add(rows, self._clock())
+            self._wake()
+        return refused
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step it is in, waiting at most ``timeout_s``."""
-        raise NotImplementedError
+        with self._lock:
+            self._closing = True
+            self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def _find_unsound(self, rows: Sequence[InputRow]) -> list[RefusedRow]:
+        """Return the rows that no step can compute: once planned, a step has to run."""
+        refused: list[RefusedRow] = []
+        for row in rows:
+            try:
+                self._runner.check_inputs(row.inputs)
+            except InvalidStep as error:
+                refused.append(RefusedRow(row, error))
+        return refused
+
+    # --- on the thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (planned := self._wait_for_step()) is not None:
+            self._run_step(planned)
+            self._free_s = self._clock()
+
+    def _wait_for_step(self) -> Planned | None:
+        """Return the next step; None when the thread is to end."""
+        while True:
+            wait_s = 0.0
+            planned, events = None, ()
+            with self._lock:
+                if self._closing:
+                    return None
+                if (changes := self._core.take_changes()) is None:
+                    planned, events = self._core.plan(self._clock())
+                    if planned is None and not events:
+                        wait_s = self._begin_to_wait()
+            if changes is not None:
+                self._change_samplings(changes)
+                continue
+            if events:
+                self._deliver(Delivery(events=events, result=None))
+            if planned is not None:
+                return planned
+            if wait_s:
+                self._work.acquire(timeout=wait_s)
+
+    def _begin_to_wait(self) -> float:
+        """Return how long there is nothing to do unless `_wake` is called, in seconds."""
+        self._work.acquire(blocking=False)  # it may have been woken when it had slept enough
+        self._is_idle = True
+        wait_s = self._core.batcher.next_at() - self._clock()
+        return min(max(wait_s, 0.0), threading.TIMEOUT_MAX)
+
+    def _wake(self) -> None:
+        """Let the thread look, if it waits for something to do; the lock is held."""
+        if self._is_idle:
+            self._is_idle = False
+            self._work.release()
+
+    def _change_samplings(self, changes: SamplingChanges) -> None:
+        """Let the sampler make room for some sessions, without holding the network up."""
+        for row_sampling in changes.closed:
+            self._runner.close_sampling(row_sampling)
+        for member in changes.opened:
+            self._open_sampling(member)
+
+    def _open_sampling(self, member: Member) -> None:
+        assert member.sampling is not None
+        try:
+            row_sampling = self._runner.open_sampling(member.sampling, member.history)
+        except Exception as failure:
+            error = self._show(failure, "a sampler's room could not be made")
+            with self._lock:
+                self._core.refuse(member, error)
+            return
+        with self._lock:
+            self._core.set_sampling(member, row_sampling)
+
+    def _run_step(self, planned: Planned) -> None:
+        started_s = self._clock()
+        try:
+            output = self._runner.run(planned.step, planned.inputs, planned.samplings)
+        except Exception as failure:
+            self._fail(planned, failure, started_s)
+            return
+        finished_s = self._clock()
+        # Whoever waits for the outputs need not wait for the bookkeeping.
+        result = self._build_result(planned, output, started_s, finished_s)
+        self._deliver(Delivery(events=(), result=result))
+        with self._lock:
+            self._core.finish(planned, finished_s - started_s)
+
+    def _fail(self, planned: Planned, failure: Exception, started_s: float) -> None:
+        """End every session that runs, and begin with an empty cache."""
+        finished_s = self._clock()
+        error = self._show(failure, f"a step of {len(planned.rows)} rows failed")
+        with self._lock:
+            events = self._core.fail(error)
+        try:
+            self._runner.reset()
+        except Exception:  # the next step fails as well, and tries again
+            _log.exception("the cache of layers %s could not be made anew", self._runner.layers)
+        result = self._build_result(planned, None, started_s, finished_s, failure)
+        self._deliver(Delivery(events=events, result=result))
+
+    def _show(self, failure: Exception, problem: str) -> PalsError:
+        """Return what drivers are told; what only this machine may know goes to its log."""
+        if isinstance(failure, PalsError):
+            return failure
+        _log.error(problem, exc_info=failure)
+        return InternalStepError(layers=self._runner.layers)
+
+    def _build_result(
+        self,
+        planned: Planned,
+        output: StepOutput | None,
+        started_s: float,
+        finished_s: float,
+        error: Exception | None = None,
+    ) -> StepResult:
+        return StepResult(
+            rows=planned.rows,
+            output=output,
+            free_s=self._free_s,
+            started_s=started_s,
+            finished_s=finished_s,
+            error=error,
+        )
