@@ -188,7 +188,8 @@ class Batcher:
         if step.rows and step.chunk is None:
             self._decode_s = seconds
         for row in step.all_rows:
-            if row.session in self._sessions.running:
+            running = self._sessions.running.get(row.session)
+            if running is not None and running.is_started:  # else another has its id by now
                 self._pool.publish(row.session, row.end)
 
     def next_at(self) -> float:
@@ -197,7 +198,7 @@ class Batcher:
 
     def _add_rows(self, draft: _Draft) -> None:
         """Take all short rows that one program holds, furthest behind first."""
-        for running, row in self._in_line(self._sessions.short_line, {"decode", "verify"}):
+        for running, row in self._in_line(self._sessions.short_line):
             if not draft.rows and row.tokens > 1:
                 draft.row_tokens = self._buckets.limits.verify_tokens
             pages = max(draft.pages, self._pool.format.pages_of(row.end))
@@ -212,9 +213,9 @@ class Batcher:
 
     def _add_chunk(self, draft: _Draft) -> None:
         """Take a chunk of the prompt that is furthest behind, if there is time and room."""
-        is_free = not draft.rows and not self._somebody_decodes(draft.now)
+        is_free: bool | None = False if draft.rows else None
         is_first = True
-        for running, row in self._in_line(self._sessions.prompt_line, {"prefill"}):
+        for running, row in self._in_line(self._sessions.prompt_line):
             if running in draft.members:  # this row has to see what the step writes
                 is_first = False
                 continue
@@ -223,6 +224,8 @@ class Batcher:
                 self._chunk_is_due = self._chunk_is_due or is_first
                 return
             is_first = False
+            if is_free is None:
+                is_free = not self._somebody_decodes(draft.now)
             chosen = _fullest(options) if is_free else self._pay(options, draft)
             if chosen is None:
                 return
@@ -237,16 +240,9 @@ class Batcher:
             self._chunk_is_due = False
             self._pace.rest()
 
-    def _in_line(
-        self, line: FairOrder[SessionId], kinds: set[RowKind]
-    ) -> Iterator[tuple[Running, WaitingRow]]:
-        """Yield the sessions whose next row is of these kinds, whose turn it is first."""
-        waiting = [
-            (r.peer, r.session)
-            for r in self._sessions.running.values()
-            if r.next_row is not None and r.next_row.kind in kinds
-        ]
-        for session in line.order(waiting):
+    def _in_line(self, line: FairOrder[SessionId]) -> Iterator[tuple[Running, WaitingRow]]:
+        """Yield the sessions that stand in a line with their next rows, first whose turn it is."""
+        for session in line.order():
             running = self._sessions.running.get(session)
             if running is not None and running.next_row is not None:  # not preempted meanwhile
                 yield running, running.next_row

@@ -48,6 +48,13 @@ class _Clocks(Generic[Member]):
         self.waiting.pop(member, None)
         self.rested.pop(member, None)
 
+    def line(self, members: Iterable[Member] | None = None) -> list[Member]:
+        """Return those that wait, or some of them, the first last."""
+        self.raise_floor()
+        line = sorted(self.waiting if members is None else members, key=self.waiting.__getitem__)
+        line.reverse()
+        return line
+
     def raise_floor(self) -> None:
         self.floor = max(self.floor, min(self.waiting.values(), default=self.floor))
 
@@ -91,14 +98,15 @@ class FairOrder(Generic[Member]):
             del self._members[peer]
             self._peers.forget(peer)
 
-    def order(self, waiting: Iterable[tuple[PeerId, Member]]) -> Iterator[Member]:
-        """Yield some that stand in line, as if each cost 1: furthest behind first.
+    def order(self, waiting: Iterable[tuple[PeerId, Member]] | None = None) -> Iterator[Member]:
+        """Yield those that stand in line, as if each cost 1: furthest behind first.
 
         Args:
-            waiting: Peers and their members. Among equals the order stays.
+            waiting: Some of them with their peers, if not all. Among equals the order stays;
+                of all, that in which they began to wait.
         """
         self._peers.raise_floor()
-        lines = self._lines(waiting)
+        lines = self._all_lines() if waiting is None else self._lines(waiting)
         heap = [(self._peers.waiting[peer], n, peer) for n, peer in enumerate(lines)]
         heapq.heapify(heap)
         while heap:
@@ -110,12 +118,10 @@ class FairOrder(Generic[Member]):
 
     def _lines(self, waiting: Iterable[tuple[PeerId, Member]]) -> dict[PeerId, list[Member]]:
         """Return the line of each peer, its first member last."""
-        lines: defaultdict[PeerId, list[Member]] = defaultdict(list)
+        members: defaultdict[PeerId, list[Member]] = defaultdict(list)
         for peer, member in waiting:
-            lines[peer].append(member)
-        for peer, line in lines.items():
-            clocks = self._members[peer]
-            clocks.raise_floor()
-            line.sort(key=clocks.waiting.__getitem__)
-            line.reverse()
-        return lines
+            members[peer].append(member)
+        return {peer: self._members[peer].line(line) for peer, line in members.items()}
+
+    def _all_lines(self) -> dict[PeerId, list[Member]]:
+        return {peer: self._members[peer].line() for peer in self._peers.waiting}

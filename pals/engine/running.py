@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from pals.engine.batch import RowKind, SessionRequest
+from pals.engine.fairness import FairOrder
 from pals.engine.pages import PagePool
 from pals.types import PeerId, SessionId
 
@@ -45,6 +46,7 @@ class Running:
         decodes: Its prompt is over.
         is_started: Its first row, which may begin below what was held, has come to a step.
         origin: The session and position that it is a fork of, until it has those pages.
+        line: Where it stands for its next row.
     """
 
     request: SessionRequest
@@ -56,6 +58,7 @@ class Running:
     decodes: bool = False
     is_started: bool = False
     origin: tuple[SessionId, int] | None = None
+    line: FairOrder[SessionId] | None = None
 
     @property
     def session(self) -> SessionId:

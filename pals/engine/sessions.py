@@ -54,6 +54,8 @@ class Sessions:
         self._shares = Shares(pool, rules.kv_share)
         self._waiting = AdmissionLine(rules)
         self._archive = Archive()
+        self._forks: dict[SessionId, Running] = {}
+        self._first_deadline = float("inf")
         self._numbers = itertools.count()
         self._events: list[Event] = []
 
@@ -107,7 +109,7 @@ class Sessions:
         self._check_room_for(origin.peer)
         if len(self.running) >= self._rules.max_sessions:
             raise ShardFull(slots=self._rules.max_sessions)
-        self.running[child] = Running(
+        forked = Running(
             request=replace(origin.request, session=child, names=(), replaces=None),
             seniority=(now, next(self._numbers)),
             has_yielded=False,
@@ -115,6 +117,8 @@ class Sessions:
             last_row=now,
             origin=(parent, position),
         )
+        self._add(forked)
+        self._forks[child] = forked
 
     def close(self, session: SessionId, names: tuple[bytes, ...] = ()) -> None:
         """End a session and free its pages at once; it may be over already, or wait still.
@@ -146,8 +150,7 @@ class Sessions:
 
     def next_at(self) -> float:
         """Return when `tend` has something to do although nothing was added."""
-        deadlines = (r.request.deadline for r in self.running.values())
-        return min(self._waiting.next_expiry(), min(deadlines, default=float("inf")))
+        return min(self._waiting.next_expiry(), self._first_deadline)
 
     # --- for the batcher -------------------------------------------------------------
 
@@ -156,22 +159,26 @@ class Sessions:
         for candidate, refusal in self._waiting.expire(now):
             self._forget(candidate)
             self._events.append(refusal)
-        for running in [r for r in self.running.values() if now >= r.request.deadline]:
-            self._remove(running, yielded=False)
-            late = DeadlineExceeded(tokens=running.end)
-            self._events.append(Ended(running.session, late))
-        self._settle_forks()
+        if now >= self._first_deadline:
+            self._end_late(now)
+        if self._forks:
+            self._settle_forks()
         while (first := self._waiting.first()) is not None and self._admit(first, now):
             pass
 
     def stand_in_line(self, running: Running) -> None:
         """Let a session wait in the line of its next row, and in no other."""
-        row, member = running.next_row, (running.peer, running.session)
-        for line, waits in (
-            (self.prompt_line, row is not None and row.kind == "prefill"),
-            (self.short_line, row is not None and row.kind != "prefill"),
-        ):
-            (line.begin if waits else line.rest)(*member)
+        row = running.next_row
+        line = None
+        if row is not None:
+            line = self.prompt_line if row.kind == "prefill" else self.short_line
+        if line is running.line:
+            return
+        if running.line is not None:
+            running.line.rest(running.peer, running.session)
+        if line is not None:
+            line.begin(running.peer, running.session)
+        running.line = line
 
     def move_to_next_row(self, running: Running) -> None:
         """Step back to where the next row of a session stands, if it is behind the session."""
@@ -240,12 +247,14 @@ class Sessions:
             return False
         self._waiting.take(candidate, needed)
         tokens = self.pool.open(request.session, request.peer, candidate.keys)
-        self.running[request.session] = Running(
-            request=request,
-            seniority=candidate.seniority,
-            has_yielded=candidate.has_yielded,
-            end=tokens,
-            last_row=now,
+        self._add(
+            Running(
+                request=request,
+                seniority=candidate.seniority,
+                has_yielded=candidate.has_yielded,
+                end=tokens,
+                last_row=now,
+            )
         )
         self._events.append(Admitted(request.session, tokens))
         return True
@@ -276,9 +285,16 @@ class Sessions:
         self._remove(running, yielded=True)
         self._events.append(Preempted(running.session))
 
+    def _end_late(self, now: float) -> None:
+        """End the sessions whose answers nobody wants any more."""
+        for running in [r for r in self.running.values() if now >= r.request.deadline]:
+            self._remove(running, yielded=False)
+            late = DeadlineExceeded(tokens=running.end)
+            self._events.append(Ended(running.session, late))
+
     def _settle_forks(self) -> None:
         """Give forks the pages of their parents, as far as these have them now."""
-        for running in [r for r in self.running.values() if r.origin is not None]:
+        for running in list(self._forks.values()):
             assert running.origin is not None
             parent, position = running.origin
             origin = self.running.get(parent)
@@ -287,6 +303,7 @@ class Sessions:
             elif origin.origin is None and self.pool.length(parent) >= position:
                 self.pool.fork(parent, running.session, position)
                 running.origin = None
+                del self._forks[running.session]
                 self.stand_in_line(running)
                 self._events.append(Admitted(running.session, position))
 
@@ -296,8 +313,16 @@ class Sessions:
             candidate.request, candidate.seniority, has_yielded=candidate.has_yielded
         )
 
+    def _add(self, running: Running) -> None:
+        self.running[running.session] = running
+        self._first_deadline = min(self._first_deadline, running.request.deadline)
+
     def _remove(self, running: Running, *, yielded: bool) -> None:
         del self.running[running.session]
+        self._forks.pop(running.session, None)
+        if running.request.deadline == self._first_deadline < float("inf"):
+            deadlines = (r.request.deadline for r in self.running.values())
+            self._first_deadline = min(deadlines, default=float("inf"))
         has_yielded = running.has_yielded or yielded
         self._archive.keep(running.request, running.seniority, has_yielded=has_yielded)
         self.waiting_tokens -= sum(row.tokens for row in running.rows)
