@@ -133,7 +133,7 @@ def open_stage(snapshot: Snapshot, layers: LayerRange) -> Stage:
     @partial(jax.jit, donate_argnums=1)
     def step(leaves, cache, inputs, start):  # noqa: ANN001, ANN202
         decoder = model.merge(leaves)
-        row = lone_row(inputs.shape[0], start, len(cache[0][0]))
+        row = lone_row(inputs.shape[0], start, cache[0][0].shape[1])
         hidden, cache = decoder(inputs, cache, *row)
         return (decoder.forward_logits(hidden) if is_tail else hidden), cache
 

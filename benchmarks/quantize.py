@@ -148,7 +148,7 @@ def open_route(snapshot: Snapshot, route: Route) -> Scorer:
     @partial(jax.jit, donate_argnums=1)
     def step(leaves, cache, tokens, start):  # noqa: ANN001, ANN202
         decoder = model.merge(leaves)
-        row = lone_row(tokens.shape[0], start, len(cache[0][0]))
+        row = lone_row(tokens.shape[0], start, cache[0][0].shape[1])
         hidden, cache = decoder(tokens, cache, *row)
         return decoder.forward_logits(hidden), cache
 

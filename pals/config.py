@@ -46,7 +46,7 @@ from pals.errors import (
     ProfileMissing,
     SwarmSecretInvalid,
 )
-from pals.types import Dtype, GroupSize, PrefillCodec, Quantization
+from pals.types import Dtype, EngineLimits, GroupSize, PrefillCodec, Quantization, parse_bytes
 
 SECRET_BYTES = 32
 _SWARM_ID = re.compile(r"[0-9a-f]{64}")
@@ -493,9 +493,48 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     int4_group_size: GroupSize = 128
     quantize_activations: bool = True
     split_experts: bool = False
-    max_sessions: int = 4
-    max_context_tokens: int = 2048
-    max_chunk_tokens: int = 256
+    max_sessions: int = 256
+    max_rows: int = 64
+    max_context_tokens: int = 131072
+    max_chunk_tokens: int = 512
+    verify_tokens: int = 8
+    page_tokens: int = 64
+    kv_memory: str = ""
+    prefill_share: float = 0.25
+
+    def limits(
+        self,
+        *,
+        sessions: int | None = None,
+        rows: int | None = None,
+        context: int | None = None,
+        kv_bytes: int | None = None,
+        prefill_share: float | None = None,
+    ) -> EngineLimits:
+        """Return what a shard reserves and compiles: what is named here, and the settings.
+
+        Raises:
+            InvalidConfig: ``kv_memory`` is no size.
+        """
+        return EngineLimits(
+            max_sessions=sessions or self.max_sessions,
+            max_rows=rows or self.max_rows,
+            max_context_tokens=context or self.max_context_tokens,
+            max_chunk_tokens=self.max_chunk_tokens,
+            verify_tokens=self.verify_tokens,
+            page_tokens=self.page_tokens,
+            kv_bytes=kv_bytes or self._kv_bytes(),
+            prefill_share=prefill_share or self.prefill_share,
+        )
+
+    def _kv_bytes(self) -> int | None:
+        try:
+            return parse_bytes(self.kv_memory) if self.kv_memory else None
+        except ValueError as error:
+            advice = 'write "512MiB", or "" for what the memory plan leaves'
+            raise InvalidConfig(
+                source="shard.kv_memory", problem=str(error), advice=advice
+            ) from None
 
     @property
     def quantization(self) -> Quantization:

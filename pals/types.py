@@ -63,6 +63,8 @@ DEFAULT_QUANTIZATION = Quantization()
 MAX_TOKENIZER_BYTES = 64 << 20
 """The most that tokenizer.json may have; the largest known ones have about 35 MB."""
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt])(i?)b", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _RANGE = re.compile(r"([0-9]{1,5}):([0-9]{1,5})")
 
 
@@ -144,7 +146,7 @@ class EngineLimits:
     """What one shard reserves and compiles for.
 
     Attributes:
-        max_sessions: Sessions that hold KV cache at one time (one slot each).
+        max_sessions: Sessions that hold pages of the KV cache at one time.
         max_rows: Rows of one step, beside a chunk of a prompt.
         max_context_tokens: Tokens (prompt and answer) one session may reach.
         max_chunk_tokens: Tokens of one prefill step; a power of two.
@@ -154,10 +156,10 @@ class EngineLimits:
         prefill_share: Of the time, for prompts while other sessions decode.
     """
 
-    max_sessions: int = 4
+    max_sessions: int = 256
     max_rows: int = 64
-    max_context_tokens: int = 2048
-    max_chunk_tokens: int = 256
+    max_context_tokens: int = 131072
+    max_chunk_tokens: int = 512
     verify_tokens: int = 8
     page_tokens: int = 64
     kv_bytes: int | None = None
@@ -176,6 +178,19 @@ class ShardSpec:
     limits: EngineLimits
     quantization: Quantization = DEFAULT_QUANTIZATION
     split_experts: bool = False
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``24GiB`` (1024s) or ``24GB`` (1000s).
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"`{text}` is no size; write one such as 24GiB, 24GB or 512MiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
 
 
 def short_id(value: str | bytes) -> str:

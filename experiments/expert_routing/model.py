@@ -133,5 +133,5 @@ class RoutedModel:
         length = token_ids.shape[0]
         dtype = COMPUTE_DTYPES[self.source.dtype]
         cache = lone_cache(self.config, layers, tokens=length, dtype=dtype)
-        hidden, _ = model(token_ids, cache, *lone_row(length, 0, len(cache[0][0])))
+        hidden, _ = model(token_ids, cache, *lone_row(length, 0, cache[0][0].shape[1]))
         return model.forward_logits(hidden)

@@ -9,9 +9,9 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token, validators
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt])(i?)b", re.IGNORECASE)
+from pals.types import parse_bytes
+
 _COUNT = re.compile(r"(\d+)(k?)", re.IGNORECASE)
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 ConfigDir = Annotated[
     Path | None,
@@ -37,19 +37,6 @@ Json = Annotated[
     Parameter(name="--json", negative="", help="Print one JSON document on standard output."),
 ]
 """Whether to print a document for programs instead of lines for people."""
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as ``24GiB`` (1024s) or ``24GB`` (1000s).
-
-    Raises:
-        ValueError: It is none.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"`{text}` is no size; write one such as 24GiB, 24GB or 512MiB")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
 
 
 def parse_tokens(text: str) -> int:

@@ -10,9 +10,9 @@ from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
-from pals.cli.options import Json, Tokens, read_sizes
+from pals.cli.options import Json, Tokens, read_size, read_sizes
 from pals.engine.memory import Memory, find_memory, format_bytes
-from pals.types import Dtype, EngineLimits, LayerRange, ShardSpec
+from pals.types import Dtype, LayerRange, ShardSpec
 
 if TYPE_CHECKING:
     from pals.engine.plan import ModelPlan
@@ -60,6 +60,10 @@ def plan(
     sessions: Annotated[
         int | None, Parameter(validator=validators.Number(gte=1), help="Sessions at one time.")
     ] = None,
+    kv_memory: Annotated[
+        int | None,
+        Parameter(converter=read_size, help="Memory for the KV cache, such as `2GiB`."),
+    ] = None,
     dtype: Annotated[Dtype | None, Parameter(help="In which weights are held.")] = None,
     preset: Annotated[str | None, Parameter(help="Preset in configs/, by name or path.")] = None,
     json: Json = False,
@@ -73,16 +77,13 @@ def plan(
         memory: Memory of each machine.
         context: Most tokens of one session.
         sessions: Most sessions at one time.
+        kv_memory: Of each shard, for the KV cache.
         dtype: In which weights are held.
         preset: What `pals shard` would be started with.
         json: Print one JSON document on standard output.
     """
     settings = config.load_settings(preset).shard
-    limits = EngineLimits(
-        max_sessions=sessions or settings.max_sessions,
-        max_context_tokens=context or settings.max_context_tokens,
-        max_chunk_tokens=settings.max_chunk_tokens,
-    )
+    limits = settings.limits(sessions=sessions, context=context, kv_bytes=kv_memory)
     spec = ShardSpec(
         dtype=dtype or settings.dtype, limits=limits, quantization=settings.quantization
     )
@@ -126,10 +127,11 @@ def _print_layers(subject: Subject) -> None:
             f"{len(kind.layers)} x layer {show_layers(kind.layers)}",
             format_bytes(kind.weights),
             format_bytes(kind.kv_per_token * PER_TOKENS),
-            format_bytes(kind.kv_per_token * plan.kv_tokens),
+            format_bytes(plan.plan_range(LayerRange(first, first + 1)).kv),
             format_bytes(kind.workspace),
         )
         for kind in plan.kinds
+        for first in kind.layers[:1]
     ]
     ends = [("embedding", plan.ends.embedding), ("final norm and head", plan.ends.head)]
     rows += [(name, format_bytes(size), "", "", "") for name, size in ends]

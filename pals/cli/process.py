@@ -26,7 +26,6 @@ from pals.net.nat.addresses import read_announced
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.types import (
     Dtype,
-    EngineLimits,
     GroupSize,
     LayerRange,
     PrefillCodec,
@@ -232,11 +231,28 @@ class ShardOptions:
     sessions: Annotated[
         int | None, Parameter(validator=_AtLeastOne, help="Most sessions at one time.")
     ] = None
+    rows: Annotated[
+        int | None, Parameter(validator=_AtLeastOne, help="Sessions that decode in one step.")
+    ] = None
+    kv_memory: Annotated[
+        int | None,
+        Parameter(
+            converter=read_size,
+            help="Memory for the KV cache, such as `2GiB`; what the memory plan leaves when left "
+            "out.",
+        ),
+    ] = None
+    prefill_share: Annotated[
+        float | None,
+        Parameter(
+            validator=validators.Number(gt=0, lt=1),
+            help="Part of the time that prompts may take while other sessions decode.",
+        ),
+    ] = None
     threads: Annotated[
         int | None,
         Parameter(validator=_AtLeastOne, help="Compute threads; every core when left out."),
     ] = None
-
     memory: Annotated[
         int | None,
         Parameter(
@@ -248,10 +264,12 @@ class ShardOptions:
 
     def spec_within(self, settings: ShardSettings) -> ShardSpec:
         """Return what these options ask for, and of the settings what they leave out."""
-        limits = EngineLimits(
-            max_sessions=self.sessions or settings.max_sessions,
-            max_context_tokens=self.context or settings.max_context_tokens,
-            max_chunk_tokens=settings.max_chunk_tokens,
+        limits = settings.limits(
+            sessions=self.sessions,
+            rows=self.rows,
+            context=self.context,
+            kv_bytes=self.kv_memory,
+            prefill_share=self.prefill_share,
         )
         activations = settings.quantize_activations
         quantization = Quantization(

@@ -42,7 +42,7 @@ class StepArrays:
         return Tables(self._starts, self._lengths, self._pages)  # pyright: ignore[reportArgumentType]
 
     def fill(self, step: Step, inputs: Sequence[Array]) -> list[int]:
-        """Take the rows of a step, of short ones the longest first.
+        """Take the rows of a step.
 
         Args:
             step: Of this program.
@@ -51,13 +51,10 @@ class StepArrays:
         Returns:
             Where the first token of each of `Step.all_rows` stands.
         """
-        rows = step.rows
         self._lengths[:] = 0
-        firsts = [0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda number: -rows[number].end)
-        for place, number in enumerate(order):
-            firsts[number] = place * self._program.row_tokens
-            self._fill_row(place, firsts[number], rows[number], inputs[number])
+        firsts = [place * self._program.row_tokens for place in range(len(step.rows))]
+        for place, row in enumerate(step.rows):
+            self._fill_row(place, firsts[place], row, inputs[place])
         if step.chunk is not None:
             firsts.append(self._short_tokens)
             self._fill_row(self._program.rows, self._short_tokens, step.chunk, inputs[-1])
@@ -69,14 +66,12 @@ class StepArrays:
         self._pages[place, : len(row.pages)] = row.pages
         self.inputs[first : first + row.tokens] = inputs
 
-    def fill_padding(self, starts: Int32, lengths: Int32) -> None:
-        """Take rows that have no session: they read and write the scratch page.
-
-        Args:
-            starts: Of each row, the chunk last.
-            lengths: Tokens of each row.
-        """
-        self._starts[:], self._lengths[:] = starts, lengths
+    def fill_warm(self, context_tokens: int) -> None:
+        """Take rows of the scratch page, as full as the program and a context let them be."""
+        program = self._program
+        self._starts[:], self._pages[:] = 0, 0
+        self._lengths[: program.rows] = min(program.row_tokens, context_tokens)
+        self._lengths[program.rows :] = min(program.chunk_tokens, context_tokens)
 
 
 def tokens_of(firsts: Sequence[int], rows: Sequence[StepRow]) -> Int32:

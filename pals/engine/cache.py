@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pals.engine.budget import PLANNED_TOKENS
 from pals.engine.pages import PageFormat, token_bytes
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
 from pals.models.paged import storage_dtype
 from pals.types import EngineLimits, LayerRange
-
-PLANNED_TOKENS = 16384
-"""Tokens that a shard has room for at least, when nobody names the bytes of its cache."""
 
 AbstractCache = tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
 
@@ -41,7 +39,7 @@ def kv_bytes(limits: EngineLimits, format_: PageFormat) -> int:
 def abstract_cache(
     config: ModelConfig, layers: LayerRange, *, num_pages: int, page_tokens: int, dtype: jnp.dtype
 ) -> AbstractCache:
-    """Return the shapes of the cache, [P, K, p, W] for each array that a layer keeps.
+    """Return the shapes of the cache, [K, P, p, W] for each array that a layer keeps.
 
     Args:
         config: Of the model.
@@ -53,7 +51,7 @@ def abstract_cache(
     stored = storage_dtype(dtype)
     return tuple(
         tuple(
-            jax.ShapeDtypeStruct((num_pages, heads, page_tokens, width), stored)
+            jax.ShapeDtypeStruct((heads, num_pages, page_tokens, width), stored)
             for heads, width in config.cache_shapes(layer)
         )
         for layer in range(layers.start, layers.stop)

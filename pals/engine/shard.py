@@ -36,7 +36,6 @@ from pals.models.decoder import Cache
 from pals.models.loading import LoadedParameters, load_shard_parameters
 from pals.models.numerics import Numerics
 from pals.models.snapshot import Snapshot
-from pals.models.walk import DECODE_BLOCK_TOKENS, walk_widths
 from pals.types import (
     DEFAULT_QUANTIZATION,
     Dtype,
@@ -215,7 +214,7 @@ class Shard:
     def _measure(self, program: Program) -> float:
         """Run a program over the scratch page; return how long it takes, in seconds."""
         arrays = self._arrays[program]
-        arrays.fill_padding(*_warm_rows(program, self.limits))
+        arrays.fill_warm(self.limits.max_context_tokens)
         samplings = [RowSampling(Sampling(), 0)] * sampled_rows(step_shape(program))
         seconds = 0.0
         for _ in range(2):
@@ -332,22 +331,6 @@ def _place_samplings(
         padded[first : first + count] = [sampling] * count
         places += range(first, first + count)
     return np.array(places, np.int32), padded
-
-
-def _warm_rows(
-    program: Program, limits: EngineLimits
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Return starts and lengths of rows that together take every branch of attention."""
-    most = limits.max_context_tokens - program.row_tokens
-    blocks = [
-        sum(row < width for width in walk_widths(program.rows)) for row in range(program.rows)
-    ]
-    starts = [max(0, min((count - 1) * DECODE_BLOCK_TOKENS, most)) for count in blocks]
-    lengths = [min(program.row_tokens, limits.max_context_tokens)] * program.rows
-    if program.chunk_tokens:
-        starts.append(0)
-        lengths.append(min(program.chunk_tokens, limits.max_context_tokens))
-    return np.array(starts, np.int32), np.array(lengths, np.int32)
 
 
 def build_programs(

@@ -216,9 +216,9 @@ def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
         return jax.tree.map(
             lambda array: jax.lax.dynamic_update_index_in_dim(
                 array,
-                jax.lax.dynamic_index_in_dim(array, sources[number], keepdims=False),
+                jax.lax.dynamic_index_in_dim(array, sources[number], axis=1, keepdims=False),
                 targets[number],
-                0,
+                axis=1,
             ),
             arrays,
         )

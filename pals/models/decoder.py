@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
             inputs: Token ids [M] at the head, hidden states [M, D] elsewhere.
             cache: One entry for each layer of this shard.
             shape: How the tokens are divided into rows.
-            tables: Where the rows stand; of the short ones the longest first.
+            tables: Where the rows stand.
 
         Returns:
             Hidden states [M, D] before the final norm, and the new cache.

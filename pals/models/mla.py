@@ -97,11 +97,11 @@ class LatentUpProjection(nnx.Module):
 
     def absorb_queries(self, queries: jax.Array) -> jax.Array:
         """Map [M, N, H] to what scores the same against latents, [M, N, R]."""
-        return _per_head(queries, self._matrices()[:, : self.key_size], contract=2)
+        return _per_head(queries, self._matrices()[:, : self.key_size], contract=1)
 
     def expand_values(self, latents: jax.Array) -> jax.Array:
         """Map each head's latent [M, N, R] to its value [M, N, H]."""
-        return _per_head(latents, self._matrices()[:, self.key_size :], contract=3)
+        return _per_head(latents, self._matrices()[:, self.key_size :], contract=2)
 
     def _matrices(self) -> jax.Array:
         """Return keys above values of each head, [N, _, R]."""
@@ -110,6 +110,6 @@ class LatentUpProjection(nnx.Module):
 
 
 def _per_head(x: jax.Array, matrices: jax.Array, *, contract: int) -> jax.Array:
-    """Multiply heads [M, N, _] by their matrices [N, _, _] over ``contract`` of [1, N, _, _]."""
-    product = batched_matmul(x.swapaxes(0, 1)[None], matrices[None], contract=contract)
-    return product[0].astype(x.dtype).swapaxes(0, 1)
+    """Multiply heads [M, N, _] by their matrices [N, _, _] over their axis ``contract``."""
+    product = batched_matmul(x.swapaxes(0, 1), matrices, contract=contract)
+    return product.astype(x.dtype).swapaxes(0, 1)

@@ -25,7 +25,7 @@ from pals.models.config import ModelConfig
 from pals.models.rope import RopeTable, make_table
 
 LayerCache = tuple[jax.Array, ...]
-"""What one layer keeps of each token: arrays [P, K, p, W] in their storage dtype.
+"""What one layer keeps of each token: arrays [K, P, p, W] in their storage dtype.
 
 Page 0 is nobody's: rows and columns that only pad write there.
 """
@@ -142,8 +142,13 @@ def storage_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def update_cache(cache: LayerCache, news: Sequence[jax.Array], rows: Rows) -> LayerCache:
-    """Write what is new, [M, K, W] for each array, to the pages of its rows."""
-    stored = tuple(lax.bitcast_convert_type(new, cache[0].dtype) for new in news)
+    """Write what is new, [M, K, W] for each array, to the pages of its rows.
+
+    What is not finite is written as 0: it is of a session that is lost already, and must not
+    reach the page's next one, where even a weight of 0 would not undo it.
+    """
+    finite = (jnp.where(jnp.isfinite(new), new, 0) for new in news)
+    stored = tuple(lax.bitcast_convert_type(new, cache[0].dtype) for new in finite)
     split = rows.shape.short_tokens
     if split:
         cache = _write_tokens(cache, tuple(new[:split] for new in stored), rows)
@@ -163,9 +168,9 @@ def _write_tokens(cache: LayerCache, news: LayerCache, rows: Rows) -> LayerCache
         row, place = token // width, token % width
         position = starts[row] + place
         page = jnp.where(place < lengths[row], pages[row, position // page_tokens], 0)
-        at = (page, 0, position % page_tokens, 0)
+        at = (0, page, position % page_tokens, 0)
         return tuple(
-            lax.dynamic_update_slice(array, new[token][None, :, None], at)
+            lax.dynamic_update_slice(array, new[token][:, None, None], at)
             for array, new in zip(arrays, news, strict=True)
         )
 
@@ -200,7 +205,7 @@ def _merge_page(
     array: jax.Array, page: jax.Array, news: jax.Array, first: jax.Array, is_new: jax.Array
 ) -> jax.Array:
     """Replace those tokens of a page that ``is_new`` [p, 1] marks by ``news`` from ``first`` on."""
-    _, heads, page_tokens, width = array.shape
-    old = lax.dynamic_slice(array, (page, 0, 0, 0), (1, heads, page_tokens, width))
-    new = lax.dynamic_slice_in_dim(news, first, page_tokens).swapaxes(0, 1)[None]
-    return lax.dynamic_update_slice(array, jnp.where(is_new, new, old), (page, 0, 0, 0))
+    heads, _, page_tokens, width = array.shape
+    old = lax.dynamic_slice(array, (0, page, 0, 0), (heads, 1, page_tokens, width))
+    new = lax.dynamic_slice_in_dim(news, first, page_tokens).swapaxes(0, 1)[:, None]
+    return lax.dynamic_update_slice(array, jnp.where(is_new, new, old), (0, page, 0, 0))

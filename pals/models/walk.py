@@ -1,6 +1,6 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (jax annotates its functions with types that pyright sees as partially unknown)
-"""Attention over paged keys and values in plain XLA, a block of pages at a time.
+"""Attention over paged keys and values in plain XLA, row by row, a block of pages at a time.
 
 The sums of a softmax are corrected as blocks come (Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867), so that a step takes time for the tokens that its rows
@@ -18,11 +18,10 @@ from jax import lax
 from pals.models.matmul import matmul_precision
 from pals.models.paged import LayerCache, Rows, Tables
 
-DECODE_BLOCK_TOKENS = 128
-CHUNK_BLOCK_TOKENS = 512
-
-FEWER_ROWS = 4
-"""While the rows that still have blocks are as many times fewer, blocks are read for those."""
+DECODE_BLOCK_TOKENS = 64
+CHUNK_BLOCK_TOKENS = 256
+"""Tokens of a block, which page sizes divide: as few as possible where a block is read for a
+token, and where it is read for a chunk as many as the processor's cache holds scores for."""
 
 MASKED = -1e30
 """A score that weighs nothing; infinities would make NaN of rows that see nothing at all."""
@@ -50,9 +49,9 @@ class _Sums(NamedTuple):
     """The softmax of each query so far, all in float32.
 
     Attributes:
-        most: [B, K, T G, 1], the largest score.
-        total: [B, K, T G, 1], the sum of weights relative to it.
-        mixed: [B, K, T G, W], the sum of weighted values.
+        most: [K, T G, 1], the largest score.
+        total: [K, T G, 1], the sum of weights relative to it.
+        mixed: [K, T G, W], the sum of weighted values.
     """
 
     most: jax.Array
@@ -89,76 +88,65 @@ def attend(queries: jax.Array, cache: LayerCache, rows: Rows, view: View) -> jax
 def _attend_rows(
     queries: jax.Array, cache: LayerCache, tables: Tables, view: View, block_tokens: int
 ) -> jax.Array:
-    """Attend with [B, T, N, H], T tokens of each row; returns [B, T, N, W]."""
-    batch, tokens, num_heads, _ = queries.shape
-    num_kv_heads = cache[0].shape[1]
-    groups = num_heads // num_kv_heads
-    sums = _walk(_group(queries, num_kv_heads), cache, tables, view, groups, block_tokens)
+    """Attend with [B, T, N, H], T tokens of each row, row by row; returns [B, T, N, W].
+
+    XLA on CPU takes as long for the products of several rows as for one after another, and a
+    row alone takes no time for the length of others.
+    """
+
+    def walk(row: tuple[jax.Array, Tables]) -> jax.Array:
+        queries, tables = row
+        return _attend_row(queries, cache, tables, view, block_tokens)
+
+    if queries.shape[0] == 1:
+        alone: tuple[jax.Array, Tables] = jax.tree.map(lambda array: array[0], (queries, tables))
+        return walk(alone)[None]
+    walked: jax.Array = lax.map(walk, (queries, tables))
+    return walked
+
+
+def _attend_row(
+    queries: jax.Array, cache: LayerCache, row: Tables, view: View, block_tokens: int
+) -> jax.Array:
+    """Attend with the tokens [T, N, H] of one row; returns [T, N, W]."""
+    tokens, num_heads, _ = queries.shape
+    num_kv_heads = cache[0].shape[0]
+    grouped = queries.reshape(tokens, num_kv_heads, -1, queries.shape[-1]).swapaxes(0, 1)
+    grouped = grouped.reshape(num_kv_heads, -1, queries.shape[-1])
+    sums = _walk(grouped, cache, row, view, num_heads // num_kv_heads, block_tokens)
     mixed = _normalise(sums, view, tokens).astype(queries.dtype)
-    mixed = mixed.reshape(batch, num_kv_heads, tokens, groups, -1)
-    return mixed.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, num_heads, -1)
-
-
-def _group(queries: jax.Array, num_kv_heads: int) -> jax.Array:
-    """Return queries [B, T, N, H] by the key head that they read, [B, K, T G, H]."""
-    batch, tokens, _, head_dim = queries.shape
-    queries = queries.reshape(batch, tokens, num_kv_heads, -1, head_dim)
-    return queries.transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, -1, head_dim)
+    mixed = mixed.reshape(num_kv_heads, tokens, -1, mixed.shape[-1]).swapaxes(0, 1)
+    return mixed.reshape(tokens, num_heads, -1)
 
 
 def _walk(
     queries: jax.Array,
     cache: LayerCache,
-    tables: Tables,
+    row: Tables,
     view: View,
     groups: int,
     block_tokens: int,
 ) -> _Sums:
-    """Sum over the blocks of all rows, one block of each row at a time.
-
-    Rows come with the longest first (`pals.engine.shard`), so that those which still have
-    blocks are the first ones.
-    """
-    ends = tables.starts + tables.lengths
-    first = jnp.zeros_like(ends)
+    """Sum over the blocks of a row that its queries [K, T G, H] see."""
+    first = jnp.zeros((), jnp.int32)
     if view.window is not None:
-        first = jnp.maximum(tables.starts - view.window + 1, 0) // block_tokens
-    counts = jnp.where(tables.lengths > 0, -(-ends // block_tokens) - first, 0)
-    batch = queries.shape[0]
-    widths = walk_widths(batch)
+        first = jnp.maximum(row.starts - view.window + 1, 0) // block_tokens
+    # A row that only pads has no tokens and no blocks.
+    end = jnp.where(row.lengths > 0, row.starts + row.lengths, 0)
 
-    def add_block(column: jax.Array, sums: _Sums) -> _Sums:
-        def add(width: int) -> _Sums:
-            few = Tables(*(table[:width] for table in tables))
-            block = (first[:width] + column) * block_tokens
-            part = _Sums(*(sum_[:width] for sum_ in sums))
-            part = _add_block(queries[:width], cache, few, block, part, view, groups, block_tokens)
-            return _Sums(*(a.at[:width].set(b) for a, b in zip(sums, part, strict=True)))
+    def add_block(number: jax.Array, sums: _Sums) -> _Sums:
+        block = number * block_tokens
+        return _add_block(queries, cache, row, block, sums, view, groups, block_tokens)
 
-        if len(widths) == 1:
-            return add(batch)
-        needed = jnp.max(jnp.where(counts > column, jnp.arange(batch) + 1, 0))
-        choice = jnp.sum(needed <= jnp.array(widths)) - 1
-        summed: _Sums = lax.switch(choice, [lambda w=width: add(w) for width in widths])
-        return summed
-
-    empty = _empty_sums(
-        queries, cache[-1].shape[-1] if view.value_width is None else view.value_width
+    width = cache[-1].shape[-1] if view.value_width is None else view.value_width
+    walked: _Sums = lax.fori_loop(
+        first, -(-end // block_tokens), add_block, _empty_sums(queries, width)
     )
-    walked: _Sums = lax.fori_loop(0, jnp.max(counts), add_block, empty)
     return walked
 
 
-def walk_widths(batch: int) -> list[int]:
-    """Return how many rows a block may be read for, largest first."""
-    widths = [batch]
-    while widths[-1] > FEWER_ROWS:
-        widths.append(max(2, widths[-1] // FEWER_ROWS))
-    return widths
-
-
 def _empty_sums(queries: jax.Array, value_width: int) -> _Sums:
-    shape = queries.shape[:3]
+    shape = queries.shape[:2]
     return _Sums(
         most=jnp.full((*shape, 1), MASKED, jnp.float32),
         total=jnp.zeros((*shape, 1), jnp.float32),
@@ -169,32 +157,28 @@ def _empty_sums(queries: jax.Array, value_width: int) -> _Sums:
 def _add_block(
     queries: jax.Array,
     cache: LayerCache,
-    tables: Tables,
+    row: Tables,
     block: jax.Array,
     sums: _Sums,
     view: View,
     groups: int,
     block_tokens: int,
 ) -> _Sums:
-    """Add to the sums of [B, K, T G, H] the block of each row that begins at ``block`` [B]."""
-    keys, values = _read_block(cache, tables.pages, block, block_tokens, queries.dtype, view)
-    columns = block[:, None] + jnp.arange(block_tokens, dtype=jnp.int32)
-    # The page's former session may have left infinities, which a weight of 0 would not undo.
-    written = columns < (tables.starts + tables.lengths)[:, None]
-    values = jnp.where(written[:, None, :, None], values, 0)
-
-    scores = batched_matmul(queries, keys, contract=3) * view.scale
-    ages = jnp.arange(queries.shape[2], dtype=jnp.int32) // groups
-    positions = (tables.starts[:, None] + ages)[:, :, None]
-    visible = columns[:, None] <= positions
+    """Add to the sums of [K, T G, H] the block that begins at position ``block``."""
+    keys, values = _read_block(cache, row.pages, block, block_tokens, queries.dtype, view)
+    columns = block + jnp.arange(block_tokens, dtype=jnp.int32)
+    ages = jnp.arange(queries.shape[1], dtype=jnp.int32) // groups
+    positions = (row.starts + ages)[:, None]
+    visible = columns <= positions  # [T G, S]
     if view.window is not None:
-        visible &= columns[:, None] > positions - view.window
-    scores = jnp.where(visible[:, None], scores, MASKED)
+        visible &= columns > positions - view.window
+    scores = batched_matmul(queries, keys, contract=2) * view.scale
+    scores = jnp.where(visible, scores, MASKED)
 
     most = jnp.maximum(sums.most, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - most)
     kept = jnp.exp(sums.most - most)
-    mixed = batched_matmul(weights.astype(values.dtype), values, contract=2)
+    mixed = batched_matmul(weights.astype(values.dtype), values, contract=1)
     total = sums.total * kept + jnp.sum(weights, axis=-1, keepdims=True)
     return _Sums(most, total, sums.mixed * kept + mixed)
 
@@ -207,10 +191,11 @@ def _read_block(
     dtype: jnp.dtype,
     view: View,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return keys and values [B, K, S, _] of the block of each row."""
+    """Return keys and values [K, S, _] of a block of a row whose pages are [N]."""
     page_tokens = cache[0].shape[2]
-    numbers = block[:, None] // page_tokens + jnp.arange(block_tokens // page_tokens)
-    ids = jnp.take_along_axis(pages, jnp.minimum(numbers, pages.shape[1] - 1), axis=1)
+    numbers = block // page_tokens + jnp.arange(block_tokens // page_tokens)
+    # A table may end within a block: what lies beyond is seen by no query.
+    ids = pages[jnp.minimum(numbers, pages.shape[0] - 1)]
     read = [lax.bitcast_convert_type(_take_pages(array, ids), dtype) for array in cache]
     if view.value_width is not None:
         return read[0], read[0][..., : view.value_width]
@@ -218,35 +203,33 @@ def _read_block(
 
 
 def _take_pages(array: jax.Array, ids: jax.Array) -> jax.Array:
-    """Return the pages [B, n] of [P, K, p, W] side by side, [B, K, n p, W]."""
-    batch, count = ids.shape
-    _, heads, page_tokens, width = array.shape
-    taken = array[ids].swapaxes(1, 2)
-    return taken.reshape(batch, heads, count * page_tokens, width)
+    """Return the pages [n] of [K, P, p, W] one after another, [K, n p, W]."""
+    heads, _, page_tokens, width = array.shape
+    return array[:, ids].reshape(heads, ids.shape[0] * page_tokens, width)
 
 
 def _normalise(sums: _Sums, view: View, tokens: int) -> jax.Array:
     """Return the weighted means, with a sink of each head [N] beside the weights."""
     if view.sinks is None:
         return sums.mixed / sums.total
-    batch, num_kv_heads, rows, _ = sums.total.shape
-    sink = jnp.tile(view.sinks.astype(jnp.float32).reshape(num_kv_heads, 1, -1), (1, tokens, 1))
-    sink = jnp.broadcast_to(sink.reshape(1, num_kv_heads, rows, 1), (batch, num_kv_heads, rows, 1))
-    most = jnp.maximum(sums.most, sink)
+    num_kv_heads = sums.total.shape[0]
+    sinks = jnp.tile(view.sinks.astype(jnp.float32).reshape(num_kv_heads, 1, -1), (1, tokens, 1))
+    sinks = sinks.reshape(num_kv_heads, -1, 1)
+    most = jnp.maximum(sums.most, sinks)
     kept = jnp.exp(sums.most - most)
-    return sums.mixed * kept / (sums.total * kept + jnp.exp(sink - most))
+    return sums.mixed * kept / (sums.total * kept + jnp.exp(sinks - most))
 
 
 def batched_matmul(x: jax.Array, y: jax.Array, *, contract: int) -> jax.Array:
-    """Multiply [B, K, M, _] by [B, K, _, _] over y's axis ``contract``, in float32."""
-    rows = x.shape[2]
+    """Multiply [K, M, _] by [K, _, _] over y's axis ``contract``, in float32."""
+    rows = x.shape[1]
     if rows == 1:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0)))  # as in matmul_transposed
+        x = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))  # as in matmul_transposed
     product = lax.dot_general(
         x,
         y,
-        (((3,), (contract,)), ((0, 1), (0, 1))),
+        (((2,), (contract,)), ((0,), (0,))),
         precision=matmul_precision(y.dtype),
         preferred_element_type=jnp.float32,
     )
-    return product[:, :, :rows]
+    return product[:, :rows]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pals.cli.app import run
-from pals.cli.options import parse_bytes, parse_tokens
+from pals.cli.options import parse_tokens
 from pals.cli.plan import show_layers
 from pals.engine.plan import EndsPlan, LayerPlan, ModelPlan
-from pals.types import EngineLimits, ShardSpec
+from pals.types import EngineLimits, ShardSpec, parse_bytes
 from tests.unit.models.published import LLAMA3, PUBLISHED, shrink
 
 MIB = 1 << 20

@@ -36,20 +36,20 @@ def tables(*rows):
 
 
 def written(shape, rows, news):
-    zeros = jnp.zeros((PAGES, KV_HEADS, PAGE_TOKENS, HEAD_DIM), storage_dtype(news.dtype))
+    zeros = jnp.zeros((KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM), storage_dtype(news.dtype))
     made = make_rows(CONFIG, shape, tables(*rows))
     keys, values = jax.jit(update_cache)((zeros, zeros), (news, -news), made)
     found = np.asarray(keys).view(news.dtype)
-    np.testing.assert_array_equal(np.asarray(values).view(news.dtype)[1:], -found[1:])
+    np.testing.assert_array_equal(np.asarray(values).view(news.dtype)[:, 1:], -found[:, 1:])
     return found
 
 
 def expected_of(rows, parts, dtype=np.float32):
-    pages = np.zeros((PAGES, KV_HEADS, PAGE_TOKENS, HEAD_DIM), dtype)
+    pages = np.zeros((KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM), dtype)
     for (start, length, table), part in zip(rows, parts, strict=True):
         for token in range(length):
             page, offset = divmod(start + token, PAGE_TOKENS)
-            pages[table[page], :, offset] = part[token]
+            pages[:, table[page], offset] = part[token]
     return pages
 
 
@@ -62,7 +62,7 @@ def test_tokens_of_short_rows_go_to_their_pages_and_padding_to_nobodys(dtype):
     found = written(shape, rows, news)
 
     expected = expected_of(rows, [news[0:2], news[2:4], news[4:6]], dtype)
-    np.testing.assert_array_equal(found[1:], expected[1:])
+    np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 7])
@@ -74,20 +74,20 @@ def test_chunk_goes_to_its_pages_wherever_it_begins(start, length):
 
     found = written(shape, rows, news)
 
-    np.testing.assert_array_equal(found[1:], expected_of(rows, [news])[1:])
+    np.testing.assert_array_equal(found[:, 1:], expected_of(rows, [news])[:, 1:])
 
 
 def test_chunk_keeps_what_stands_in_its_first_and_last_page():
     shape = StepShape(0, 1, 4)
-    old = jnp.array(draw(PAGES, KV_HEADS, PAGE_TOKENS, HEAD_DIM, seed=1))
+    old = jnp.array(draw(KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM, seed=1))
     news = draw(4, KV_HEADS, HEAD_DIM)
     rows = [(2, 4, [3, 6])]
 
     (found,) = update_cache((old,), (jnp.array(news),), make_rows(CONFIG, shape, tables(*rows)))
 
     expected = np.array(old)
-    expected[3, :, 2:], expected[6, :, :2] = news[:2].swapaxes(0, 1), news[2:].swapaxes(0, 1)
-    np.testing.assert_array_equal(found[1:], expected[1:])
+    expected[:, 3, 2:], expected[:, 6, :2] = news[:2].swapaxes(0, 1), news[2:].swapaxes(0, 1)
+    np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
 
 
 def test_tokens_stand_in_short_rows_and_then_in_the_chunk():
@@ -97,3 +97,12 @@ def test_tokens_stand_in_short_rows_and_then_in_the_chunk():
     (table,) = made.rope
     positions = jnp.array([5, 6, 9, 10, 0, 1, 2])
     np.testing.assert_allclose(table.cos[:, 0], jnp.cos(positions), atol=1e-6)
+
+
+def test_what_is_not_finite_is_not_left_to_the_next_session():
+    news = draw(1, KV_HEADS, HEAD_DIM)
+    news[0, 1, 2:5] = [np.nan, np.inf, -np.inf]
+
+    found = written(StepShape(1), [(0, 1, [3])], news)
+
+    assert found[1, 3, 0, 2:5].tolist() == [0, 0, 0]
