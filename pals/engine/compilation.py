@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.stages import Compiled
 
 from pals.config import PRIVATE_FOLDER
 
@@ -37,3 +38,9 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # jax looks at the folder once, at the first compilation of the process.
     compilation_cache.reset_cache()
+
+
+def workspace_bytes(compiled: Compiled) -> int:
+    """Return the temporary device bytes of a program."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes if memory is not None else 0

@@ -21,7 +21,8 @@ from pals.engine.buckets import Program
 from pals.engine.cache import kv_bytes, page_format
 from pals.engine.compilation import use_compilation_cache
 from pals.engine.pages import PageFormat
-from pals.engine.steps import Programs, sampled_rows, step_shape
+from pals.engine.stepping import sampled_rows, step_shape
+from pals.engine.steps import Programs
 from pals.models.build import ParameterPath
 from pals.models.config import CacheShape, ModelConfig
 from pals.models.numerics import Numerics

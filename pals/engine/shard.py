@@ -27,7 +27,8 @@ from pals.engine.pacing import StepCosts
 from pals.engine.pages import SCRATCH_PAGE, PageCopy, PagePool
 from pals.engine.prefix import PrefixScope
 from pals.engine.sampler import build_sampling_rows, check_sampling
-from pals.engine.steps import COPIES, CompiledProgram, Leaves, Programs, sampled_rows, step_shape
+from pals.engine.stepping import Leaves, StepArguments, sampled_rows, step_shape
+from pals.engine.steps import COPIES, CompiledProgram, Programs
 from pals.engine.work import PenaltyHistory, RowSampling, Sampled, StepOutput
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.config import ModelConfig
@@ -200,11 +201,11 @@ class Shard:
         Args:
             on_program: Told of each program when it is ready.
         """
-        compiled = [self._programs.compile_copy(self._cache)]
+        compiled = [self._programs.compile_copy()]
         self._copy((PageCopy(SCRATCH_PAGE, SCRATCH_PAGE),))
         on_program(compiled[0])
         for program in self.programs:
-            built = self._programs.compile(program, self._leaves, self._cache)
+            built = self._programs.compile(program)
             built = replace(built, run_s=self._measure(program))
             self._seconds[program] = built.run_s
             compiled.append(built)
@@ -282,14 +283,14 @@ class Shard:
         rows = None
         if self.is_tail:
             rows = build_sampling_rows(samplings, sampled_rows(step_shape(program)))
-        run = self._programs.get(program, self._leaves, self._cache)
-        output, self._cache, self._bank = run(
+        arguments = StepArguments(
             self._leaves, self._cache, self._bank, arrays.inputs, arrays.tables, rows
         )
+        output, self._cache, self._bank = self._programs.get(program)(arguments)
         return jax.tree.map(np.asarray, output)
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:
-        run = self._programs.get_copy(self._cache) if copies else None
+        run = self._programs.get_copy() if copies else None
         for first in range(0, len(copies), COPIES):
             assert run is not None
             some = copies[first : first + COPIES]

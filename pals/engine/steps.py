@@ -15,22 +15,23 @@ import jax
 import jax.numpy as jnp
 from jax.stages import Compiled
 
-from pals.engine.bank import Bank, abstract_bank
+from pals.engine.bank import abstract_bank
 from pals.engine.buckets import BatchLimits, Program, plan_programs
 from pals.engine.cache import AbstractCache, abstract_cache
-from pals.engine.compilation import CODE_UNOPTIMISED, compiler_options
-from pals.engine.sampler import Sampled, SamplingRows, abstract_rows, sample
+from pals.engine.compilation import CODE_UNOPTIMISED, compiler_options, workspace_bytes
+from pals.engine.layered import LayeredSteps
+from pals.engine.sampler import abstract_rows
+from pals.engine.stepping import Run, StepArguments, StepBuilder, sampled_rows, step_shape
+from pals.engine.whole import WholeSteps
 from pals.models.build import AbstractModel, Parameters
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
 from pals.models.numerics import Numerics
-from pals.models.paged import StepShape, Tables
+from pals.models.paged import Tables
 from pals.types import EngineLimits, LayerRange
 
 COPIES = 16
 """Pages that one call copies; a step that needs more calls again."""
-
-Leaves = tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +51,6 @@ class CompiledProgram:
     seconds: float
     run_s: float = 0.0
     workspace_bytes: int
-
-
-def step_shape(program: Program) -> StepShape:
-    """Return how a program divides its tokens into rows."""
-    return StepShape(program.rows, program.row_tokens, program.chunk_tokens)
 
 
 class Programs:
@@ -77,56 +73,68 @@ class Programs:
         limits: EngineLimits,
         num_pages: int,
     ) -> None:
+        model = AbstractModel.build(config, layers, numerics)
+        self.parameters: Parameters = model.parameters
+        self.all: tuple[Program, ...] = plan_programs(BatchLimits.of(limits))
+        self.cache: AbstractCache = abstract_cache(
+            config,
+            layers,
+            num_pages=num_pages,
+            page_tokens=limits.page_tokens,
+            dtype=numerics.compute,
+        )
         self._config = config
         self._dtype = numerics.compute
         self._options = compiler_options(numerics.platform)
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
-        self._model = AbstractModel.build(config, layers, numerics)
-        self.all: tuple[Program, ...] = plan_programs(BatchLimits.of(limits))
-        self.cache: AbstractCache = abstract_cache(
-            config, layers, num_pages=num_pages, page_tokens=limits.page_tokens, dtype=self._dtype
-        )
-        # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
-        self._step = jax.jit(
-            self._run_step, static_argnames="shape", donate_argnames=("cache", "bank")
+        self._steps: StepBuilder = (
+            LayeredSteps(config, layers, numerics, model)
+            if numerics.platform == "cpu" and numerics.moe.mesh is None
+            else WholeSteps(model)
         )
         self._copy = jax.jit(copy_pages, donate_argnames="cache")
-        self._compiled: dict[Program, Compiled] = {}
+        self._compiled: dict[Program, Run] = {}
         self._compiled_copy: Compiled | None = None
 
-    @property
-    def parameters(self) -> Parameters:
-        """Shape and dtype of each of the leaves that the programs take."""
-        return self._model.parameters
-
-    def get(self, program: Program, leaves: Leaves, cache: Cache) -> Compiled:
+    def get(self, program: Program) -> Run:
         """Return a program, compiling it when it was not warmed up."""
         if program not in self._compiled:
-            self.compile(program, leaves, cache)
+            self.compile(program)
         return self._compiled[program]
 
-    def get_copy(self, cache: Cache) -> Compiled:
+    def get_copy(self) -> Compiled:
         """Return what copies `COPIES` pages."""
         if self._compiled_copy is None:
-            self.compile_copy(cache)
+            self.compile_copy()
         assert self._compiled_copy is not None
         return self._compiled_copy
 
-    def compile(self, program: Program, leaves: Leaves, cache: Cache) -> CompiledProgram:
-        """Compile one program; ``leaves`` and ``cache`` are looked at, not used up."""
+    def compile(self, program: Program) -> CompiledProgram:
+        """Compile one program."""
         started = time.perf_counter()
-        compiled = self._lower(program, leaves, cache).compile(self._options)
-        self._compiled[program] = compiled
-        return _describe(str(program), program, compiled, started)
+        self._compiled[program], workspace = self._steps.compile(
+            self._arguments(program), step_shape(program), self._options
+        )
+        return CompiledProgram(
+            name=str(program),
+            program=program,
+            seconds=time.perf_counter() - started,
+            workspace_bytes=workspace,
+        )
 
-    def compile_copy(self, cache: Cache) -> CompiledProgram:
+    def compile_copy(self) -> CompiledProgram:
         """Compile what copies pages."""
         started = time.perf_counter()
         ids = jax.ShapeDtypeStruct((COPIES,), jnp.int32)
-        compiled = self._copy.lower(cache, ids, ids).compile(self._options)
+        compiled = self._copy.lower(self.cache, ids, ids).compile(self._options)
         self._compiled_copy = compiled
-        return _describe(f"copy_{COPIES}", None, compiled, started)
+        return CompiledProgram(
+            name=f"copy_{COPIES}",
+            program=None,
+            seconds=time.perf_counter() - started,
+            workspace_bytes=workspace_bytes(compiled),
+        )
 
     def workspace_bytes(self, program: Program) -> int:
         """Return the temporary device bytes of a program, without weights or cache.
@@ -134,79 +142,23 @@ class Programs:
         The program is compiled of shapes only and thrown away. Buffers are assigned before
         machine code is made, so on CPU no time goes into optimising that code.
         """
-        lowered = self._lower(program, tuple(self.parameters.values()), self.cache)
-        compiled = lowered.compile(self._options and self._options | CODE_UNOPTIMISED)
-        return _workspace_bytes(compiled)
-
-    def _lower(
-        self,
-        program: Program,
-        leaves: tuple[jax.Array | jax.ShapeDtypeStruct, ...],
-        cache: Cache | AbstractCache,
-    ) -> jax.stages.Lowered:
+        options = self._options and self._options | CODE_UNOPTIMISED
         shape = step_shape(program)
-        return self._step.lower(
-            leaves,
-            cache,
-            abstract_bank(self._config.vocab_size) if self._is_tail else None,
-            self._abstract_inputs(shape.tokens),
-            _abstract_tables(program),
-            abstract_rows(sampled_rows(shape)) if self._is_tail else None,
-            shape=shape,
+        return self._steps.compile(self._arguments(program), shape, options)[1]
+
+    def _arguments(self, program: Program) -> StepArguments:
+        shape = step_shape(program)
+        tokens: tuple[int, ...] = (shape.tokens,)
+        if not self._is_head:
+            tokens = (*tokens, self._config.hidden_size)
+        return StepArguments(
+            leaves=tuple(self.parameters.values()),
+            cache=self.cache,
+            bank=abstract_bank(self._config.vocab_size) if self._is_tail else None,
+            inputs=jax.ShapeDtypeStruct(tokens, jnp.int32 if self._is_head else self._dtype),
+            tables=_abstract_tables(program),
+            sampling=abstract_rows(sampled_rows(shape)) if self._is_tail else None,
         )
-
-    def _abstract_inputs(self, tokens: int) -> jax.ShapeDtypeStruct:
-        if self._is_head:
-            return jax.ShapeDtypeStruct((tokens,), jnp.int32)
-        return jax.ShapeDtypeStruct((tokens, self._config.hidden_size), self._dtype)
-
-    def _run_step(
-        self,
-        leaves: Leaves,
-        cache: Cache,
-        bank: Bank | None,
-        inputs: jax.Array,
-        tables: Tables,
-        sampling: SamplingRows[jax.Array] | None,
-        *,
-        shape: StepShape,
-    ) -> tuple[jax.Array | Sampled, Cache, Bank | None]:
-        """Run one padded step; returns hidden states [M, D], or at the tail what it sampled."""
-        model = self._model.merge(leaves)
-        x, cache = model(inputs, cache, shape, tables)
-        if sampling is None:
-            return x, cache, bank
-        assert bank is not None
-        sampled, bank = sample(
-            model.forward_logits(take_sampled(x, shape, tables)),
-            sampling,
-            sampled_positions(shape, tables),
-            bank,
-        )
-        return sampled, cache, bank
-
-
-def sampled_rows(shape: StepShape) -> int:
-    """Return how many tokens the tail samples in a step, S: all but those within a chunk."""
-    return shape.short_tokens + bool(shape.chunk_tokens)
-
-
-def take_sampled(x: jax.Array, shape: StepShape, tables: Tables) -> jax.Array:
-    """Return of [M, D] each token of short rows and the last one of the chunk, [S, D]."""
-    short = x[: shape.short_tokens]
-    if not shape.chunk_tokens:
-        return short
-    last = shape.short_tokens + jnp.maximum(tables.lengths[-1] - 1, 0)
-    return jnp.concatenate([short, jax.lax.dynamic_slice_in_dim(x, last, 1)])
-
-
-def sampled_positions(shape: StepShape, tables: Tables) -> jax.Array:
-    """Return where the sampled tokens will stand, [S] int32."""
-    offsets = jnp.arange(1, shape.row_tokens + 1, dtype=jnp.int32)
-    short = (tables.starts[: shape.rows, None] + offsets).reshape(-1)
-    if not shape.chunk_tokens:
-        return short
-    return jnp.concatenate([short, tables.starts[-1:] + tables.lengths[-1:]])
 
 
 def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
@@ -233,19 +185,3 @@ def _abstract_tables(program: Program) -> Tables:
     pages = jax.ShapeDtypeStruct((batch, program.pages), jnp.int32)
     # Lowering looks at shapes only.
     return Tables(column, column, pages)  # pyright: ignore[reportArgumentType]
-
-
-def _describe(
-    name: str, program: Program | None, compiled: Compiled, started: float
-) -> CompiledProgram:
-    return CompiledProgram(
-        name=name,
-        program=program,
-        seconds=time.perf_counter() - started,
-        workspace_bytes=_workspace_bytes(compiled),
-    )
-
-
-def _workspace_bytes(compiled: Compiled) -> int:
-    memory = compiled.memory_analysis()
-    return memory.temp_size_in_bytes if memory is not None else 0

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import jax
 from flax import nnx
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
 from pals.models.config import ModelConfig
-from pals.models.decoder import Decoder
+from pals.models.decoder import Decoder, DecoderLayer
 from pals.models.experts import expert_sharding
 from pals.models.family import family_of
 from pals.models.numerics import Numerics
@@ -26,37 +26,75 @@ ParameterPath = tuple[str | int, ...]
 
 Parameters = Mapping[ParameterPath, jax.ShapeDtypeStruct]
 
+Module = TypeVar("Module")
+
 
 @dataclass(frozen=True, slots=True)
-class AbstractModel:
-    """The modules of a shard and the shapes of their parameters.
+class AbstractModel(Generic[Module]):
+    """A module, or a tree of them, and the shapes of its parameters.
 
     Attributes:
         parameters: In the order in which `merge` takes them; with their places where the
             model is spread over several devices.
     """
 
-    graphdef: nnx.GraphDef[Decoder]
+    graphdef: nnx.GraphDef[Module]
     treedef: PyTreeDef  # pyright: ignore[reportInvalidTypeForm] jax binds it at run time
     parameters: Parameters
 
     @classmethod
-    def build(cls, config: ModelConfig, layers: LayerRange, numerics: Numerics) -> AbstractModel:
-        """Build the modules of ``layers``; no array is made."""
+    def build(
+        cls, config: ModelConfig, layers: LayerRange, numerics: Numerics
+    ) -> AbstractModel[Decoder]:
+        """Look at the part of a model that a shard of ``layers`` holds."""
         build_layer = family_of(config).build_layer
-        model = nnx.eval_shape(lambda: Decoder(config, layers, numerics, build_layer))
-        graphdef, state = nnx.split(model)
+        return AbstractModel[Decoder].of(
+            lambda: Decoder(config, layers, numerics, build_layer), numerics.moe.mesh
+        )
+
+    @classmethod
+    def of(cls, make: Callable[[], Module], mesh: Mesh | None = None) -> AbstractModel[Module]:
+        """Look at what ``make`` builds; no array is made.
+
+        Args:
+            make: Builds the module.
+            mesh: Over which experts are split.
+        """
+        graphdef, state = nnx.split(nnx.eval_shape(make))
         shapes, treedef = jax.tree.flatten(state)
         paths = cast("Sequence[ParameterPath]", nnx.to_flat_state(state).paths)
         parameters = dict(zip(paths, shapes, strict=True))
-        mesh = numerics.moe.mesh
         if mesh is not None:
             parameters = {path: _placed(path, leaf, mesh) for path, leaf in parameters.items()}
         return cls(graphdef, treedef, parameters)
 
-    def merge(self, leaves: Sequence[jax.Array]) -> Decoder:
-        """Return the model with these parameters; cheap enough for the inside of a step."""
+    def merge(self, leaves: Sequence[jax.Array]) -> Module:
+        """Return the module with these parameters; cheap enough for the inside of a step."""
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+
+def abstract_layer(
+    config: ModelConfig, layer: int, numerics: Numerics
+) -> AbstractModel[DecoderLayer]:
+    """Return one layer of a model."""
+    build_layer = family_of(config).build_layer
+    return AbstractModel[DecoderLayer].of(
+        lambda: build_layer(config, layer, numerics), numerics.moe.mesh
+    )
+
+
+def abstract_ends(
+    config: ModelConfig, layers: LayerRange, numerics: Numerics
+) -> AbstractModel[Decoder]:
+    """Return what a shard of ``layers`` holds beside its layers: embedding, norm and head."""
+    build_layer = family_of(config).build_layer
+
+    def make() -> Decoder:
+        model = Decoder(config, layers, numerics, build_layer)
+        model.layers = nnx.List([])
+        return model
+
+    return AbstractModel[Decoder].of(make, numerics.moe.mesh)
 
 
 def _placed(path: ParameterPath, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,117 @@
+"""What the ways to compile a step have in common: its arguments, and what its tail samples."""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (jax annotates its functions with types that pyright sees as partially unknown)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from pals.engine.bank import Bank
+from pals.engine.buckets import Program
+from pals.engine.compilation import CompilerOptions
+from pals.engine.sampler import Sampled, SamplingRows, sample
+from pals.models.decoder import Cache, Decoder
+from pals.models.paged import StepShape, Tables
+
+Leaves = tuple[jax.Array, ...]
+
+
+class StepArguments(NamedTuple):
+    """The arguments of a step: arrays, or the shapes of some.
+
+    Attributes:
+        leaves: The parameters of a shard.
+        cache: Given away.
+        bank: At the tail; given away.
+        inputs: Token ids [M] at the head, else hidden states [M, D].
+        tables: Where the rows stand.
+        sampling: At the tail, of each token that is sampled.
+    """
+
+    leaves: tuple[Any, ...]
+    cache: tuple[Any, ...]
+    bank: Any
+    inputs: Any
+    tables: Tables
+    sampling: Any
+
+
+class StepOutcome(NamedTuple):
+    """What a step gives back.
+
+    Attributes:
+        output: Hidden states [M, D], or at the tail what was sampled.
+        cache: With the step's tokens.
+        bank: With what was sampled.
+    """
+
+    output: jax.Array | Sampled
+    cache: Cache
+    bank: Bank | None
+
+
+class Run(Protocol):
+    """A compiled step."""
+
+    def __call__(self, arguments: StepArguments) -> StepOutcome:
+        """Start the step; its outputs are waited for by whoever reads them."""
+        ...
+
+
+class StepBuilder(Protocol):
+    """A way to compile steps."""
+
+    def compile(
+        self, arguments: StepArguments, shape: StepShape, options: CompilerOptions | None
+    ) -> tuple[Run, int]:
+        """Compile a step of such arguments.
+
+        Returns:
+            It, and the bytes of its temporaries.
+        """
+        ...
+
+
+def step_shape(program: Program) -> StepShape:
+    """Return how a program divides its tokens into rows."""
+    return StepShape(program.rows, program.row_tokens, program.chunk_tokens)
+
+
+def sample_step(
+    model: Decoder,
+    bank: Bank,
+    x: jax.Array,
+    tables: Tables,
+    sampling: SamplingRows[jax.Array],
+    shape: StepShape,
+) -> tuple[Sampled, Bank]:
+    """Sample after the last layer's hidden states [M, D] of a step."""
+    logits = model.forward_logits(take_sampled(x, shape, tables))
+    return sample(logits, sampling, sampled_positions(shape, tables), bank)
+
+
+def sampled_rows(shape: StepShape) -> int:
+    """Return how many tokens the tail samples in a step, S: all but those within a chunk."""
+    return shape.short_tokens + bool(shape.chunk_tokens)
+
+
+def take_sampled(x: jax.Array, shape: StepShape, tables: Tables) -> jax.Array:
+    """Return of [M, D] each token of short rows and the last one of the chunk, [S, D]."""
+    short = x[: shape.short_tokens]
+    if not shape.chunk_tokens:
+        return short
+    last = shape.short_tokens + jnp.maximum(tables.lengths[-1] - 1, 0)
+    return jnp.concatenate([short, jax.lax.dynamic_slice_in_dim(x, last, 1)])
+
+
+def sampled_positions(shape: StepShape, tables: Tables) -> jax.Array:
+    """Return where the sampled tokens will stand, [S] int32."""
+    offsets = jnp.arange(1, shape.row_tokens + 1, dtype=jnp.int32)
+    short = (tables.starts[: shape.rows, None] + offsets).reshape(-1)
+    if not shape.chunk_tokens:
+        return short
+    return jnp.concatenate([short, tables.starts[-1:] + tables.lengths[-1:]])

@@ -1,0 +1,65 @@
+"""Steps of one program for all layers of a shard, as accelerators want them."""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+# (jax and flax annotate their functions with types that pyright sees as partially unknown)
+
+from __future__ import annotations
+
+import jax
+
+from pals.engine.bank import Bank
+from pals.engine.compilation import CompilerOptions, workspace_bytes
+from pals.engine.sampler import SamplingRows
+from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, sample_step
+from pals.models.build import AbstractModel
+from pals.models.decoder import Cache, Decoder
+from pals.models.paged import StepShape, Tables
+
+
+class WholeSteps:
+    """Compiles all layers together; implements `pals.engine.stepping.StepBuilder`.
+
+    Args:
+        model: Of the shard.
+    """
+
+    def __init__(self, model: AbstractModel[Decoder]) -> None:
+        self._model = model
+        # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
+        self._step = jax.jit(
+            self._run_step, static_argnames="shape", donate_argnames=("cache", "bank")
+        )
+
+    def compile(
+        self, arguments: StepArguments, shape: StepShape, options: CompilerOptions | None
+    ) -> tuple[Run, int]:
+        """Compile a step of such arguments; see `StepBuilder`."""
+        compiled = self.lower(arguments, shape).compile(options)
+
+        def run(arguments: StepArguments) -> StepOutcome:
+            return StepOutcome(*compiled(*arguments))
+
+        return run, workspace_bytes(compiled)
+
+    def lower(self, arguments: StepArguments, shape: StepShape) -> jax.stages.Lowered:
+        """Trace a step of such arguments."""
+        return self._step.lower(*arguments, shape=shape)
+
+    def _run_step(
+        self,
+        leaves: Leaves,
+        cache: Cache,
+        bank: Bank | None,
+        inputs: jax.Array,
+        tables: Tables,
+        sampling: SamplingRows[jax.Array] | None,
+        *,
+        shape: StepShape,
+    ) -> StepOutcome:
+        model = self._model.merge(leaves)
+        x, cache = model(inputs, cache, shape, tables)
+        if sampling is None:
+            return StepOutcome(x, cache, bank)
+        assert bank is not None
+        sampled, bank = sample_step(model, bank, x, tables, sampling, shape)
+        return StepOutcome(sampled, cache, bank)
