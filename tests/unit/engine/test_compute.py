@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -72,13 +73,18 @@ class Bench:
         is_tail: bool = True,
         rules: BatchRules = RULES,
         max_queued_bytes: int = 1 << 20,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         batcher, _ = make_batcher(NUM_PAGES, rules=rules)
         self.runner = PageRunner(NUM_PAGES, is_tail=is_tail)
         self.deliveries: queue.Queue[Delivery] = queue.Queue()
         self.opened: list[str] = []
         self.compute = ComputeThread(
-            self.runner, batcher, self.deliveries.put, max_queued_bytes=max_queued_bytes
+            self.runner,
+            batcher,
+            self.deliveries.put,
+            max_queued_bytes=max_queued_bytes,
+            clock=clock,
         )
 
     def open(self, *texts: str, sampling: Sampling | None = None) -> None:
@@ -310,11 +316,12 @@ def test_session_that_may_not_be_opened_leaves_nothing_behind(
 def test_thread_wakes_by_itself_for_those_who_waited_too_long(
     make_bench: Callable[..., Bench],
 ) -> None:
-    bench = make_bench(rules=replace(RULES, max_sessions=1, admission_wait_s=0.01))
-    bench.open("a")
-    bench.compute.start()
-    bench.events()
+    now_s = 0.0
+    rules = replace(RULES, max_sessions=1, admission_wait_s=0.01)
+    bench = make_bench(rules=rules, clock=lambda: now_s)
+    bench.start("a")
     bench.open("b")
+    now_s = 0.02
 
     [(owner, event)] = bench.events()
 
