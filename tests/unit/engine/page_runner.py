@@ -21,7 +21,6 @@ from pals.types import LayerRange, Sampling
 from tests.unit.engine.page_memory import PageMemory, next_token
 
 LARGEST_ID = 10_000
-NOT_SAMPLED = -1
 WAIT_S = 10.0
 PENALISED = Sampling(presence_penalty=1.0)
 
@@ -51,7 +50,8 @@ class PageRunner:
         self.entered = threading.Event()
         self.released = threading.Event()
         self.released.set()
-        self.free_slots = list(range(slots, 0, -1))
+        self._slots = range(slots, 0, -1)
+        self.free_slots = list(self._slots)
         self._size = num_pages, page_tokens
         self.memory = PageMemory(*self._size)
 
@@ -94,9 +94,9 @@ class PageRunner:
             return StepOutput(np.array(made, np.float32).reshape(-1, 1), None)
         ids: list[int] = []
         for row, sampling in zip(rows, samplings, strict=True):
-            histories = seen[row.session] if row.kind != "prefill" else seen[row.session][-1:]
-            seed = None if sampling is None else sampling.sampling.seed
-            ids += [NOT_SAMPLED if seed is None else next_token(h, seed) for h in histories]
+            if sampling is not None:
+                histories = seen[row.session] if row.kind != "prefill" else seen[row.session][-1:]
+                ids += [next_token(history, sampling.sampling.seed) for history in histories]
         return StepOutput(None, _sampled(ids))
 
     def reset(self) -> None:
@@ -104,6 +104,7 @@ class PageRunner:
         if self.reset_failure is not None:
             raise self.reset_failure
         self.memory = PageMemory(*self._size)
+        self.free_slots = list(self._slots)
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
