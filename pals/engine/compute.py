@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pals.engine.batch import SessionRequest
 from pals.engine.batcher import Batcher
 from pals.engine.compute_core import Compute, Member, Planned, SamplingChanges
+from pals.engine.waking import Wake
 from pals.engine.work import (
     Delivery,
     InputRow,
@@ -59,10 +60,7 @@ class ComputeThread:
         self._deliver = deliver
         self._clock = clock
         self._lock = threading.Lock()
-        # Held but while it wakes the thread: a condition would cost some more of each step.
-        self._work = threading.Lock()
-        self._work.acquire()
-        self._is_idle = False
+        self._wake = Wake()
         self._closing = False
         self._free_s = clock()
         self._thread = threading.Thread(target=self._run, name="pals-compute", daemon=True)
@@ -106,7 +104,7 @@ class ComputeThread:
         """
         with self._lock:
             self._core.open(request, owner, sampling, history, self._clock())
-            self._wake()
+            self._wake.ring()
 
     def fork(
         self,
@@ -129,7 +127,7 @@ class ComputeThread:
         with self._lock:
             now = self._clock()
             self._core.fork(parent, child, position, owner, sampling, history, now)
-            self._wake()
+            self._wake.ring()
 
     def close_session(self, session: SessionId, names: tuple[bytes, ...] = ()) -> None:
         """End a session and free its pages at once; it may be over already, or wait still.
@@ -142,7 +140,7 @@ class ComputeThread:
         """
         with self._lock:
             self._core.close_session(session, names)
-            self._wake()
+            self._wake.ring()
 
     def add(self, rows: Sequence[InputRow]) -> list[RefusedRow]:
         """Queue the rows of a frame, each behind the others of its session.
@@ -164,14 +162,14 @@ class ComputeThread:
             rows = [row for row in rows if id(row) not in unsound]
         with self._lock:
             refused += self._core.add(rows, self._clock())
-            self._wake()
+            self._wake.ring()
         return refused
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the thread after the step it is in, waiting at most ``timeout_s``."""
         with self._lock:
             self._closing = True
-            self._wake()
+            self._wake.ring()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
 
@@ -203,7 +201,8 @@ class ComputeThread:
                 if (changes := self._core.take_changes()) is None:
                     planned, events = self._core.plan(self._clock())
                     if planned is None and not events:
-                        wait_s = self._begin_to_wait()
+                        self._wake.prepare()
+                        wait_s = self._core.batcher.next_at() - self._clock()
             if changes is not None:
                 self._change_samplings(changes)
                 continue
@@ -211,21 +210,8 @@ class ComputeThread:
                 self._deliver(Delivery(events=events, result=None))
             if planned is not None:
                 return planned
-            if wait_s:
-                self._work.acquire(timeout=wait_s)
-
-    def _begin_to_wait(self) -> float:
-        """Return how long there is nothing to do unless `_wake` is called, in seconds."""
-        self._work.acquire(blocking=False)  # it may have been woken when it had slept enough
-        self._is_idle = True
-        wait_s = self._core.batcher.next_at() - self._clock()
-        return min(max(wait_s, 0.0), threading.TIMEOUT_MAX)
-
-    def _wake(self) -> None:
-        """Let the thread look, if it waits for something to do; the lock is held."""
-        if self._is_idle:
-            self._is_idle = False
-            self._work.release()
+            if wait_s > 0:
+                self._wake.sleep(wait_s)
 
     def _change_samplings(self, changes: SamplingChanges) -> None:
         """Let the sampler make room for some sessions, without holding the network up."""

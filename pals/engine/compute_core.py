@@ -240,13 +240,15 @@ class Compute:
     def fail(self, error: PalsError) -> tuple[OwnedEvent, ...]:
         """End every session that runs: a step failed, and took cache and bank along.
 
-        Those that wait to be admitted go on; they need new room in the bank.
+        The sampler forgets all that it has made room for. Sessions that wait to be admitted go
+        on, and need new room.
         """
         self.batcher.fail(error)
         events = self._take_events()
+        self._closed.clear()
         for member in self._members.values():
             if member.row_sampling is not None:
-                self._close_sampling(member)
+                member.row_sampling = None
                 self._newcomers.append(member)
         return events
 

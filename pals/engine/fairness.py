@@ -105,6 +105,8 @@ class FairOrder(Generic[Member]):
             waiting: Some of them with their peers, if not all. Among equals the order stays;
                 of all, that in which they began to wait.
         """
+        if not self._peers.waiting:
+            return
         self._peers.raise_floor()
         lines = self._all_lines() if waiting is None else self._lines(waiting)
         heap = [(self._peers.waiting[peer], n, peer) for n, peer in enumerate(lines)]

@@ -39,6 +39,8 @@ class Running:
 
     Attributes:
         request: What the driver asked for.
+        session: Its id.
+        peer: The driver.
         seniority: Its place in line; a session that is replayed keeps it.
         has_yielded: It was preempted before, and gives way to no peer's share again.
         end: Where its next row stands unless it steps back.
@@ -50,6 +52,8 @@ class Running:
     """
 
     request: SessionRequest
+    session: SessionId = field(init=False)
+    peer: PeerId = field(init=False)
     seniority: Seniority
     has_yielded: bool
     end: int
@@ -60,13 +64,8 @@ class Running:
     origin: tuple[SessionId, int] | None = None
     line: FairOrder[SessionId] | None = None
 
-    @property
-    def session(self) -> SessionId:
-        return self.request.session
-
-    @property
-    def peer(self) -> PeerId:
-        return self.request.peer
+    def __post_init__(self) -> None:
+        self.session, self.peer = self.request.session, self.request.peer
 
     @property
     def next_row(self) -> WaitingRow | None:

@@ -25,6 +25,7 @@ from pals.engine.running import Archive, Need, Running, Shares, promised_pages
 from pals.errors import (
     DeadlineExceeded,
     InvalidStep,
+    PagesExhausted,
     PalsError,
     PeerSessionsFull,
     SessionTooLong,
@@ -202,14 +203,17 @@ class Sessions:
         Returns:
             What the step has to copy; None when the session has to wait.
         """
-        while (pages := self.pool.pages_needed(running.session, tokens)) > self.pool.available:
+        while True:
+            try:
+                return self.pool.reserve(running.session, tokens)
+            except PagesExhausted:
+                pages = self.pool.pages_needed(running.session, tokens)
             need = Need(running.peer, pages, running.seniority, self._active_since(now))
             victims = self._shares.victims(need, self.running.values())
             victim = next((v for v in victims if v not in spared), None)
             if victim is None:
                 return None
             self._preempt(victim)
-        return self.pool.reserve(running.session, tokens)
 
     # --- inside ----------------------------------------------------------------------
 

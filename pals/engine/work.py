@@ -48,8 +48,8 @@ class RowSampling(NamedTuple):
 class Sampled(NamedTuple):
     """The tokens of a step at the tail, on the host.
 
-    There is one for each token of each short row, row after row, and then one for the last
-    token of the chunk, where the step has one.
+    There is one for each token of each short row, row after row, and then one for the chunk
+    if it ends its prompt.
 
     Attributes:
         ids: ``int32[n]``.
@@ -124,7 +124,10 @@ class StepRunner(Protocol):
         ...
 
     def reset(self) -> None:
-        """Begin with an empty cache and bank: a step that failed took them along."""
+        """Begin with an empty cache and bank: a step that failed took them along.
+
+        No session has room in the bank any more; `close_sampling` is called for none of them.
+        """
         ...
 
 

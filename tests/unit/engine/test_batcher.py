@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -85,6 +86,23 @@ def test_decode_rows_of_all_sessions_run_in_one_step() -> None:
 
     assert run(batcher, 1.0) == "decode: a@10+1 b@10+1 c@10+1"
     assert run(batcher, 1.0) == ""
+
+
+def test_peer_whose_rows_were_away_is_owed_nothing() -> None:
+    batcher, _ = make_batcher(60, limits=replace(LIMITS, max_rows=2))
+    open_all(batcher, *(request(text, BOB) for text in ("b1", "b2")))
+    open_all(batcher, *(request(text) for text in ("a1", "a2")))
+    for text in ("b1", "b2", "a1", "a2"):
+        prefill(batcher, text)
+    for position in range(10, 20):
+        batcher.add(name("b1"), "decode", position, 1, 1.0)
+        run(batcher, 1.0)
+    for text, position in (("a1", 10), ("a2", 10), ("b1", 20), ("b2", 10)):
+        for n in range(6):
+            batcher.add(name(text), "decode", position + n, 1, 1.0)
+
+    steps = " ".join(run(batcher, 1.0) for _ in range(5))
+    assert (steps.count("a1@") + steps.count("a2@"), steps.count("@")) == (6, 10)
 
 
 def test_prompt_alone_runs_in_the_largest_chunks_without_much_padding() -> None:
