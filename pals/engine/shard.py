@@ -299,6 +299,19 @@ class Shard:
             targets[: len(some)] = [copy.target for copy in some]
             self._cache = run(self._cache, sources, targets)
 
+    def open_sampling(self, sampling: Sampling, history: PenaltyHistory | None) -> RowSampling:
+        """Make room for a session's penalties, bias and mask in the bank, if it has any.
+
+        Raises:
+            InvalidStep: A value is out of its range.
+            CapacityError: The bank is full.
+        """
+        check_sampling(sampling)
+        return RowSampling(sampling, 0)
+
+    def close_sampling(self, row_sampling: RowSampling) -> None:
+        """Give that room to others."""
+
     def reset(self) -> None:
         """Reserve an empty cache and bank: a step that failed took them along."""
         self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
