@@ -121,6 +121,18 @@ def prefill(
     return token
 
 
+def hidden_states(shard: Shard, prompt: Sequence[int], *, chunk: int = 32) -> np.ndarray:
+    """Return the hidden states [T, D] that a head makes of a prompt."""
+    parts: list[np.ndarray] = []
+    for start in range(0, len(prompt), chunk):
+        ids = np.array(prompt[start : start + chunk], np.int32)
+        row = make_row(shard, 0, "prefill", start, len(ids))
+        hidden = shard.run(make_step(shard, [], row), [ids], [None]).hidden
+        assert hidden is not None
+        parts.append(hidden)
+    return np.concatenate(parts)
+
+
 def decode(
     chain: list[Shard],
     slots: Sequence[int],

@@ -21,8 +21,10 @@ from tests.demo_model import import_demo_model
 from tests.random_checkpoints import make_random_checkpoint
 from tests.unit.models.published import PUBLISHED, shrink
 
-LIMITS = EngineLimits(max_sessions=2, max_context_tokens=240, max_chunk_tokens=32)
-FEW_PROGRAMS = EngineLimits(max_sessions=1, max_context_tokens=240, max_chunk_tokens=16)
+LIMITS = EngineLimits(max_sessions=2, max_rows=4, max_context_tokens=240, max_chunk_tokens=32)
+FEW_PROGRAMS = EngineLimits(
+    max_sessions=1, max_rows=2, max_context_tokens=240, max_chunk_tokens=16, verify_tokens=1
+)
 TOLERANCE = 0.05
 MOST_RESIDENT_BYTES = 2 << 30
 
@@ -99,27 +101,24 @@ def test_plan_of_the_real_model_is_right_to_5_percent(layers: str, shared_cache:
 _SERVE = """
 import re, sys
 from pathlib import Path
-import numpy as np
 import pals.net.node, pals.net.serving
 from pals.engine.plan import plan_model
 from pals.engine.shard import Shard
 from pals.models.snapshot import Snapshot
 from pals.types import EngineLimits, LayerRange, ShardSpec, Sampling
+from tests.unit.engine.chains import decode, prefill
 
 snapshot = Snapshot.open(Path(sys.argv[1]), "test/model")
-limits = EngineLimits(max_sessions=4, max_context_tokens=1024, max_chunk_tokens=128)
+limits = EngineLimits(max_sessions=4, max_rows=4, max_context_tokens=1024, max_chunk_tokens=128)
 layers = LayerRange(0, snapshot.config.num_layers)
 shard = Shard.load(snapshot, layers, dtype="bf16", limits=limits)
 shard.warmup()
 sampling = Sampling(temperature=1.0, top_p=0.9)
-chunk = np.full(limits.max_chunk_tokens, 5, np.int32)
-for slot in range(limits.max_sessions):
-    for position in range(0, limits.max_context_tokens, len(chunk)):
-        shard.prefill(slot=slot, position=position, inputs=chunk, sampling=sampling)
 slots = range(limits.max_sessions)
-last = [limits.max_context_tokens - 1] * len(slots)
-samplings = [sampling] * len(slots)
-shard.decode(slots=slots, positions=last, inputs=chunk[: len(slots)], samplings=samplings)
+most = limits.max_context_tokens - 1
+for slot in slots:
+    prefill([shard], slot, [5] * most, chunk=limits.max_chunk_tokens, sampling=sampling)
+decode([shard], slots, [most] * len(slots), [5] * len(slots), [sampling] * len(slots))
 resident = int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 plan = plan_model(snapshot.config, ShardSpec(limits=limits)).plan_range(layers)
 print(resident, plan.device, plan.runtime)

@@ -15,9 +15,9 @@ from pals.models.quantized import FEW_ROWS
 from pals.models.snapshot import Snapshot
 from pals.types import Dtype, EngineLimits, LayerRange, Quantization
 from tests.checkpoints import make_llama_checkpoint, make_qwen3_moe_checkpoint
-from tests.unit.engine.chains import decode, generate, load_chain, prefill
+from tests.unit.engine.chains import decode, generate, hidden_states, load_chain, prefill
 
-LIMITS = EngineLimits(max_sessions=3, max_context_tokens=128, max_chunk_tokens=64)
+LIMITS = EngineLimits(max_sessions=3, max_rows=4, max_context_tokens=128, max_chunk_tokens=64)
 EXACT = Quantization(group_size=32, activations=False)
 ROUNDED = Quantization(group_size=32, activations=True)
 PROMPT = [256, *b"The quick brown fox jumps over the lazy dog, twice."]
@@ -118,17 +118,9 @@ def states_of(snapshot, dtype, quantization, *, chunk):
     shard = Shard.load(
         snapshot, LayerRange(0, 2), dtype=dtype, limits=LIMITS, quantization=quantization
     )
-    states = [
-        shard.prefill(
-            slot=0,
-            position=start,
-            inputs=np.array(PROMPT[start : start + chunk], np.int32),
-            sampling=None,
-        )
-        for start in range(0, len(PROMPT), chunk)
-    ]
-    assert {part.dtype for part in states} == {jnp.dtype(jnp.bfloat16)}
-    return np.concatenate(states).astype(np.float32)
+    states = hidden_states(shard, PROMPT, chunk=chunk)
+    assert states.dtype == jnp.bfloat16
+    return states.astype(np.float32)
 
 
 def difference(left, right):

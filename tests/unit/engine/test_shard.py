@@ -20,6 +20,7 @@ from tests.unit.engine.chains import (
     counting_compilations,
     decode,
     generate,
+    hidden_states,
     load_chain,
     make_row,
     make_step,
@@ -247,17 +248,11 @@ def test_compiled_programs_are_kept_on_disk(snapshot, tmp_path, monkeypatch):
     assert any((tmp_path / "xla").iterdir())
 
 
-def run_head(head, tokens):
-    """Return the hidden states that the head makes of a prompt."""
-    step = make_step(head, [], make_row(head, 0, "prefill", 0, len(tokens)))
-    return head.run(step, [np.array(tokens, np.int32)], [None]).hidden
-
-
 @pytest.mark.parametrize(("dtype", "wire"), [("f32", np.float32), ("bf16", ml_dtypes.bfloat16)])
 def test_hidden_states_travel_in_the_compute_dtype(snapshot, dtype, wire):
     head, tail = load_chain(snapshot, [0, 1], dtype)
 
-    hidden = run_head(head, OTHER)
+    hidden = hidden_states(head, OTHER)
     sampled = run_hidden(tail, [(0, "prefill", 0, len(OTHER))], [hidden], [Sampling()])
 
     assert (hidden.dtype, hidden.shape) == (wire, (len(OTHER), 64))
@@ -266,7 +261,7 @@ def test_hidden_states_travel_in_the_compute_dtype(snapshot, dtype, wire):
 
 def test_bf16_is_near_f32(snapshot):
     wide, narrow = (
-        run_head(load_chain(snapshot, [0, 1], dtype)[0], OTHER).astype(np.float32)
+        hidden_states(load_chain(snapshot, [0, 1], dtype)[0], OTHER).astype(np.float32)
         for dtype in ("f32", "bf16")
     )
 
