@@ -19,7 +19,8 @@ from pals.engine.bank import Bank, abstract_bank
 from pals.engine.buckets import BatchLimits, Program, plan_programs
 from pals.engine.cache import AbstractCache, abstract_cache
 from pals.engine.compilation import CODE_UNOPTIMISED, compiler_options
-from pals.engine.sampler import Sampled, SamplingRows, abstract_rows, sample
+from pals.engine.sampler import abstract_rows, sample
+from pals.engine.work import Sampled
 from pals.models.build import AbstractModel, Parameters
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
@@ -167,7 +168,7 @@ class Programs:
         bank: Bank | None,
         inputs: jax.Array,
         tables: Tables,
-        sampling: SamplingRows[jax.Array] | None,
+        sampling: jax.Array | None,
         *,
         shape: StepShape,
     ) -> tuple[jax.Array | Sampled, Cache, Bank | None]:
