@@ -19,8 +19,8 @@ from jax.stages import Compiled
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
-from pals.engine.sampler import Sampled, SamplingRows
 from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, sample_step
+from pals.engine.work import Sampled
 from pals.models.build import AbstractModel, ParameterPath, abstract_ends, abstract_layer
 from pals.models.config import ModelConfig
 from pals.models.decoder import Decoder, DecoderLayer
@@ -109,7 +109,7 @@ class LayeredSteps:
     def _compile_kinds(
         self,
         arguments: StepArguments,
-        hidden: Any,
+        hidden: jax.Array | jax.ShapeDtypeStruct,
         shape: StepShape,
         options: CompilerOptions | None,
     ) -> dict[_Kind, Compiled]:
@@ -130,7 +130,7 @@ class LayeredSteps:
         bank: Bank,
         x: jax.Array,
         tables: Tables,
-        sampling: SamplingRows[jax.Array],
+        sampling: jax.Array,
         *,
         shape: StepShape,
     ) -> tuple[Sampled, Bank]:

@@ -1,164 +1,211 @@
-"""Turns logits into tokens inside the tail's step, one row for each session.
+"""Turns logits into tokens inside the tail's step, one row for each sampled token.
 
-The token of a row depends on its logits, its `Sampling` and its position only: never on
-the other rows, nor on how the session was cut into steps.
+A token depends on its logits, its session's `Sampling`, its position and what its session's
+bank row counts: never on the other rows, nor on how the session was cut into steps. In order:
+logit_bias; repetition_penalty; frequency_penalty and presence_penalty; the mask; then the
+likeliest token, or: temperature; min_p and top_k; top_p; a draw. Log-probabilities are those
+of the model's own logits, before all of these.
 """
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
 # (jax annotates its functions with types that pyright sees as partially unknown)
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pals.errors import InvalidStep
-from pals.types import Sampling
-
-MAX_TEMPERATURE = 2.0
-GREEDY = Sampling()
-
-Array = TypeVar("Array")
-
-
-class SamplingRows(NamedTuple, Generic[Array]):
-    """The `Sampling` of each row as arrays.
-
-    Attributes:
-        temperature: [B] float32; 0 is greedy.
-        top_p: [B] float32.
-        seeds: [B, 2] uint32, the high and low halves of a 64-bit seed.
-    """
-
-    temperature: Array
-    top_p: Array
-    seeds: Array
-
-
-def build_old(samplings: Sequence[Sampling], size: int) -> SamplingRows[np.ndarray]:
-    """Return the arrays for ``size`` rows; those past ``samplings`` are greedy.
-
-    Raises:
-        InvalidStep: A temperature or top_p is out of its range.
-    """
-    for sampling in samplings:
-        check_sampling(sampling)
-    padded = [*samplings, *[GREEDY] * (size - len(samplings))]
-    return SamplingRows(
-        temperature=np.array([s.temperature for s in padded], np.float32),
-        top_p=np.array([s.top_p for s in padded], np.float32),
-        seeds=np.array(
-            [[s.seed >> 32 & 0xFFFFFFFF, s.seed & 0xFFFFFFFF] for s in padded], np.uint32
-        ),
-    )
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise unless the values are finite and in range.
-
-    Raises:
-        InvalidStep: They are not.
-    """
-    temperature, top_p = sampling.temperature, sampling.top_p
-    if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
-        raise InvalidStep(problem=f"temperature {temperature} is not in [0, {MAX_TEMPERATURE}]")
-    if not (math.isfinite(top_p) and 0 < top_p <= 1):
-        raise InvalidStep(problem=f"top_p {top_p} is not in (0, 1]")
-
-
-def sample_old(logits: jax.Array, rows: SamplingRows[jax.Array], positions: jax.Array) -> jax.Array:
-    """Choose one token for each row.
-
-    Args:
-        logits: [B, V] float32.
-        rows: How each row is sampled.
-        positions: [B] int32, where the chosen tokens will stand.
-
-    Returns:
-        [B] int32.
-    """
-
-    def draw() -> jax.Array:
-        scaled = logits / jnp.where(is_random, rows.temperature, 1.0)[:, None]
-        has_nucleus = is_random & (rows.top_p < 1)
-        kept = lax.cond(jnp.any(has_nucleus), keep_nucleus, keep_all, scaled, rows.top_p)
-        return jnp.where(is_random, draw_tokens(kept, rows.seeds, positions), greedy)
-
-    # The whole batch takes one branch: greedy batches pay for no random numbers, and only
-    # top_p pays for its search. A row's token is the same in every branch that it may take.
-    with jax.named_scope("sample"):
-        is_random = rows.temperature > 0
-        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return lax.cond(jnp.any(is_random), draw, lambda: greedy)
-
-
-def keep_all(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Return the logits [B, V] as they are."""
-    del top_p
-    return logits
-
-
-def keep_nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Mask all but the fewest tokens that hold top_p (https://arxiv.org/abs/1904.09751).
-
-    Tokens that tie with the least likely one kept are kept too. The least probability is
-    found by bisecting its bits, 20 times faster than a sort on CPU: the bits of positive
-    floats are ordered as the floats are.
-    """
-    probabilities = jax.nn.softmax(logits, axis=-1)
-
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        least = lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        mass = jnp.sum(jnp.where(probabilities >= least, probabilities, 0), axis=-1)
-        enough = mass >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    rows = logits.shape[0]
-    past_one = lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32) + 1
-    bounds = (jnp.zeros(rows, jnp.int32), jnp.full(rows, past_one))
-    low, _ = lax.fori_loop(0, 31, halve, bounds)
-    least = lax.bitcast_convert_type(low, jnp.float32)[:, None]
-    # A sum of rounded numbers may reach 1 before the last token does.
-    return jnp.where((probabilities >= least) | (top_p[:, None] >= 1), logits, -jnp.inf)
-
-
-def draw_tokens(logits: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
-    """Sample from the softmax by the Gumbel maximum (https://arxiv.org/abs/1611.01144)."""
-
-    def draw_row(logits: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
-        # threefry gives the same numbers on every device.
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        return jnp.argmax(logits + jax.random.gumbel(key, logits.shape, jnp.float32))
-
-    return jax.vmap(draw_row)(logits, seeds, positions).astype(jnp.int32)
-
-
+from pals.engine.bank import MAX_COUNT, Bank, add_counts, unpack_bits
+from pals.engine.drawing import (
+    Draws,
+    build_keys,
+    draw_tokens,
+    pick_likeliest,
+    top_tokens,
+)
+from pals.engine.sampling_rows import MAX_LOGPROBS, ROW_WORDS
 from pals.engine.work import Sampled
 
+SMALLEST = 1e-5
+"""Temperatures below are greedy; a lower top_p or repetition_penalty acts as this one does."""
 
-def sample(logits, rows, positions, bank):
-    ids = sample_old(logits, rows, positions)
-    z = jnp.zeros(ids.shape, jnp.float32)
-    return Sampled(
-        ids, z, jnp.zeros((ids.shape[0], 20), jnp.int32), jnp.zeros((ids.shape[0], 20), jnp.float32)
-    ), bank
-
-
-def build_sampling_rows(samplings, size):
-    return build_old([GREEDY if s is None else s.sampling for s in samplings], size)
+_LARGEST = 1e30
+_GROUP_ROWS = 8
+"""Rows that are drawn together: so many are in the processor's cache at one time, need room
+for temporaries, and wait for one of them that wants what the others do not."""
 
 
-def abstract_rows(size):
+class SamplingRows(NamedTuple):
+    """The words of `build_sampling_rows` on the device, one entry a row.
+
+    Attributes:
+        temperature, top_p, min_p, repetition, presence, frequency: [S] float32.
+        top_k: [S] int32; 0 for all.
+        seeds: [S, 2] uint32, the high and low halves.
+        slots: [S] int32, rows of the bank; 0 for none.
+        is_counted: [S] bool.
+        wanted: [S] int32, 0 for no logprobs, else 1 + how many alternatives.
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    top_k: jax.Array
+    seeds: jax.Array
+    slots: jax.Array
+    is_counted: jax.Array
+    wanted: jax.Array
+
+    @property
+    def are_random(self) -> jax.Array:
+        return self.temperature >= SMALLEST
+
+    @property
+    def are_banked(self) -> jax.Array:
+        return self.slots > 0
+
+
+def abstract_rows(size: int) -> jax.ShapeDtypeStruct:
+    """Return the shape of what `build_sampling_rows` builds."""
+    return jax.ShapeDtypeStruct((size, ROW_WORDS), jnp.uint32)
+
+
+def sample(
+    logits: jax.Array, rows: jax.Array, positions: jax.Array, bank: Bank
+) -> tuple[Sampled, Bank]:
+    """Choose one token for each row, and count those that are to be counted.
+
+    A batch pays for a feature only if one of its rows asks for it: greedy ones for a maximum.
+
+    Args:
+        logits: [S, V] float32.
+        rows: [S, ROW_WORDS] uint32, from `build_sampling_rows`.
+        positions: [S] int32, where the chosen tokens will stand in their sessions.
+        bank: Donated by the step. Several rows of a session all see it as it comes.
+    """
+    with jax.named_scope("sample"):
+        unpacked = unpack_rows(rows)
+        is_plain = ~(unpacked.are_random | unpacked.are_banked)
+        ids = lax.cond(
+            jnp.all(is_plain),
+            lambda: pick_likeliest(logits),
+            lambda: _choose(logits, unpacked, positions, bank),
+        )
+        slots = jnp.where(unpacked.is_counted, unpacked.slots, 0)
+        bank = bank._replace(counts=add_counts(bank.counts, slots, ids))
+        return score_tokens(logits, ids, unpacked.wanted), bank
+
+
+def score_tokens(logits: jax.Array, ids: jax.Array, wanted: jax.Array) -> Sampled:
+    """Return the tokens with the log-probabilities that their rows want.
+
+    Args:
+        logits: [S, V] float32, the model's own.
+        ids: [S] int32.
+        wanted: [S] int32, as in `SamplingRows`.
+    """
+    rows, vocab_size = logits.shape
+    names = min(MAX_LOGPROBS, vocab_size)
+    nothing = jnp.full((rows, names), -1, jnp.int32), jnp.zeros((rows, names))
+
+    def name_top(total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, tokens = top_tokens(logits, names)
+        is_wanted = jnp.arange(names) + 1 < wanted[:, None]
+        found = (tokens, values - total)
+        return jax.tree.map(lambda a, b: jnp.where(is_wanted, a, b), found, nothing)
+
+    def score() -> tuple[jax.Array, jax.Array, jax.Array]:
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        own = (jnp.take_along_axis(logits, ids[:, None], axis=-1) - total)[:, 0]
+        top = lax.cond(jnp.any(wanted > 1), lambda: name_top(total), lambda: nothing)
+        return jnp.where(wanted > 0, own, 0), *top
+
+    own, tokens, values = lax.cond(jnp.any(wanted > 0), score, lambda: (jnp.zeros(rows), *nothing))
+    padding = [(0, 0), (0, MAX_LOGPROBS - names)]
+    tokens = jnp.pad(tokens, padding, constant_values=-1)
+    # The same tuple as on the host.
+    return Sampled(ids, own, tokens, jnp.pad(values, padding))  # pyright: ignore[reportArgumentType]
+
+
+def penalise(logits: jax.Array, rows: SamplingRows, bank: Bank) -> jax.Array:
+    """Return the logits [S, V] with what each row's slot holds; -inf for what is not allowed.
+
+    Repetition as in https://arxiv.org/abs/1909.05858, of prompt and answer; frequency and
+    presence as in OpenAI's API, of the answer.
+    """
+    vocab_size = logits.shape[1]
+    row = jnp.arange(len(logits))[:, None]
+    x = logits.at[row, bank.bias_tokens[rows.slots]].add(bank.biases[rows.slots])
+    counts = jnp.minimum(bank.counts[rows.slots], MAX_COUNT).astype(jnp.float32)
+    is_used = (counts > 0) | unpack_bits(bank.prompt[rows.slots], vocab_size)
+    repetition = jnp.maximum(rows.repetition, SMALLEST)[:, None]
+    x = jnp.where(is_used, jnp.where(x > 0, x / repetition, x * repetition), x)
+    x = x - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
+    # a temperature divides this next, and the quotient must be finite
+    x = jnp.clip(x, -_LARGEST, _LARGEST)
+    allowed = unpack_bits(bank.allowed[rows.slots], vocab_size)
+    return jnp.where(rows.are_banked[:, None], jnp.where(allowed, x, -jnp.inf), logits)
+
+
+def unpack_rows(words: jax.Array) -> SamplingRows:
+    """Return what `build_sampling_rows` packed (uint32 [S, ROW_WORDS])."""
+    floats = lax.bitcast_convert_type(words[:, :6], jnp.float32)
+    integers = words.astype(jnp.int32)
     return SamplingRows(
-        jax.ShapeDtypeStruct((size,), jnp.float32),
-        jax.ShapeDtypeStruct((size,), jnp.float32),
-        jax.ShapeDtypeStruct((size, 2), jnp.uint32),
+        temperature=floats[:, 0],
+        top_p=floats[:, 1],
+        min_p=floats[:, 2],
+        repetition=floats[:, 3],
+        presence=floats[:, 4],
+        frequency=floats[:, 5],
+        top_k=integers[:, 6],
+        seeds=words[:, 7:9],
+        slots=integers[:, 9],
+        is_counted=words[:, 10] != 0,
+        wanted=integers[:, 11],
     )
+
+
+def _choose(logits: jax.Array, rows: SamplingRows, positions: jax.Array, bank: Bank) -> jax.Array:
+    """Choose [S], a few rows at a time."""
+    count = len(logits)
+    size = min(count, _GROUP_ROWS)
+
+    def choose_group(i: jax.Array, ids: jax.Array) -> jax.Array:
+        # the last group begins early enough to be whole, and chooses some rows again
+        start = jnp.minimum(i * size, count - size)
+        cut = partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        chosen = _choose_rows(cut(logits), jax.tree.map(cut, rows), cut(positions), bank)
+        return lax.dynamic_update_slice_in_dim(ids, chosen, start, 0)
+
+    return lax.fori_loop(0, -(-count // size), choose_group, jnp.zeros(count, jnp.int32))
+
+
+def _choose_rows(
+    logits: jax.Array, rows: SamplingRows, positions: jax.Array, bank: Bank
+) -> jax.Array:
+    """Choose [S], all rows at once."""
+    penalised = lax.cond(
+        jnp.any(rows.are_banked), lambda: penalise(logits, rows, bank), lambda: logits
+    )
+    likeliest = pick_likeliest(penalised)
+
+    def draw() -> jax.Array:
+        temperature = jnp.where(rows.are_random, rows.temperature, 1)
+        draws = Draws(
+            scaled=penalised / temperature[:, None],
+            top_k=jnp.where(rows.top_k < logits.shape[1], rows.top_k, 0),
+            top_p=jnp.maximum(rows.top_p, SMALLEST),
+            min_p=rows.min_p,
+            keys=build_keys(rows.seeds, positions),
+        )
+        return jnp.where(rows.are_random, draw_tokens(draws, rows.are_random), likeliest)
+
+    return lax.cond(jnp.any(rows.are_random), draw, lambda: likeliest)

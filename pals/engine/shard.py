@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from pals.config import cache_dir
 from pals.engine.arrays import StepArrays, tokens_of
-from pals.engine.bank import Bank, BankSlots, build_bank
+from pals.engine.bank import Bank, build_bank, count_tokens, reset_slot, warm_bank
+from pals.engine.bank_slots import BankSlots
 from pals.engine.batch import BatchRules, Step
 from pals.engine.batcher import Batcher
 from pals.engine.buckets import BatchLimits, Buckets, Program, check_batch_limits
@@ -26,10 +27,15 @@ from pals.engine.compilation import use_compilation_cache
 from pals.engine.pacing import StepCosts
 from pals.engine.pages import SCRATCH_PAGE, PageCopy, PagePool
 from pals.engine.prefix import PrefixScope
-from pals.engine.sampler import build_sampling_rows, check_sampling
+from pals.engine.sampling_rows import (
+    RowSampling,
+    build_sampling_rows,
+    check_sampling,
+    needs_slot,
+)
 from pals.engine.stepping import Leaves, StepArguments, sampled_rows, step_shape
 from pals.engine.steps import COPIES, CompiledProgram, Programs
-from pals.engine.work import PenaltyHistory, RowSampling, Sampled, StepOutput
+from pals.engine.work import PenaltyHistory, Sampled, StepOutput
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.config import ModelConfig
 from pals.models.configs.moe import SparseConfig
@@ -204,6 +210,8 @@ class Shard:
         compiled = [self._programs.compile_copy()]
         self._copy((PageCopy(SCRATCH_PAGE, SCRATCH_PAGE),))
         on_program(compiled[0])
+        if self._bank is not None:
+            self._bank = warm_bank(self._bank)
         for program in self.programs:
             built = self._programs.compile(program)
             built = replace(built, run_s=self._measure(program))
@@ -216,7 +224,7 @@ class Shard:
         """Run a program over the scratch page; return how long it takes, in seconds."""
         arrays = self._arrays[program]
         arrays.fill_warm(self.limits.max_context_tokens)
-        samplings = [RowSampling(Sampling(), 0)] * sampled_rows(step_shape(program))
+        samplings = [RowSampling(Sampling())] * sampled_rows(step_shape(program))
         seconds = 0.0
         for _ in range(2):
             started = time.perf_counter()
@@ -225,6 +233,46 @@ class Shard:
             if seconds > LONG_RUN_S:
                 break
         return seconds
+
+    # --- sampling --------------------------------------------------------------------
+
+    def open_sampling(self, sampling: Sampling, history: PenaltyHistory | None) -> RowSampling:
+        """Return how the steps sample a session, having made room for what they keep of it.
+
+        Args:
+            sampling: What the driver asked for.
+            history: Prompt and answer so far, which penalties look at.
+
+        Raises:
+            InvalidStep: A value or token id is out of its range.
+            PenaltySlotsTaken: The bank is full.
+        """
+        check_sampling(sampling, self.config.vocab_size)
+        if self._bank is None or not needs_slot(sampling):
+            return RowSampling(sampling)
+        tokens, answered = history or PenaltyHistory(np.zeros(0, np.int32), 0)
+        prompt, answer = np.split(tokens, [len(tokens) - answered])
+        slot = self._slots.take()
+        try:
+            self._bank = reset_slot(self._bank, slot, sampling, prompt=prompt, answer=answer)
+        except InvalidStep:
+            self._slots.give_back(slot)
+            raise
+        return RowSampling(sampling, slot)
+
+    def close_sampling(self, row_sampling: RowSampling) -> None:
+        """Give a session's room in the bank to others."""
+        self._slots.give_back(row_sampling.slot)
+
+    def count_accepted(self, row_sampling: RowSampling, tokens: Sequence[int]) -> None:
+        """Count tokens of a verified draft that are now part of the answer.
+
+        Raises:
+            InvalidStep: A token id is out of range.
+        """
+        if self._bank is not None and row_sampling.slot:
+            slots = [row_sampling.slot] * len(tokens)
+            self._bank = count_tokens(self._bank, slots, tokens)
 
     # --- steps -----------------------------------------------------------------------
 
@@ -275,7 +323,7 @@ class Shard:
         places, padded = _place_samplings(step, firsts, samplings)
         sampled = self._call(step.program, arrays, padded)
         assert isinstance(sampled, Sampled)
-        return StepOutput(hidden=None, sampled=Sampled(*(array[places] for array in sampled)))
+        return StepOutput(hidden=None, sampled=_take(sampled, places))
 
     def _call(
         self, program: Program, arrays: StepArrays, samplings: Sequence[RowSampling | None]
@@ -299,24 +347,13 @@ class Shard:
             targets[: len(some)] = [copy.target for copy in some]
             self._cache = run(self._cache, sources, targets)
 
-    def open_sampling(self, sampling: Sampling, history: PenaltyHistory | None) -> RowSampling:
-        """Make room for a session's penalties, bias and mask in the bank, if it has any.
-
-        Raises:
-            InvalidStep: A value is out of its range.
-            CapacityError: The bank is full.
-        """
-        check_sampling(sampling)
-        return RowSampling(sampling, 0)
-
-    def close_sampling(self, row_sampling: RowSampling) -> None:
-        """Give that room to others."""
-
     def reset(self) -> None:
         """Reserve an empty cache and bank: a step that failed took them along."""
         self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
         self._cache = build_cache(self._programs.cache, self._numerics.moe.mesh)
-        self._bank: Bank | None = build_bank(self.config.vocab_size) if self.is_tail else None
+        self._bank: Bank | None = None
+        if self.is_tail:
+            self._bank = build_bank(self.config.vocab_size, mesh=self._numerics.moe.mesh)
         self._slots = BankSlots()
 
     def _empty_token(self) -> Array:
@@ -324,6 +361,11 @@ class Shard:
         if self.is_head:
             return np.zeros((), np.int32)
         return np.zeros(self.config.hidden_size, self._numerics.compute)
+
+
+def _take(sampled: Sampled, places: npt.NDArray[np.int32]) -> Sampled:
+    ids, logprobs, top_ids, top_logprobs = sampled
+    return Sampled(ids[places], logprobs[places], top_ids[places], top_logprobs[places])
 
 
 def _place_samplings(
@@ -342,7 +384,9 @@ def _place_samplings(
         if sampling is None:
             continue
         count = 1 if row is step.chunk else row.tokens
-        padded[first : first + count] = [sampling] * count
+        # of a draft nobody knows yet which tokens are accepted
+        each = sampling if count == 1 else sampling.as_draft()
+        padded[first : first + count] = [each] * count
         places += range(first, first + count)
     return np.array(places, np.int32), padded
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from pals.engine.bank import Bank
 from pals.engine.buckets import Program
 from pals.engine.compilation import CompilerOptions
-from pals.engine.sampler import Sampled, SamplingRows, sample
+from pals.engine.sampler import sample
+from pals.engine.work import Sampled
 from pals.models.decoder import Cache, Decoder
 from pals.models.paged import StepShape, Tables
 
@@ -86,7 +87,7 @@ def sample_step(
     bank: Bank,
     x: jax.Array,
     tables: Tables,
-    sampling: SamplingRows[jax.Array],
+    sampling: jax.Array,
     shape: StepShape,
 ) -> tuple[Sampled, Bank]:
     """Sample after the last layer's hidden states [M, D] of a step."""

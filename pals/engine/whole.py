@@ -9,7 +9,6 @@ import jax
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
-from pals.engine.sampler import SamplingRows
 from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, sample_step
 from pals.models.build import AbstractModel
 from pals.models.decoder import Cache, Decoder
@@ -52,7 +51,7 @@ class WholeSteps:
         bank: Bank | None,
         inputs: jax.Array,
         tables: Tables,
-        sampling: SamplingRows[jax.Array] | None,
+        sampling: jax.Array | None,
         *,
         shape: StepShape,
     ) -> StepOutcome:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pals.engine.batch import Event, RowKind, Step
+from pals.engine.sampling_rows import RowSampling
 from pals.errors import PalsError
 from pals.types import LayerRange, Sampling, SessionId
 
@@ -33,18 +34,6 @@ class PenaltyHistory(NamedTuple):
     answered: int
 
 
-class RowSampling(NamedTuple):
-    """How one session samples.
-
-    Attributes:
-        sampling: What its driver asked for.
-        slot: Of the sampler's bank, where penalties, bias and masks are; 0 for none.
-    """
-
-    sampling: Sampling
-    slot: int
-
-
 class Sampled(NamedTuple):
     """The tokens of a step at the tail, on the host.
 
@@ -53,9 +42,9 @@ class Sampled(NamedTuple):
 
     Attributes:
         ids: ``int32[n]``.
-        logprobs: ``float32[n]``; only of use where the row asked for them, as all below.
-        top_ids: ``int32[n, 20]``, the likeliest first.
-        top_logprobs: ``float32[n, 20]``.
+        logprobs: ``float32[n]``, natural logarithms; 0 where the row did not ask.
+        top_ids: ``int32[n, 20]``, the likeliest first; -1 past as many as the row asked for.
+        top_logprobs: ``float32[n, 20]``; 0 past these.
     """
 
     ids: npt.NDArray[np.int32]

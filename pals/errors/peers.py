@@ -202,6 +202,14 @@ class AdmissionTimeout(CapacityError):
     hint_template = "try again in a moment, or start another shard"
 
 
+class PenaltySlotsTaken(CapacityError):
+    """A session with penalties or a bias on a shard that holds as many as it can."""
+
+    code = "PALS-PENALTIES-FULL"
+    message = "the last shard holds {slots} sessions with penalties or logit_bias, its most"
+    hint_template = "try again in a moment, or without penalties and logit_bias"
+
+
 class PeerSessionsFull(CapacityError):
     """A peer that has as many sessions on a shard as one peer may."""
 

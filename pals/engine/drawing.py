@@ -1,0 +1,288 @@
+"""Draws one token from each row of logits, among those that top_k, top_p and min_p keep.
+
+A draw is the maximum of logits and Gumbel noise (https://arxiv.org/abs/1611.01144), which for
+a whole vocabulary costs more than all else. So only the likeliest tokens, the head, have noise
+of their own; the rest competes as one, with the logarithm of its mass, which is distributed as
+its maximum is. A token of the rest is looked for only when the rest wins. The noise depends on
+(seed, position, token) only, so that logits which differ by rounding hardly ever draw
+different tokens.
+"""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (jax annotates its functions with types that pyright sees as partially unknown)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HEAD_TOKENS = 128
+
+_SORTED_BLOCK = 32
+_SEARCHED_BLOCK = 128
+_DRAWN_BLOCK = 512
+
+_REST, _PLACE_IN_REST = 0xFFFFFFFF, 0xFFFFFFFE
+"""Stand in place of a token for the noise of the rest, and for the draw within it."""
+
+
+class Draws(NamedTuple):
+    """What is drawn, one entry a row.
+
+    Attributes:
+        scaled: [S, V] float32, logits divided by the temperature; -inf is never drawn.
+        top_k: [S] int32, 0 to V; 0 keeps all.
+        top_p: [S] float32, above 0.
+        min_p: [S] float32.
+        keys: [S] typed threefry keys.
+    """
+
+    scaled: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    keys: jax.Array
+
+
+def build_keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
+    """Return the keys [S] of seeds (uint32 [S, 2]) at positions (int32 [S])."""
+    keys = jax.random.wrap_key_data(seeds, impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in)(keys, positions)
+
+
+def draw_tokens(draws: Draws, is_random: jax.Array) -> jax.Array:
+    """Return one token [S] of each row.
+
+    Args:
+        draws: Of all rows.
+        is_random: [S] bool; the other rows return any token.
+    """
+    head = find_head(draws, is_random)
+    counters = jnp.concatenate([head.tokens.astype(jnp.uint32), _counters_of_rest(draws)], axis=1)
+    uniform = draw_uniform(draws.keys, counters)
+    noise = to_gumbel(uniform[:, :-1])
+    kept = (head.values >= head.least[:, None]) & (head.values > head.border[:, None])
+    scores = jnp.where(kept, head.values, -jnp.inf) + noise[:, :-1]
+    tokens = _pick(head.tokens, jnp.argmax(scores, axis=-1))
+    rest_score = head.values[:, 0] + jnp.log(head.rest) + noise[:, -1]
+    is_rest = is_random & (rest_score > jnp.max(scores, axis=-1))
+
+    def look_in_rest() -> jax.Array:
+        return jnp.where(is_rest, _draw_rest(draws, head, uniform[:, -1]), tokens)
+
+    return lax.cond(jnp.any(is_rest), look_in_rest, lambda: tokens)
+
+
+class Head(NamedTuple):
+    """The likeliest tokens of each row, and what the row keeps.
+
+    Attributes:
+        values: [S, n] float32, their scaled logits, the largest first.
+        tokens: [S, n] int32.
+        border: [S] float32. The head are the tokens above it, so that no tie is split.
+        least: [S] float32, the least scaled logit that the row keeps, or less.
+        rest: [S] float32, mass of what the row keeps up to the border, as a part of the
+            likeliest token's.
+    """
+
+    values: jax.Array
+    tokens: jax.Array
+    border: jax.Array
+    least: jax.Array
+    rest: jax.Array
+
+
+def find_head(draws: Draws, is_random: jax.Array) -> Head:
+    """Return the head of each row; what the head does not tell of a cut is searched for."""
+    rows, vocab_size = draws.scaled.shape
+    values, tokens = top_tokens(draws.scaled, min(HEAD_TOKENS, vocab_size))
+    border = values[:, -1] if vocab_size > HEAD_TOKENS else jnp.full(rows, -jnp.inf)
+    place = jnp.clip(draws.top_k - 1, 0, values.shape[1] - 1)
+    least = jnp.where(draws.top_k > 0, _pick(values, place), -jnp.inf)
+    least = jnp.maximum(least, values[:, 0] + jnp.log(draws.min_p))
+    head = Head(values, tokens, border, least, weigh_rest(draws, least, border))
+    head, is_found = _cut_nucleus(draws, head)
+    is_searched = is_random & ~(is_found & (draws.top_k <= values.shape[1]))
+
+    def search() -> Head:
+        least = jnp.where(is_searched, find_least_kept(draws), head.least)
+        rest = jnp.where(is_searched, weigh_rest(draws, least, border), head.rest)
+        return head._replace(least=least, rest=rest)
+
+    return lax.cond(jnp.any(is_searched), search, lambda: head)
+
+
+def _cut_nucleus(draws: Draws, head: Head) -> tuple[Head, jax.Array]:
+    """Apply top_p where the nucleus ends in the head; returns also for which rows [S] it does."""
+    weights = _weigh(head.values, head.least, head.values[:, 0])
+    weights = jnp.where(head.values > head.border[:, None], weights, 0)
+    held = jnp.cumsum(weights, axis=-1)
+    mass = jnp.sum(weights, axis=-1) + head.rest
+    reached = (held >= (draws.top_p * mass)[:, None]) & (weights > 0)
+    last = _pick(head.values, jnp.argmax(reached, axis=-1))
+    ends_here = (draws.top_p < 1) & jnp.any(reached, axis=-1)
+    cut = head._replace(
+        least=jnp.where(ends_here, last, head.least), rest=jnp.where(ends_here, 0, head.rest)
+    )
+    return cut, ends_here | (draws.top_p >= 1) | (head.rest == 0)
+
+
+def weigh_rest(draws: Draws, least: jax.Array, border: jax.Array) -> jax.Array:
+    """Return the mass [S] of tokens from least to border, as a part of the likeliest one's."""
+    return jnp.sum(_weigh_rest(draws, least, border), axis=-1)
+
+
+def _weigh_rest(draws: Draws, least: jax.Array, border: jax.Array) -> jax.Array:
+    top = jnp.max(draws.scaled, axis=-1)
+    weights = _weigh(draws.scaled, least, top)
+    return jnp.where(draws.scaled <= border[:, None], weights, 0)
+
+
+def _draw_rest(draws: Draws, head: Head, uniform: jax.Array) -> jax.Array:
+    """Return the token [S] of the rest at which its sums pass a part of its mass."""
+    blocks = _cut_blocks(_weigh_rest(draws, head.least, head.border), _DRAWN_BLOCK, padding=0)
+    masses = jnp.sum(blocks, axis=-1)
+    block, target = _pass_mass(masses, uniform * jnp.sum(masses, axis=-1))
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place, _ = _pass_mass(inside, target)
+    return (block * _DRAWN_BLOCK + place).astype(jnp.int32)
+
+
+def _pass_mass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return where the sums of weights [S, n] pass target [S], and what is left of it there.
+
+    Rounded sums may jump between equal weights or end early: a place without weight is
+    never returned, and the last one with weight takes what is left.
+    """
+    sums = jnp.cumsum(weights, axis=-1)
+    passed = (sums > target[:, None]) & (weights > 0)
+    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
+    place = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
+    return place, target - _pick(sums, place) + _pick(weights, place)
+
+
+def _counters_of_rest(draws: Draws) -> jax.Array:
+    return jnp.tile(jnp.array([[_REST, _PLACE_IN_REST]], jnp.uint32), (len(draws.scaled), 1))
+
+
+def find_least_kept(draws: Draws) -> jax.Array:
+    """Return the least scaled logit [S] that a row keeps; -inf if it keeps all.
+
+    First min_p and top_k cut, then top_p (https://arxiv.org/abs/1904.09751) cuts what they
+    leave to the fewest tokens that hold its part of their mass. Tokens that tie with the
+    least likely one kept are kept too.
+    """
+    rows, scaled = len(draws.scaled), draws.scaled
+    top = jnp.max(scaled, axis=-1)
+    least = top + jnp.log(draws.min_p)
+
+    def sum_from(least: jax.Array, weights: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(scaled >= least[:, None], weights, 0), axis=-1)
+
+    def find_kth() -> jax.Array:
+        # floats count a vocabulary exactly, and XLA on CPU adds them faster than integers
+        ones = jnp.ones((), jnp.float32)
+        return _bisect(rows, lambda least: sum_from(least, ones) >= draws.top_k)
+
+    def find_nucleus(least: jax.Array) -> jax.Array:
+        weights = _weigh(scaled, least, top)
+        target = draws.top_p * jnp.sum(weights, axis=-1)
+        return _bisect(rows, lambda least: sum_from(least, weights) >= target)
+
+    kth = lax.cond(jnp.any(draws.top_k > 0), find_kth, lambda: least)
+    least = jnp.where(draws.top_k > 0, jnp.maximum(least, kth), least)
+    nucleus = lax.cond(jnp.any(draws.top_p < 1), lambda: find_nucleus(least), lambda: least)
+    return jnp.where(draws.top_p < 1, jnp.maximum(least, nucleus), least)
+
+
+def top_tokens(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return the largest values [S, count] of [S, V] and their tokens, the largest first.
+
+    Of equal ones those of the lower token come first. The largest ``count`` values lie in
+    the ``count`` blocks with the largest maxima: finding these first leaves little to sort.
+    """
+    if values.shape[1] <= 2 * count * _SORTED_BLOCK:
+        return lax.top_k(values, count)
+    blocks = _cut_blocks(values, _SORTED_BLOCK, padding=-jnp.inf)
+    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), count)
+    chosen = jnp.sort(chosen, axis=-1)
+    inside = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
+    best, places = lax.top_k(inside.reshape(len(values), -1), count)
+    block, place = places // _SORTED_BLOCK, places % _SORTED_BLOCK
+    return best, _pick_all(chosen, block) * _SORTED_BLOCK + place
+
+
+def pick_likeliest(values: jax.Array) -> jax.Array:
+    """Return the token [S] of the largest of values [S, V], the lowest of several.
+
+    XLA on CPU takes a maximum 15 times faster than an argmax, so that is taken over blocks.
+    """
+    blocks = _cut_blocks(values, _SEARCHED_BLOCK, padding=-jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    return (block * _SEARCHED_BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
+
+
+def draw_uniform(keys: jax.Array, counters: jax.Array) -> jax.Array:
+    """Return float32 [S, n] in (0, 1) of counters (uint32 [S, n]) under keys [S].
+
+    Small ones, which become large noise and win, keep all 32 bits: ties are rare.
+    """
+
+    def draw_bits(key: jax.Array, counter: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(key, counter))[0]
+
+    bits = jax.vmap(jax.vmap(draw_bits, (None, 0)))(keys, counters)
+    return jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+
+
+def to_gumbel(uniform: jax.Array) -> jax.Array:
+    """Return Gumbel noise of uniform numbers."""
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _weigh(scaled: jax.Array, least: jax.Array, top: jax.Array) -> jax.Array:
+    """Return probabilities [S, n] as parts of the likeliest token's; 0 for those below least."""
+    return jnp.where(scaled >= least[:, None], jnp.exp(scaled - top[:, None]), 0)
+
+
+def _cut_blocks(values: jax.Array, size: int, *, padding: float) -> jax.Array:
+    """Return [S, V] as [S, V/size rounded up, size]."""
+    fill = [(0, 0), (0, -values.shape[1] % size)]
+    padded = jnp.pad(values, fill, constant_values=padding)
+    return padded.reshape(len(values), -1, size)
+
+
+def _bisect(rows: int, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Return the largest float [rows] that leaves enough; -inf if no larger one does.
+
+    With the order of all bits reversed for negative ones, floats are ordered as their bits
+    are. Finding these one by one is far faster on CPU than a sort. Patterns past the
+    infinities are no numbers, and never enough.
+    """
+
+    def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        tried = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(is_enough(_order_to_float(tried)), tried, found)
+
+    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(rows, jnp.uint32))
+    return jnp.where(found == 0, -jnp.inf, _order_to_float(found))
+
+
+def _order_to_float(order: jax.Array) -> jax.Array:
+    bits = jnp.where(order >> 31 != 0, order ^ jnp.uint32(1 << 31), ~order)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _pick(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Return one of each row's values: [S, n] at places [S]."""
+    return _pick_all(values, places[:, None])[:, 0]
+
+
+def _pick_all(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Return some of each row's values: [S, n] at places [S, m]."""
+    return jnp.take_along_axis(values, places, axis=-1)
