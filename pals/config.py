@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,19 @@ def limit_compute_threads(threads: int | None) -> None:
     """
     if threads is not None:
         os.environ["NPROC"] = str(threads)
+
+
+def compute_threads() -> int:
+    """Return how many threads XLA's CPU pool has, for which it also divides what it compiles."""
+    named = os.environ.get("NPROC", "")
+    if named.isdecimal():
+        return int(named)
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def compiler_flags() -> str:
+    """Return what the environment asks of XLA's compilers."""
+    return " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).strip()
 
 
 def share_device_memory() -> None:

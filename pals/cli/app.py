@@ -54,6 +54,7 @@ COMMANDS = {
     "peers kick": ("pals.cli.peers:kick", "Remove a member and give the swarm a new secret."),
     "status": ("pals.cli.status:status", "Show the profile's swarms and what to do next."),
     "shard": ("pals.cli.shard:shard", "Serve a slice of a model's layers to the swarm."),
+    "warmup": ("pals.cli.warmup:warmup", "Compile what a shard runs, ahead of time."),
     "serve": ("pals.cli.serve:serve", "Serve an OpenAI-compatible endpoint on this machine."),
     "backend": ("pals.cli.backend:backend", "Run the membership backend."),
     "models list": ("pals.cli.models:list_models", "List the models on this machine."),

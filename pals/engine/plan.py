@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 import jax
 
-from pals.config import cache_dir
 from pals.engine.buckets import Program
 from pals.engine.cache import kv_bytes, page_format
-from pals.engine.compilation import use_compilation_cache
+from pals.engine.compile_cache import programs_folder, use_compilation_cache
 from pals.engine.pages import PageFormat
 from pals.engine.stepping import sampled_rows, step_shape
 from pals.engine.steps import Programs
@@ -197,7 +196,7 @@ def plan_model(config: ModelConfig, spec: ShardSpec) -> ModelPlan:
         config: What its config.json says.
         spec: How its shards would hold it, and for how much they would make room.
     """
-    use_compilation_cache(cache_dir() / "xla")
+    use_compilation_cache(programs_folder())
     planner = _Planner(config, Numerics.of(spec.dtype, spec.quantization), spec.limits)
     kinds = planner.plan_kinds()
     return ModelPlan(

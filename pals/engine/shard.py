@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from pals.config import cache_dir
 from pals.engine.arrays import StepArrays, tokens_of
 from pals.engine.bank import Bank, build_bank, count_tokens, reset_slot, warm_bank
 from pals.engine.bank_slots import BankSlots
@@ -23,7 +22,7 @@ from pals.engine.batch import BatchRules, Step
 from pals.engine.batcher import Batcher
 from pals.engine.buckets import BatchLimits, Buckets, Program, check_batch_limits
 from pals.engine.cache import build_cache, kv_bytes, page_format
-from pals.engine.compilation import use_compilation_cache
+from pals.engine.compile_cache import programs_folder, use_compilation_cache
 from pals.engine.pacing import StepCosts
 from pals.engine.pages import SCRATCH_PAGE, PageCopy, PagePool
 from pals.engine.prefix import PrefixScope
@@ -50,6 +49,7 @@ from pals.types import (
     LayerRange,
     Quantization,
     Sampling,
+    ShardSpec,
 )
 
 MAX_SESSIONS = 4096
@@ -89,21 +89,21 @@ class Shard:
         *,
         config: ModelConfig,
         layers: LayerRange,
-        dtype: Dtype,
+        spec: ShardSpec,
         numerics: Numerics,
-        limits: EngineLimits,
         programs: Programs,
         loaded: LoadedParameters,
     ) -> None:
         self.config = config
         self.layers = layers
-        self.dtype: Dtype = dtype
+        self.dtype: Dtype = spec.dtype
+        self._spec = spec
         self._numerics = numerics
-        self.limits = limits
+        self.limits = spec.limits
         self.page_format = page_format(
-            config, layers, page_tokens=limits.page_tokens, dtype=numerics.compute
+            config, layers, page_tokens=spec.limits.page_tokens, dtype=numerics.compute
         )
-        self.kv_bytes = kv_bytes(limits, self.page_format)
+        self.kv_bytes = kv_bytes(spec.limits, self.page_format)
         self.is_head = layers.start == 0
         self.is_tail = layers.stop == config.num_layers
         self._programs = programs
@@ -139,7 +139,7 @@ class Shard:
         if layers.stop > config.num_layers:
             raise LayersOutsideModel(layers=layers, num_layers=config.num_layers)
         check_limits(limits, config)
-        use_compilation_cache(cache_dir() / "xla")
+        use_compilation_cache(programs_folder())
         has_experts = isinstance(config, SparseConfig)
         numerics = Numerics.of(dtype, quantization, split_experts=split_experts and has_experts)
         programs = build_programs(config, layers, numerics=numerics, limits=limits)
@@ -147,14 +147,23 @@ class Shard:
         return cls(
             config=config,
             layers=layers,
-            dtype=dtype,
+            spec=ShardSpec(
+                dtype=dtype,
+                limits=limits,
+                quantization=quantization,
+                split_experts=split_experts,
+            ),
             numerics=numerics,
-            limits=limits,
             programs=programs,
             loaded=loaded,
         )
 
     # --- what it is ------------------------------------------------------------------
+
+    @property
+    def spec(self) -> ShardSpec:
+        """All of what was asked for, with the bytes that the cache has."""
+        return replace(self._spec, limits=replace(self.limits, kv_bytes=self.kv_bytes))
 
     @property
     def programs(self) -> tuple[Program, ...]:

@@ -123,6 +123,33 @@ class MissingExtra(UserError):
     hint_template = "run `pip install 'pals[{extra}]'`"
 
 
+class ProgramsDamaged(UserError):
+    """A file of compiled programs that is none, or is not whole."""
+
+    code = "PALS-PROGRAMS-DAMAGED"
+    message = "{file} holds no compiled programs that could be used: {problem}"
+    hint_template = "copy it again, or make it anew with `pals warmup --export`"
+
+
+class ProgramsDoNotFit(UserError):
+    """Compiled programs of another machine, version or shard than this one."""
+
+    code = "PALS-PROGRAMS-FIT"
+    message = "the programs in {file} do not fit here: {differences}"
+    hint_template = (
+        "export them on a machine of the same kind and with the same options, "
+        "or compile them here: `pals warmup` without `--import`"
+    )
+
+
+class ProgramsNotWritten(UserError):
+    """Compiled programs that this machine could not store, as on a full disk."""
+
+    code = "PALS-PROGRAMS-NOT-WRITTEN"
+    message = "the programs cannot be written to {path}: {problem}"
+    hint_template = "free some space there, or name another place"
+
+
 class ChildFailed(PalsError):
     """A process that `pals demo` started did not come up."""
 

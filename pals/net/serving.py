@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -24,6 +25,10 @@ from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ModelShape, ShardService
 from pals.types import EngineLimits, LayerRange, ShardSpec
+
+if TYPE_CHECKING:
+    from pals.engine.shard import Shard
+    from pals.models.snapshot import Snapshot
 
 OWN_RECORD_DEADLINE_S = 3.0
 
@@ -70,6 +75,35 @@ def load_shard(
         ModelError: The model is not there, or cannot run.
         LayersOutsideModel: The model has fewer layers.
     """
+    snapshot, loaded = read_shard(model, layers, spec, report=report)
+    started_s = time.perf_counter()
+    programs = loaded.warmup()
+    seconds = time.perf_counter() - started_s
+    report.on_progress(f"compiled {len(programs)} programs in {seconds:.1f} s")
+    return ServedShard(
+        runner=loaded,
+        model_id=snapshot.model_id,
+        model=ModelShape(
+            manifest=snapshot.manifest,
+            num_layers=snapshot.config.num_layers,
+            hidden_size=snapshot.config.hidden_size,
+            dtype=spec.dtype,
+        ),
+        layers=layers,
+        layer_hashes=tuple(layer_hash[:LAYER_HASH_BYTES] for layer_hash in loaded.layer_hashes),
+        limits=loaded.limits,
+    )
+
+
+def read_shard(
+    model: str, layers: LayerRange, spec: ShardSpec, *, report: Report
+) -> tuple[Snapshot, Shard]:
+    """Read a shard's weights; nothing is compiled yet.
+
+    Raises:
+        ModelError: The model is not there, or cannot run.
+        LayersOutsideModel: The model has fewer layers.
+    """
     # jax is imported only by a process that computes.
     from pals.engine.shard import Shard
     from pals.models.hub import resolve_model
@@ -92,23 +126,7 @@ def load_shard(
         quantization=spec.quantization,
         split_experts=spec.split_experts,
     )
-    started_s = time.perf_counter()
-    programs = loaded.warmup()
-    seconds = time.perf_counter() - started_s
-    report.on_progress(f"compiled {len(programs)} programs in {seconds:.1f} s")
-    return ServedShard(
-        runner=loaded,
-        model_id=snapshot.model_id,
-        model=ModelShape(
-            manifest=snapshot.manifest,
-            num_layers=num_layers,
-            hidden_size=snapshot.config.hidden_size,
-            dtype=spec.dtype,
-        ),
-        layers=layers,
-        layer_hashes=tuple(layer_hash[:LAYER_HASH_BYTES] for layer_hash in loaded.layer_hashes),
-        limits=limits,
-    )
+    return snapshot, loaded
 
 
 def limits_within(limits: EngineLimits, config: ModelConfig) -> EngineLimits:
