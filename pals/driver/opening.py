@@ -13,16 +13,13 @@ from pals.driver.questions import Questions
 from pals.driver.routes import RouteTable
 from pals.driver.state import Attempt, ClientSession
 from pals.errors import (
-    AdmissionTimeout,
+    CapacityError,
     DeadlineExceeded,
     PalsError,
-    PeerSessionsFull,
-    QueueFull,
     SessionPreempted,
     SessionRefused,
     ShardBusy,
     ShardDraining,
-    ShardFull,
     StepTimeout,
 )
 from pals.net.announce import Announcement
@@ -48,10 +45,8 @@ OPEN_DEADLINE_S = 15.0
 OPEN_SUSPICION_S = 1.0
 PROBE_DEADLINE_S = 1.5
 """For an answer that costs a shard nothing, however busy its steps keep it."""
-BUSY_CODES = frozenset(
-    error.code for error in (ShardFull, AdmissionTimeout, PeerSessionsFull, QueueFull)
-)
-"""Why a shard has no room for a session now, and another one may."""
+BUSY_CODES = frozenset(error.code for error in CapacityError.__subclasses__() if error.retryable)
+"""Why a shard has no room for a session now: it may have later, and another one may now."""
 
 
 class ChainOpener:
