@@ -31,7 +31,7 @@ from pals.models.paged import lone_row
 from pals.models.quantized import FEW_ROWS
 from pals.models.snapshot import Snapshot
 from pals.text.tokenizer import Tokenizer
-from pals.types import Dtype, EngineLimits, GroupSize, LayerRange, Quantization
+from pals.types import Dtype, GroupSize, LayerRange, Quantization
 
 NAME = "quantize"
 TEXT = Path(__file__).parent / "data" / "python_reference.txt"

@@ -36,7 +36,7 @@ from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
 from pals.driver.state import SampledToken, SessionEvent, SessionRequest
 from pals.models.hub import resolve_model
-from pals.types import EngineLimits, split_layers
+from pals.types import EngineLimits, Sampling, split_layers
 
 NAME = "ring"
 PRESET = "loopback-3"
@@ -267,9 +267,7 @@ async def _ask(client: SessionClient, prompt_tokens: int, max_tokens: int) -> An
         prompt=tuple(1 + i % 1000 for i in range(prompt_tokens)),
         max_new_tokens=max_tokens,
         stop_token_ids=(),
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
+        sampling=Sampling(),
     )
     with trio.fail_after(TOKEN_DEADLINE_S):
         await client.open(request, take)

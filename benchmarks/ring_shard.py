@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import trio
 
 from benchmarks import ring_members
@@ -24,10 +22,11 @@ from pals import config
 from pals.config import Profile
 from pals.net.node import Node
 from pals.net.serving import Report, ServedShard, load_shard, run_shard, serve_role
-from pals.types import EngineLimits, LayerRange, Sampling, ShardSpec
+from pals.types import EngineLimits, LayerRange, ShardSpec
 
 if TYPE_CHECKING:
-    from pals.engine.worker import StepRunner
+    from pals.engine.batch import Step
+    from pals.engine.work import Array, RowSampling, StepOutput, StepRunner
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +63,12 @@ class Recorder:
     """A runner of steps that notes how long each takes."""
 
     def __init__(self, runner: StepRunner) -> None:
-        self.limits = runner.limits
+        self.layers = runner.layers
+        self.is_tail = runner.is_tail
+        self.check_inputs = runner.check_inputs
+        self.open_sampling = runner.open_sampling
+        self.close_sampling = runner.close_sampling
+        self.reset = runner.reset
         self._runner = runner
         self._steps = Steps(prefill_s=[], decode_s=[])
 
@@ -73,34 +77,13 @@ class Recorder:
         steps, self._steps = self._steps, Steps(prefill_s=[], decode_s=[])
         return steps
 
-    def prefill(
-        self,
-        *,
-        slot: int,
-        position: int,
-        inputs: npt.NDArray[np.generic],
-        sampling: Sampling | None,
-    ) -> npt.NDArray[np.generic]:
+    def run(
+        self, step: Step, inputs: Sequence[Array], samplings: Sequence[RowSampling | None]
+    ) -> StepOutput:
         started_s = time.perf_counter()
-        output = self._runner.prefill(
-            slot=slot, position=position, inputs=inputs, sampling=sampling
-        )
-        self._steps.prefill_s.append(time.perf_counter() - started_s)
-        return output
-
-    def decode(
-        self,
-        *,
-        slots: list[int],
-        positions: list[int],
-        inputs: npt.NDArray[np.generic],
-        samplings: list[Sampling],
-    ) -> npt.NDArray[np.generic]:
-        started_s = time.perf_counter()
-        output = self._runner.decode(
-            slots=slots, positions=positions, inputs=inputs, samplings=samplings
-        )
-        self._steps.decode_s.append(time.perf_counter() - started_s)
+        output = self._runner.run(step, inputs, samplings)
+        seconds = time.perf_counter() - started_s
+        (self._steps.decode_s if step.chunk is None else self._steps.prefill_s).append(seconds)
         return output
 
 

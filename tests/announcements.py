@@ -20,7 +20,7 @@ def make_announcement(peer: PeerId, layers: str = "0:1", **changes: Any) -> Anno
         "num_layers": served.stop,
         "layer_hashes": (bytes(16),) * len(served),
         "dtype": "f32",
-        "free_sessions": 4,
+        "free_tokens": 4096,
         "max_context_tokens": 2048,
         "step_ms": 1.0,
         "addresses": (),

@@ -18,7 +18,7 @@ from pals.text.detokenize import StreamDetokenizer
 from pals.text.stop import StopStrings
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
-from pals.types import short_id
+from pals.types import Sampling, short_id
 
 
 class LocalDriver:
@@ -61,9 +61,11 @@ class LocalDriver:
             prompt=prompt,
             max_new_tokens=params.max_tokens,
             stop_token_ids=self._eos_token_ids,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            seed=secrets.randbits(32) if params.seed is None else params.seed % (1 << 32),
+            sampling=Sampling(
+                temperature=params.temperature,
+                top_p=params.top_p,
+                seed=secrets.randbits(64) if params.seed is None else params.seed % (1 << 64),
+            ),
         )
         events: asyncio.Queue[SessionEvent] = asyncio.Queue()
         sink = partial(_put_soon, asyncio.get_running_loop(), events)

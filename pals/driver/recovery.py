@@ -30,9 +30,15 @@ PREFILL_TOKENS_PER_LIMIT = 512
 STUCK_MULTIPLE = 20.0
 SMOOTHING = 0.125
 PACES = 8
+PACE_TOKENS = 16
+"""A shorter prompt, or the rest of one that was held, takes as long as so many tokens."""
 MAX_TRIES = 64
 MAX_FAILURES = 8
 """Chains that may fail a session one after another without a token between."""
+
+MAX_PREEMPTIONS = 16
+"""Times that a session may lose its room to others without a token between, before it asks
+elsewhere."""
 
 NEW_REQUEST_WAIT_S = 5.0
 
@@ -49,10 +55,12 @@ class Patience:
             may take as long for each `PREFILL_TOKENS_PER_LIMIT` tokens of the prompt.
         wait_for_peers_s: How long a session whose layers nobody serves waits for a peer
             that does. A request that has not begun waits `NEW_REQUEST_WAIT_S` at most.
+        wait_for_room_s: How long a session waits whose room went to others.
     """
 
     step_deadline_s: float = 30.0
     wait_for_peers_s: float = 30.0
+    wait_for_room_s: float = 300.0
 
     @property
     def new_request_s(self) -> float:
@@ -68,7 +76,7 @@ class PrefillPace:
 
     def note(self, tokens: int, seconds: float) -> None:
         """Take the time from a prompt's sending to its first token."""
-        self._samples.append(seconds / tokens)
+        self._samples.append(seconds / max(tokens, PACE_TOKENS))
 
     @property
     def s_per_token(self) -> float:

@@ -86,20 +86,21 @@ class RouteTable:
                     find = partial(node.discovery.find, deadline_s=FIND_DEADLINE_S)
                     nursery.start_soon(find, node.members())
 
-    async def find(self, *, without: Set[Offer] = frozenset()) -> Chain:
+    async def find(self, *, without: Set[Offer] = frozenset(), tokens: int = 1) -> Chain:
         """Return the best chain now, after asking again if none is known.
 
         Args:
             without: Offers that must not be used.
+            tokens: See `choose`.
 
         Raises:
             NoChain: The missing layers are served by nobody reachable.
         """
         try:
-            return self.choose(without=without)
+            return self.choose(without=without, tokens=tokens)
         except NoChain:
             await self.refresh()
-            return self.choose(without=without)
+            return self.choose(without=without, tokens=tokens)
 
     def choose(
         self,
@@ -107,6 +108,7 @@ class RouteTable:
         without: Set[Offer] = frozenset(),
         dtype: ActivationDtype | None = None,
         context_tokens: int = 0,
+        tokens: int = 1,
     ) -> Chain:
         """Return the best chain of those known now.
 
@@ -117,6 +119,7 @@ class RouteTable:
             without: Offers that must not be used.
             dtype: The activations that the chain must run in; ``None`` takes any.
             context_tokens: Tokens that a session must be able to reach on every hop.
+            tokens: That should find room at every hop now; chains without come last.
 
         Raises:
             NoChain: The missing layers are served by nobody reachable.
@@ -134,6 +137,7 @@ class RouteTable:
             dtype=dtype,
             model=self._model.model_id,
             failures={a.peer: self._suspects.failures(a, now) for a in usable},
+            tokens=tokens,
         )
 
     def mark_failed(self, peer: PeerId) -> None:

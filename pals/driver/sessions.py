@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import trio
@@ -19,14 +20,15 @@ from pals.driver.opening import ChainOpener, send_control
 from pals.driver.questions import Questions, build_reports
 from pals.driver.recovery import Patience
 from pals.driver.routes import RouteTable, ServedModel
-from pals.driver.state import Attempt, ClientSession, SessionRequest, Sink
+from pals.driver.state import Attempt, ClientSession, SampledToken, SessionRequest, Sink
 from pals.driver.supervisor import Supervisor
-from pals.errors import InvalidFrame, ShardFull, ShardLost
+from pals.errors import DeadlineExceeded, InvalidFrame, QueueFull, ShardLost
 from pals.net.control import (
     Control,
     Draining,
     Failed,
     Opened,
+    Preempted,
     Refused,
     Stats,
     StatsRequest,
@@ -36,19 +38,22 @@ from pals.net.flow import window_tokens
 from pals.net.host import ungrouped_errors
 from pals.net.links import Arrival
 from pals.net.node import Node, NodeOptions, open_node
+from pals.net.scores import Score, unpack_scores
 from pals.net.wire import (
     FLAG_LAST,
+    Frame,
     FrameShape,
     Kind,
     Lane,
     Row,
     sampled_shape,
+    scored_shape,
     tokens_shape,
 )
-from pals.types import PeerId, short_id
+from pals.types import PeerId, Sampling, short_id
 
 STATS_DEADLINE_S = 5.0
-BLAMELESS = ("PALS-SESSION-IDLE", InvalidFrame.code, ShardFull.code)
+BLAMELESS = ("PALS-SESSION-IDLE", InvalidFrame.code, QueueFull.code)
 """Ends of a session that say nothing against the shard that reports them."""
 
 
@@ -63,7 +68,7 @@ class SessionClient:
         patience: How long to wait for peers and tokens.
     """
 
-    input_kind = Kind.SAMPLED
+    input_kinds = frozenset((Kind.SAMPLED, Kind.SCORED))
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class SessionClient:
         self._nursery = nursery
         self._questions = Questions(lambda peer: send_control(node.links, peer, StatsRequest()))
         self._sampled = sampled_shape(model.manifest, model.num_layers)
+        self._scored = scored_shape(model.manifest, model.num_layers)
         self._opener = ChainOpener(
             node.links,
             routes,
@@ -107,18 +113,35 @@ class SessionClient:
             ContextTooLong: Prompt and answer do not fit the chain's context.
             NoChain: No reachable shards cover every layer.
             SessionRefused: A shard does not take the session.
-            ShardBusy: A shard has no slot, and there is no other chain.
+            ShardBusy: A shard has no room, and there is no other chain.
+            DeadlineExceeded: The request's time is over.
             PeerError: A shard could not be reached or did not answer.
             ProtocolError: A shard speaks another wire version, or has another secret.
         """
-        session = ClientSession(request=request, sink=sink)
+        session = _new_session(request, sink)
+        await self._start(session, self._supervisor.begin(session))
+        return session
+
+    async def fork(self, parent: ClientSession, sampling: Sampling, sink: Sink) -> ClientSession:
+        """Start another answer to the prompt of a session, over its chain where that can be.
+
+        The shards compute the prompt once for both. A session that has no token yet, or is
+        over, is not forked: the prompt is sent again, and found where it was computed.
+
+        Raises:
+            PalsError: As `open` does.
+        """
+        session = _new_session(replace(parent.request, sampling=sampling), sink)
+        await self._start(session, self._supervisor.begin_fork(session, parent))
+        return session
+
+    async def _start(self, session: ClientSession, begin: Awaitable[None]) -> None:
         try:
-            await self._supervisor.begin(session)
+            await begin
         except BaseException:
             self.close(session)
             raise
         self._nursery.start_soon(self._supervisor.run, session)
-        return session
 
     def close(self, session: ClientSession) -> None:
         """Free the session on every shard; may be called twice."""
@@ -136,7 +159,7 @@ class SessionClient:
     # --- role ------------------------------------------------------------------------
 
     def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
-        return (self._sampled,) if lane is Lane.DECODE else ()
+        return (self._sampled, self._scored) if lane is Lane.DECODE else ()
 
     def on_control(self, peer: PeerId, message: Control) -> None:
         """Take an answer of a shard; messages about sessions that are over are ignored."""
@@ -145,7 +168,7 @@ class SessionClient:
                 self._questions.on_stats(peer, message)
             case Draining():
                 self._on_draining(peer)
-            case Opened() | Refused() | Failed():
+            case Opened() | Refused() | Preempted() | Failed():
                 attempt = self._opener.find(session_of(message))
                 if attempt is not None and peer in attempt.peers:
                     self._on_answer(peer, attempt, message)
@@ -158,22 +181,27 @@ class SessionClient:
         Raises:
             InvalidFrame: They are not from the session's tail, or out of order.
         """
-        tokens = np.frombuffer(arrival.frame.payload, "<i4")
-        if len(tokens) != len(arrival.frame.rows):
+        rows = arrival.frame.rows
+        tokens = _read_tokens(peer, arrival.frame)
+        if len(tokens) != len(rows):
             raise InvalidFrame(peer=peer, problem="rows of more than one sampled token")
-        for row, token in zip(arrival.frame.rows, tokens, strict=True):
+        for row, token in zip(rows, tokens, strict=True):
             attempt = self._opener.find(row.session)
             if attempt is not None:  # else it is what the tail overshoots after a close
-                self._take_token(peer, attempt, row, int(token))
+                self._take_token(peer, attempt, row, token)
 
-    def _take_token(self, peer: PeerId, attempt: Attempt, row: Row, token: int) -> None:
+    def _take_token(self, peer: PeerId, attempt: Attempt, row: Row, token: Score) -> None:
         if peer != attempt.chain.tail.peer or row.position != attempt.next_position:
             problem = f"a token for position {row.position}, expected {attempt.next_position}"
             raise InvalidFrame(peer=peer, problem=problem)
+        wanted = attempt.owner.request.sampling.logprobs
+        if (token.logprob is None) != (wanted is None):
+            raise InvalidFrame(peer=peer, problem="log-probabilities that are not as asked for")
         attempt.next_position += 1
         is_end = attempt.next_position == attempt.owner.context_tokens
         last = bool(row.flags & FLAG_LAST) or is_end
-        self._supervisor.take_token(attempt, token, last=last)
+        sampled = SampledToken(token.token, last, token.logprob, token.top[:wanted])
+        self._supervisor.take_token(attempt, sampled)
 
     def needs(self, peer: PeerId) -> bool:
         """Return whether a session is open that goes by way of ``peer``."""
@@ -189,17 +217,22 @@ class SessionClient:
             attempt.fail(_lost(attempt, peer, problem))
 
     def _on_answer(
-        self, peer: PeerId, attempt: Attempt, message: Opened | Refused | Failed
+        self, peer: PeerId, attempt: Attempt, message: Opened | Refused | Preempted | Failed
     ) -> None:
         match message:
             case Opened():
-                attempt.note_opened(peer)
+                attempt.note_opened(peer, message.held)
+            case Preempted():
+                self._opener.take_preemption(attempt, peer)
             case Refused():
                 self._opener.take_refusal(attempt, peer, message)
             case Failed():
                 self._on_failed(peer, attempt, message)
 
     def _on_failed(self, peer: PeerId, attempt: Attempt, message: Failed) -> None:
+        if message.code == DeadlineExceeded.code:
+            attempt.fail(DeadlineExceeded(tokens=len(attempt.owner.tokens)))
+            return
         if message.peer:
             attempt.broken_link = peer, PeerId(message.peer)
         elif message.code not in BLAMELESS:
@@ -211,6 +244,20 @@ class SessionClient:
         for attempt in self._opener.attempts_over(peer):
             attempt.leaving.add(peer)
             attempt.owner.wake()
+
+
+def _new_session(request: SessionRequest, sink: Sink) -> ClientSession:
+    session = ClientSession(request=request, sink=sink)
+    if request.deadline_s is not None:
+        session.deadline = trio.current_time() + request.deadline_s
+    return session
+
+
+def _read_tokens(peer: PeerId, frame: Frame) -> list[Score]:
+    """Return the tokens of a sampled or scored frame, of all its rows."""
+    if frame.shape.kind is Kind.SCORED:
+        return unpack_scores(peer, frame.payload)
+    return [Score(token, None, ()) for token in np.frombuffer(frame.payload, "<i4").tolist()]
 
 
 def _lost(attempt: Attempt, peer: PeerId, problem: str) -> ShardLost:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+import numpy as np
 import trio
 
 from pals.driver.recovery import StepClock
 from pals.errors import PalsError
-from pals.net.control import Hop, Open
+from pals.net.control import MAX_DEADLINE_S, MAX_HISTORY_TOKENS, Hop, Open, Sampler
 from pals.net.flow import AckPolicy
 from pals.net.route import Chain
-from pals.types import LayerRange, PeerId, SessionId
+from pals.types import LayerRange, PeerId, Sampling, SessionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,25 +27,32 @@ class SessionRequest:
         prompt: Token ids, at least one.
         max_new_tokens: Most tokens to sample; None takes what the context has left.
         stop_token_ids: Ids after which the tail stops.
-        temperature: 0 is greedy.
-        top_p: Smallest probability mass to sample from.
-        seed: Start of the random stream, below 2**32.
+        sampling: How the tail samples.
+        deadline_s: Seconds within which somebody wants the answer; None for any time.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int | None
     stop_token_ids: tuple[int, ...]
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: Sampling
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """A token of the answer; ``last`` when the tail has stopped by itself."""
+    """A token of the answer.
+
+    Attributes:
+        token: Its id.
+        last: The tail has stopped by itself, or the answer is as long as it may be.
+        logprob: Of the token, where the request asks for it.
+        top: Ids and log-probabilities of the likeliest tokens, as many as it asks for.
+    """
 
     token: int
     last: bool
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 NOT_ASKED = -1
@@ -61,6 +71,8 @@ class Attempt:
         owner: Whose tokens it makes.
         next_position: Where its next token stands; `NOT_ASKED` before it has the prompt.
         unanswered: Shards that have not said that they opened it.
+        held: Tokens of the prompt that each of the others has already.
+        start: Where its prompt began, before which every shard had it.
         answered: Set when all have, or when it failed.
         error: Why it is over.
         failed: The peers at fault.
@@ -68,8 +80,8 @@ class Attempt:
         leaving: Shards that are about to stop.
         acks: When the tail is told what was taken; None before it has the prompt.
         prompted_at: When it was given the prompt.
-        early: Tokens that came before the driver knew that every shard holds, and whether
-            each is the last; they wait for that. The tail is told of none, and stops soon.
+        early: Tokens that came before the driver knew that every shard holds; they wait for
+            that. The tail is told of none, and stops soon.
     """
 
     chain: Chain
@@ -77,6 +89,8 @@ class Attempt:
     session: SessionId = field(default_factory=lambda: SessionId(os.urandom(16)))
     next_position: int = NOT_ASKED
     unanswered: set[PeerId] = field(default_factory=set[PeerId])
+    held: dict[PeerId, int] = field(default_factory=dict[PeerId, int])
+    start: int = 0
     answered: trio.Event = field(default_factory=trio.Event)
     error: PalsError | None = None
     failed: set[PeerId] = field(default_factory=set[PeerId])
@@ -84,7 +98,7 @@ class Attempt:
     leaving: set[PeerId] = field(default_factory=set[PeerId])
     acks: AckPolicy | None = None
     prompted_at: float = 0.0
-    early: list[tuple[int, bool]] = field(default_factory=list[tuple[int, bool]])
+    early: list[SampledToken] = field(default_factory=list[SampledToken])
 
     def __post_init__(self) -> None:
         self.unanswered = set(self.peers)
@@ -97,8 +111,9 @@ class Attempt:
         """Return what one of the shards serves."""
         return next(hop.layers for hop in self.chain.hops if hop.peer == peer)
 
-    def note_opened(self, peer: PeerId) -> None:
-        """Take that one shard keeps a slot."""
+    def note_opened(self, peer: PeerId, held: int) -> None:
+        """Take that one shard has room, and the first tokens of the prompt already."""
+        self.held[peer] = held
         self.unanswered.discard(peer)
         if not self.unanswered:
             self.answered.set()
@@ -126,11 +141,14 @@ class ClientSession:
         tokens: The answer so far.
         held: Tokens of the old chain while a new one is asked to go on before them; None
             when tokens go straight to the sink.
+        former: The attempt that was asked last: the next one takes its place in line.
+        deadline: After which nobody wants the answer, on trio's clock.
         current: The attempt that makes its tokens.
         clock: The deadlines of that attempt.
         changed: Set when its supervisor has something to look at.
         scope: Of its supervisor.
         failures: Attempts that ended since the last token.
+        preemptions: Attempts that lost their room to others since then.
         silent: Shards that did not answer when asked.
         silent_since: Since when.
         ended: Nothing more will come.
@@ -140,12 +158,15 @@ class ClientSession:
     sink: Sink
     max_new_tokens: int = 0
     tokens: list[int] = field(default_factory=list[int])
-    held: list[int] | None = None
+    held: list[SampledToken] | None = None
+    former: SessionId | None = None
+    deadline: float = math.inf
     current: Attempt | None = None
     clock: StepClock | None = None
     changed: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     failures: int = 0
+    preemptions: int = 0
     silent: frozenset[PeerId] = frozenset()
     silent_since: float | None = None
     ended: bool = False
@@ -173,43 +194,68 @@ class ClientSession:
         """Let the supervisor look."""
         self.changed.set()
 
-    def take_token(self, token: int, *, last: bool, now: float) -> None:
+    def take_token(self, token: SampledToken, now: float) -> None:
         """Take the next token, and give it to the sink unless it has to be held."""
-        if self.held is not None and not last:
+        if self.held is not None and not token.last:
             self.held.append(token)
             return
         self.release_held(now)
-        self._deliver(token, last=last, now=now)
+        self._deliver(token, now)
 
     def release_held(self, now: float) -> None:
         """Give the tokens of the old chain to the sink after all."""
         held, self.held = self.held, None
         for token in held or ():
-            self._deliver(token, last=False, now=now)
+            self._deliver(token, now)
 
-    def _deliver(self, token: int, *, last: bool, now: float) -> None:
+    def _deliver(self, token: SampledToken, now: float) -> None:
         assert self.clock is not None
         self.clock.note_token(now)
-        self.tokens.append(token)
-        self.failures = 0
+        self.tokens.append(token.token)
+        self.failures = self.preemptions = 0
         self.silent, self.silent_since = frozenset(), None
-        self.ended = self.ended or last
-        self.sink(SampledToken(token, last))
+        self.ended = self.ended or token.last
+        self.sink(token)
 
-    def build_open(self, attempt: Attempt) -> Open:
-        """Return what the shards of an attempt are asked to go on with."""
+    def build_open(self, attempt: Attempt, names: bytes, now: float) -> Open:
+        """Return what the shards of an attempt are asked to go on with.
+
+        Args:
+            attempt: Over whose chain.
+            names: Of the blocks of prompt and answer.
+            now: On trio's clock.
+        """
         hops = tuple(
             Hop(peer=h.peer, start=h.layers.start, stop=h.layers.stop, addresses=h.addresses)
             for h in attempt.chain.hops
         )
-        request = self.request
         return Open(
             session=attempt.session,
             chain=hops,
-            prompt_tokens=len(request.prompt) + len(self.tokens),
+            prompt_tokens=len(self.request.prompt) + len(self.tokens),
             max_new_tokens=self.max_new_tokens - len(self.tokens),
-            stop_token_ids=request.stop_token_ids,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
+            stop_token_ids=self.request.stop_token_ids,
+            names=names,
+            replaces=self.former or b"",
+            deadline_s=0.0
+            if math.isinf(self.deadline)
+            else min(self.deadline - now, MAX_DEADLINE_S),
+        )
+
+    def build_sampler(self) -> Sampler:
+        """Return what the tail is told of how to sample.
+
+        Where penalties count tokens it learns which ones: those of the prompt once each and
+        in no order, since that is all that they look at.
+        """
+        sampling = self.request.sampling
+        sampler = Sampler.of(sampling)
+        penalties = (sampling.presence_penalty, sampling.frequency_penalty)
+        if sampling.repetition_penalty == 1.0 and not any(penalties):
+            return sampler
+        counted = [*sorted(set(self.request.prompt)), *self.tokens][-MAX_HISTORY_TOKENS:]
+        return msgspec.structs.replace(
+            sampler,
+            history=np.array(counted, "<u4").tobytes(),
+            answered=min(len(self.tokens), len(counted)),
         )

@@ -8,10 +8,11 @@ from functools import partial
 
 import trio
 
-from pals.driver.opening import PROBE_DEADLINE_S, ChainOpener
+from pals.driver.opening import OPEN_SUSPICION_S, PROBE_DEADLINE_S, ChainOpener
 from pals.driver.questions import Questions
 from pals.driver.recovery import (
     MAX_FAILURES,
+    MAX_PREEMPTIONS,
     Offer,
     Patience,
     PrefillPace,
@@ -20,14 +21,16 @@ from pals.driver.recovery import (
     offers_of,
 )
 from pals.driver.routes import RouteTable, ServedModel
-from pals.driver.state import Attempt, ClientSession
+from pals.driver.state import Attempt, ClientSession, SampledToken
 from pals.errors import (
     CapacityError,
     ContextTooLong,
+    DeadlineExceeded,
     NoChain,
     PalsError,
     PeerError,
     ProtocolError,
+    SessionPreempted,
     ShardBusy,
     StepTimeout,
 )
@@ -83,6 +86,26 @@ class Supervisor:
         )
         self._switch(session, attempt)
 
+    async def begin_fork(self, session: ClientSession, parent: ClientSession) -> None:
+        """Open a new session with the prompt of another one, or on a chain of its own.
+
+        Raises:
+            PalsError: As `begin` does.
+        """
+        origin = parent.current
+        has_prompt = bool(parent.tokens) and len(session.request.prompt) > 1
+        if origin is not None and origin.error is None and has_prompt and not parent.ended:
+            session.max_new_tokens = parent.max_new_tokens
+            attempt = Attempt(chain=origin.chain, owner=session)
+            try:
+                await self._opener.try_fork(attempt, origin)
+            except CHAIN_ERRORS as error:  # it may have moved, or its room gone to others
+                _log.info("fork over %s: %s", origin.chain, error)
+            else:
+                self._switch(session, attempt)
+                return
+        await self.begin(session)
+
     async def run(self, session: ClientSession) -> None:
         """Watch an open session until it ends; what cannot be mended goes to its sink."""
         with session.scope:
@@ -101,20 +124,20 @@ class Supervisor:
         session.scope.cancel()
         self._opener.drop_all(session)
 
-    def take_token(self, attempt: Attempt, token: int, *, last: bool) -> None:
+    def take_token(self, attempt: Attempt, token: SampledToken) -> None:
         """Give a session its next token, once its attempt is the one that makes them.
 
         The first ones may be here before the last shard's answer, which alone they wait for.
         """
         session = attempt.owner
         if attempt is not session.current:
-            attempt.early.append((token, last))
+            attempt.early.append(token)
             return
         assert session.clock is not None
         if session.silent or not session.clock.has_token:
             self._routes.mark_good(attempt.peers)
-        session.take_token(token, last=last, now=trio.current_time())
-        if last:
+        session.take_token(token, trio.current_time())
+        if token.last:
             self.end(session)
         else:
             self._opener.acknowledge(attempt)
@@ -131,9 +154,10 @@ class Supervisor:
     async def _try_new(self, session: ClientSession) -> Attempt:
         """Try the chains for a new session, asking discovery when there is none."""
         tries = Round()
+        tokens = len(session.request.prompt) + 1
         while True:
             try:
-                chain = await self._routes.find(without=tries.avoided)
+                chain = await self._routes.find(without=tries.avoided, tokens=tokens)
             except NoChain as no_chain:
                 raise tries.explain(no_chain) from None
             if not tries.is_new(chain):
@@ -149,7 +173,10 @@ class Supervisor:
         while True:
             try:
                 chain = self._routes.choose(
-                    without=tries.avoided, dtype=dtype, context_tokens=session.context_tokens
+                    without=tries.avoided,
+                    dtype=dtype,
+                    context_tokens=session.context_tokens,
+                    tokens=len(session.history()) + 1,
                 )
             except NoChain as no_chain:
                 raise tries.explain(no_chain) from None
@@ -162,15 +189,20 @@ class Supervisor:
     async def _try_chain(
         self, session: ClientSession, chain: Chain, tries: Round
     ) -> Attempt | None:
-        attempt = Attempt(chain=chain, owner=session)
-        try:
-            await self._opener.try_chain(attempt)
-        except CHAIN_ERRORS as error:
-            _log.info("chain %s: %s", chain, error)
-            await self._find_fault(attempt)
-            tries.note(chain, frozenset(attempt.failed), error)
-            return None
-        return attempt
+        while True:
+            attempt = Attempt(chain=chain, owner=session)
+            try:
+                await self._opener.try_chain(attempt)
+            except DeadlineExceeded:
+                raise  # also of every other chain
+            except CHAIN_ERRORS as error:
+                _log.info("chain %s: %s", chain, error)
+                if isinstance(error, SessionPreempted) and _may_replay(session):
+                    continue
+                await self._find_fault(attempt)
+                tries.note(chain, frozenset(attempt.failed), error)
+                return None
+            return attempt
 
     def _plan_length(self, session: ClientSession, chain: Chain) -> None:
         """Decide how long the answer may get on a session's first chain.
@@ -192,20 +224,28 @@ class Supervisor:
         session.held = None
         session.current = attempt
         session.silent, session.silent_since = frozenset(), None
-        tokens = len(session.history())
+        now = trio.current_time()
+        tokens = len(session.history()) - attempt.start
         session.clock = StepClock.start(
             limit_s=self._patience.step_deadline_s,
             pace=self._pace,
             step_ms=attempt.chain.step_ms,
             prompt_tokens=tokens,
-            sent=attempt.prompted_at,
-            now=trio.current_time(),
+            # What a prompt waited for room says nothing about how fast it is computed.
+            sent=max(attempt.prompted_at, now - OPEN_SUSPICION_S),
+            now=now,
         )
         self.last_chain = attempt.chain
         name = short_id(attempt.session)
-        _log.info("session %s: %d prompt tokens over %s", name, tokens, attempt.chain)
-        for token, last in attempt.early:
-            self.take_token(attempt, token, last=last)
+        _log.info(
+            "session %s: %d prompt tokens from %d on over %s",
+            name,
+            tokens,
+            attempt.start,
+            attempt.chain,
+        )
+        for token in attempt.early:
+            self.take_token(attempt, token)
 
     async def _find_fault(self, attempt: Attempt) -> None:
         """Learn who is at fault where a shard says that it lost another.
@@ -250,19 +290,44 @@ class Supervisor:
         Raises:
             PalsError: No chain came in time, or chain after chain fails.
         """
-        session.failures += 1
-        if session.failures > MAX_FAILURES:
-            raise error
         failed = session.attempt
         name = short_id(failed.session)
         _log.info("session %s after %d tokens: %s", name, len(session.tokens), error)
+        if isinstance(error, DeadlineExceeded):
+            raise error
         self._opener.drop(failed)
+        if isinstance(error, SessionPreempted):
+            await self._replay(session, failed.chain)
+            return
+        session.failures += 1
+        if session.failures > MAX_FAILURES:
+            raise error
         await self._find_fault(failed)
         attempt = await _keep_trying(
             lambda: self._try_next(session, Round()),
             wait_s=self._patience.wait_for_peers_s,
             passing=CHAIN_ERRORS,
         )
+        self._switch(session, attempt)
+
+    async def _replay(self, session: ClientSession, chain: Chain) -> None:
+        """Go on over a chain where a session's room went to others, or over another one.
+
+        Nobody has failed: the other shards still have its pages, and it keeps its place in
+        line. It waits for room for longer than for peers, since those who have it end.
+
+        Raises:
+            PalsError: There is no room in time.
+        """
+        attempt = None
+        if _may_replay(session):
+            attempt = await self._try_chain(session, chain, Round())
+        if attempt is None:
+            attempt = await _keep_trying(
+                lambda: self._try_next(session, Round()),
+                wait_s=self._patience.wait_for_room_s,
+                passing=CHAIN_ERRORS,
+            )
         self._switch(session, attempt)
 
     async def _move_from(self, session: ClientSession, peers: Set[PeerId]) -> PalsError | None:
@@ -327,10 +392,18 @@ async def _keep_trying(
     while True:
         try:
             return await make()
+        except DeadlineExceeded:
+            raise
         except passing:
             if trio.current_time() >= until:
                 raise
         await trio.sleep(RETRY_S)
+
+
+def _may_replay(session: ClientSession) -> bool:
+    """Count a preemption, and return whether the session may have the same chain again."""
+    session.preemptions += 1
+    return session.preemptions <= MAX_PREEMPTIONS
 
 
 def _offers_by(chain: Chain, peers: Set[PeerId]) -> set[Offer]:

@@ -82,6 +82,11 @@ class Batcher:
         return self._sessions.free_tokens
 
     @property
+    def max_session_tokens(self) -> int:
+        """Tokens that one session may reach if it is alone."""
+        return min(self._buckets.limits.max_context_tokens, self._pool.num_tokens)
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         """All that steps may be."""
         return self._buckets.programs

@@ -61,7 +61,7 @@ class PeerError(PalsError):
 
 
 class CapacityError(PalsError):
-    """A limit on memory, slots or queues is reached."""
+    """A limit on memory, sessions or queues is reached."""
 
     code = "PALS-CAPACITY"
     exit_code = 5

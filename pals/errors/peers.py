@@ -131,7 +131,7 @@ class FrameKeyExhausted(ProtocolError):
 
 
 class InvalidStep(ProtocolError):
-    """A step that asks a shard for something outside its model, slots or context."""
+    """A step that asks a shard for something outside its model, sessions or context."""
 
     code = "PALS-STEP-INVALID"
     message = "step refused: {problem}"
@@ -146,10 +146,10 @@ class SessionRefused(PeerError):
 
 
 class ShardFull(CapacityError):
-    """Every session slot of a shard is taken."""
+    """As many sessions run or wait at a shard as may."""
 
     code = "PALS-SHARD-FULL"
-    message = "all {slots} session slots of the shard are taken"
+    message = "the shard runs {slots} sessions, and as many wait as may"
     hint_template = "try again in a moment"
 
 
@@ -216,6 +216,14 @@ class PeerSessionsFull(CapacityError):
     code = "PALS-PEER-SESSIONS"
     message = "one peer may have {limit} sessions on a shard"
     hint_template = "send fewer requests at one time"
+
+
+class SessionPreempted(CapacityError):
+    """A shard that gave a session's room to others, again and again without a token between."""
+
+    code = "PALS-PREEMPTED"
+    message = "peer {peer} has no room for the session beside those of others"
+    hint_template = "try again in a moment, or start another shard"
 
 
 class DeadlineExceeded(PeerError):

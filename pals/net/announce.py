@@ -47,7 +47,7 @@ class Announcement:
         layer_hashes: Of each layer held, the first `LAYER_HASH_BYTES` of the SHA-256 of its
             source bytes: the manifest names whole files, of which a shard reads a part.
         dtype: In what the weights are kept, which decides the activations on the wire.
-        free_sessions: Sessions it would take now.
+        free_tokens: Tokens of KV cache that sessions to come find room for.
         max_context_tokens: Tokens one session may reach.
         step_ms: Time of one decode step over its layers.
         addresses: Multiaddrs at which it listens, most useful first.
@@ -64,7 +64,7 @@ class Announcement:
     num_layers: int
     layer_hashes: tuple[bytes, ...]
     dtype: Dtype
-    free_sessions: int
+    free_tokens: int
     max_context_tokens: int
     step_ms: float
     addresses: tuple[str, ...]
@@ -84,7 +84,7 @@ class _Body(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     num_layers: int
     layer_hashes: tuple[bytes, ...]
     dtype: Dtype
-    free_sessions: int
+    free_tokens: int
     max_context_tokens: int
     step_ms: float
     addresses: tuple[str, ...]
@@ -180,7 +180,7 @@ def _encode(a: Announcement) -> bytes:
             num_layers=a.num_layers,
             layer_hashes=a.layer_hashes,
             dtype=a.dtype,
-            free_sessions=a.free_sessions,
+            free_tokens=a.free_tokens,
             max_context_tokens=a.max_context_tokens,
             step_ms=float(a.step_ms),
             addresses=a.addresses,
@@ -205,7 +205,7 @@ def _decode(data: bytes) -> Announcement:
         num_layers=body.num_layers,
         layer_hashes=body.layer_hashes,
         dtype=body.dtype,
-        free_sessions=body.free_sessions,
+        free_tokens=body.free_tokens,
         max_context_tokens=body.max_context_tokens,
         step_ms=body.step_ms,
         addresses=body.addresses,
@@ -231,7 +231,7 @@ def _check_limits(a: Announcement) -> None:
         raise _refused(f"{len(a.addresses)} addresses, more than {MAX_ADDRESSES}")
     if not all(_is_plain(text) for text in (a.model_id, *a.addresses)):
         raise _refused(f"text that is empty, unprintable or over {MAX_TEXT_CHARS} characters")
-    if min(a.free_sessions, a.max_context_tokens, a.seq) < 0:
+    if min(a.free_tokens, a.max_context_tokens, a.seq) < 0:
         raise _refused("a negative count")
     if a.seq > MAX_SEQ:
         raise _refused(f"number {a.seq}, more than {MAX_SEQ}")

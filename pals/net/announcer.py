@@ -21,6 +21,8 @@ ANNOUNCEMENT_LIFETIME_S = 180.0
 MIN_INTERVAL_S = 0.5
 LOOK_INTERVAL_S = 2.0
 WITHDRAW_DEADLINE_S = 2.0
+NEWS_FACTOR = 4
+"""So many times more or fewer free tokens than announced are worth an announcement."""
 
 _log = logging.getLogger(__name__)
 
@@ -132,5 +134,5 @@ class Announcer:
 
 def _differs(said: Announcement, now: Announcement) -> bool:
     """Return whether drivers would choose otherwise by what is true now."""
-    was_full, is_full = said.free_sessions == 0, now.free_sessions == 0
-    return was_full != is_full or said.addresses != now.addresses
+    least, most = sorted((said.free_tokens, now.free_tokens))
+    return most > NEWS_FACTOR * least or said.addresses != now.addresses

@@ -8,14 +8,23 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from pals.errors import InvalidFrame
-from pals.types import PeerId, SessionId
+from pals.net.wire import TOP_LOGPROBS
+from pals.types import PeerId, Sampling, SessionId
 
 MAX_HOPS = 256
 MAX_ADDRESSES = 16
 MAX_STOP_TOKENS = 64
 MAX_CONTEXT = 1 << 20
+NAME_BYTES = 16
+MAX_NAMES_BYTES = NAME_BYTES * (MAX_CONTEXT // 64)
+"""A name for each block of 64 tokens; see `pals.engine.prefix`."""
+MAX_HISTORY_TOKENS = 1 << 17
+MAX_LOGIT_BIAS = 300
+MAX_DEADLINE_S = 1e6
 MAX_SHOWN = 200
 """Characters of a refusal that may repeat what the peer sent."""
 
@@ -26,6 +35,11 @@ _Tokens = Annotated[int, msgspec.Meta(ge=1, le=MAX_CONTEXT)]
 _Milliseconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 """Bounded on both sides, which neither NaN nor infinity is within."""
 _Layer = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+_Names = Annotated[bytes, msgspec.Meta(max_length=MAX_NAMES_BYTES)]
+_History = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_HISTORY_TOKENS)]
+_TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+_Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 
 
 class Hop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -37,10 +51,48 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     addresses: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=MAX_ADDRESSES)] = ()
 
 
-class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Driver to every shard of the chain: keep a slot for this session.
+class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tail samples: `pals.types.Sampling` on the wire.
 
-    The sender is the session's driver. Only the tail uses the sampling fields.
+    A seed has 64 bits, which is also the most that MessagePack writes. ``history`` goes with
+    penalties alone: ids of the prompt, each once since nobody counts them, and then the
+    ``answered`` ids of the answer so far, little-endian uint32.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 0.0
+    top_k: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=100.0)] = 1.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    logit_bias: Annotated[
+        tuple[tuple[_TokenId, _Bias], ...], msgspec.Meta(max_length=MAX_LOGIT_BIAS)
+    ] = ()
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS)] | None = None
+    history: _History = b""
+    answered: Annotated[int, msgspec.Meta(ge=0, le=MAX_HISTORY_TOKENS)] = 0
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Sampler:
+        """Return what a tail is told of ``sampling``, without a history."""
+        values = {name: getattr(sampling, name) for name in Sampling.__slots__}
+        return cls(**values)
+
+    def to_sampling(self) -> Sampling:
+        """Return it under its own type."""
+        return Sampling(**{name: getattr(self, name) for name in Sampling.__slots__})
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Driver to every shard of the chain: make room for this session.
+
+    The sender is the session's driver. ``names`` are those of the blocks of the prompt, 16
+    bytes each, by which a shard finds what it holds of it. ``replaces`` is a session of the
+    same driver, or empty, which ended without being done and goes on in this one.
+    ``deadline_s`` is how long somebody waits for the answer; 0 for as long as it takes. Only
+    the tail is told of the sampler.
     """
 
     session: _Session
@@ -48,15 +100,42 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_f
     prompt_tokens: _Tokens
     max_new_tokens: _Tokens
     stop_token_ids: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_STOP_TOKENS)] = ()
-    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 0.0
-    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
+    names: _Names = b""
+    replaces: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    deadline_s: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_DEADLINE_S)] = 0.0
+    sampler: Sampler | None = None
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Shard to driver: the slot is kept and the next shard can be reached."""
+    """Shard to driver: there is room, and the next shard can be reached.
+
+    The shard holds the first ``held`` tokens of the prompt already.
+    """
 
     session: _Session
+    held: Annotated[int, msgspec.Meta(ge=0, le=MAX_CONTEXT)] = 0
+
+
+class Preempted(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Shard to driver: others need the session's room; it holds nothing here any more.
+
+    Nobody is at fault: the driver closes it everywhere, and plays it again in its place.
+    """
+
+    session: _Session
+
+
+class Fork(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Driver to every shard: begin a session with the first tokens of another of its own.
+
+    Answered as `Open` is. ``position`` is at most where tokens have come back from the tail,
+    and the child's first row stands there.
+    """
+
+    session: _Session
+    child: _Session
+    position: _Tokens
+    sampler: Sampler | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -72,9 +151,14 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 
 
 class Close(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
-    """Driver to every shard: the session is over, free its slot at once."""
+    """Driver to every shard: the session is over, free its room at once.
+
+    ``names`` are those of the blocks of prompt and answer, but for the last token, which
+    nobody has computed with: under them the session's pages may be found later.
+    """
 
     session: _Session
+    names: _Names = b""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
@@ -127,7 +211,19 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
     turn_ms: _Milliseconds
 
 
-Control = Open | Opened | Refused | Close | Failed | Draining | Ack | StatsRequest | Stats
+Control = (
+    Open
+    | Opened
+    | Refused
+    | Preempted
+    | Fork
+    | Close
+    | Failed
+    | Draining
+    | Ack
+    | StatsRequest
+    | Stats
+)
 
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
 
@@ -144,13 +240,43 @@ def decode_control(peer: PeerId, payload: memoryview) -> Control:
         InvalidFrame: It is no message of this wire version.
     """
     try:
-        return _decoder.decode(payload)
+        message = _decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # The text quotes the peer, who must neither fill the log nor steer a terminal.
         shown = ascii(str(error)[:MAX_SHOWN])
         raise InvalidFrame(peer=peer, problem=f"control message: {shown}") from None
+    if problem := _find_uneven(message):
+        raise InvalidFrame(peer=peer, problem=f"control message: {problem}")
+    return message
 
 
-def session_of(message: Open | Opened | Refused | Close | Failed | Ack) -> SessionId:
+def _find_uneven(message: Control) -> str:
+    """Return which bytes of a message are no whole number of what they hold, if any."""
+    if isinstance(message, Open | Close) and len(message.names) % NAME_BYTES:
+        return f"{len(message.names)} bytes of names"
+    if isinstance(message, Open) and len(message.replaces) not in (0, 16):
+        return f"a session id of {len(message.replaces)} bytes"
+    sampler = message.sampler if isinstance(message, Open | Fork) else None
+    if sampler is None:
+        return ""
+    tokens, rest = divmod(len(sampler.history), 4)
+    return (
+        f"{sampler.answered} of {tokens} ids answered" if rest or sampler.answered > tokens else ""
+    )
+
+
+def session_of(
+    message: Open | Opened | Refused | Preempted | Close | Failed | Ack,
+) -> SessionId:
     """Return the message's session id under its own type."""
     return SessionId(message.session)
+
+
+def split_names(names: bytes) -> tuple[bytes, ...]:
+    """Return the names of blocks one by one."""
+    return tuple(names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES))
+
+
+def history_of(sampler: Sampler) -> npt.NDArray[np.int32]:
+    """Return the ids of a sampler's history, ``int32[n]``; those that are none are negative."""
+    return np.frombuffer(sampler.history, "<u4").astype(np.int32)

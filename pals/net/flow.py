@@ -29,7 +29,7 @@ def window_tokens(shape: FrameShape) -> int:
 
     Token ids into the head are never held back: a whole prompt of them fits the window.
     """
-    if shape.kind is Kind.SAMPLED:
+    if shape.kind in (Kind.SAMPLED, Kind.SCORED):
         return SAMPLED_WINDOW_TOKENS
     return max(2 * MAX_ROW_TOKENS, PREFILL_WINDOW_BYTES // shape.token_bytes)
 
@@ -77,9 +77,14 @@ class SessionFlow(Generic[Chunk]):
         inbound: Of the prompt that comes in.
         window: Tokens that may leave before the receiver says that it has taken them.
         acknowledged: Position before which the receiver has taken everything.
+        passes_prompt: What a prompt makes leaves for the receiver, and needs room there; at
+            the tail nothing of it does.
+        held: Tokens of the prompt that were there when the session was admitted; None while
+            it waits for that, and nothing of it runs.
         is_linked: Whether the receiver can be reached yet; nothing has room before.
-        waiting: Chunks of the prompt whose output has no room yet, each with the position
-            at which it ends.
+        has_begun: Whether its first row has said where it starts.
+        waiting: Parts of the prompt that may not run yet, each with the position at which it
+            ends.
         held_token: At the tail, the position and id of a sampled token that has not gone
             back to the head, because its driver takes none.
     """
@@ -87,9 +92,23 @@ class SessionFlow(Generic[Chunk]):
     inbound: AckPolicy
     window: int
     acknowledged: int
+    passes_prompt: bool
+    held: int | None = None
     is_linked: bool = False
+    has_begun: bool = False
     waiting: deque[tuple[int, Chunk]] = field(default_factory=deque[tuple[int, Chunk]])
     held_token: tuple[int, int] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session is admitted, and its receiver can be reached."""
+        return self.is_linked and self.held is not None
+
+    def begin(self, position: int) -> None:
+        """Take that the first row stands at ``position``: what is before it is there already."""
+        self.has_begun = True
+        self.inbound.taken = self.inbound.told = position
+        self.acknowledged = max(self.acknowledged, position)
 
     def fits_inbound(self, end: int) -> bool:
         """Return whether the sender may be at ``end`` already."""
@@ -104,11 +123,14 @@ class SessionFlow(Generic[Chunk]):
         self.acknowledged = max(self.acknowledged, position)
 
     def release(self) -> list[Chunk]:
-        """Return the waiting chunks whose output has room now."""
+        """Return the waiting parts of the prompt that may run now."""
         released: list[Chunk] = []
-        while self.waiting and self.has_room(self.waiting[0][0]):
+        while self.waiting and self._may_run(self.waiting[0][0]):
             released.append(self.waiting.popleft()[1])
         return released
+
+    def _may_run(self, end: int) -> bool:
+        return self.held is not None and (not self.passes_prompt or self.has_room(end))
 
     def release_token(self) -> tuple[int, int] | None:
         """Return the held token when it has room now."""

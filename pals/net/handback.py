@@ -1,4 +1,4 @@
-"""Finished steps on their way from the compute thread to the trio thread.
+"""Events and finished steps on their way from the compute thread to the trio thread.
 
 `trio.lowlevel.TrioToken.run_sync_soon` does the same by way of a task of trio's own and
 more calls; a shard pays for this once in every step of every session.
@@ -13,36 +13,36 @@ from contextlib import suppress
 
 import trio
 
-from pals.engine.worker import StepResult
+from pals.engine.work import Delivery
 
 _WAKES = 64
 """Bytes taken at once, each one a wake; those that are left only wake again."""
 
 
-class StepResults:
+class Deliveries:
     """A queue from one thread to another, with a socket to wait on."""
 
     def __init__(self) -> None:
-        self._results: deque[StepResult] = deque()
+        self._waiting: deque[Delivery] = deque()
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
 
-    def deliver(self, result: StepResult) -> None:
-        """Queue a result, on the compute thread; after `close` it goes nowhere."""
-        self._results.append(result)
+    def deliver(self, delivery: Delivery) -> None:
+        """Queue a delivery, on the compute thread; after `close` it goes nowhere."""
+        self._waiting.append(delivery)
         # A socket that takes no more wakes has some that are not read; a closed one has nobody.
         with suppress(OSError):
             self._writer.send(b"\0")
 
-    async def run(self, take: Callable[[StepResult], None]) -> None:
-        """Call ``take`` with each result, in order, until cancelled."""
+    async def run(self, take: Callable[[Delivery], None]) -> None:
+        """Call ``take`` with each delivery, in order, until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self._reader)
             with suppress(BlockingIOError):
                 self._reader.recv(_WAKES)
-            while self._results:
-                take(self._results.popleft())
+            while self._waiting:
+                take(self._waiting.popleft())
 
     def close(self) -> None:
         """Close the sockets; nobody is in `run` then."""

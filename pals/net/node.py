@@ -58,8 +58,8 @@ class Role(Protocol):
     """What a process does on the network; see `ShardService` and `SessionClient`."""
 
     @property
-    def input_kind(self) -> Kind:
-        """The kind of rows that are this role's."""
+    def input_kinds(self) -> frozenset[Kind]:
+        """The kinds of rows that are this role's."""
         ...
 
     def accepted(self, lane: Lane) -> tuple[FrameShape, ...]: ...
@@ -135,7 +135,7 @@ class _Dispatch:
                 role.on_control(peer, message)
             return
         for role in self.roles:
-            if role.input_kind is frame.shape.kind:
+            if frame.shape.kind in role.input_kinds:
                 role.on_rows(peer, arrival)
                 return
         raise InvalidFrame(peer=peer, problem=f"rows of kind {frame.shape.kind.name.lower()}")

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pals.engine.worker import StepResult
+from pals.engine.work import Array, RowResult, Sampled, StepResult
 from pals.errors import PalsError
 from pals.net.control import Control, encode_control
 from pals.net.links import Links
 from pals.net.ring import ShardSession
+from pals.net.scores import pack_scores
 from pals.net.wire import (
     CONTROL_SHAPE,
     FLAG_LAST,
@@ -35,17 +36,18 @@ OnUnsent = Callable[[ShardSession, PalsError, PeerId], None]
 
 @dataclass(slots=True)
 class _TokenBatch:
-    """Token ids for one peer, by columns with one entry a row."""
+    """Tokens for one peer, by columns with one entry a row; of `tokens` one a token."""
 
     sessions: list[ShardSession] = field(default_factory=list[ShardSession])
     ids: list[SessionId] = field(default_factory=list[SessionId])
     positions: list[int] = field(default_factory=list[int])
+    counts: list[int] = field(default_factory=list[int])
     flags: list[int] = field(default_factory=list[int])
     tokens: list[int] = field(default_factory=list[int])
 
 
 class Tokens:
-    """Sampled ids and where each of them goes."""
+    """Sampled tokens and where each of them goes: ids, or their places in what was sampled."""
 
     def __init__(self) -> None:
         self.batches: defaultdict[PeerId, _TokenBatch] = defaultdict(_TokenBatch)
@@ -55,17 +57,18 @@ class Tokens:
         peer: PeerId,
         session: ShardSession,
         position: int,
-        token: int,
+        tokens: Sequence[int],
         *,
         last: bool = False,
     ) -> None:
-        """Have a token go to ``peer`` in the frame that it gets."""
+        """Have the tokens of a row go to ``peer`` in the frame that it gets."""
         batch = self.batches[peer]
         batch.sessions.append(session)
         batch.ids.append(session.session)
         batch.positions.append(position)
+        batch.counts.append(len(tokens))
         batch.flags.append(FLAG_LAST if last else 0)
-        batch.tokens.append(token)
+        batch.tokens += tokens
 
 
 class Outbound:
@@ -93,50 +96,75 @@ class Outbound:
     def send_hidden(
         self, shape: FrameShape, result: StepResult, sessions: Sequence[ShardSession | None]
     ) -> None:
-        """Send the hidden states of a step on.
+        """Send the hidden states of a step on, those of prompts on their own lane.
 
         Args:
             shape: Of the frames.
-            result: The step, whose outputs are ``[sum(T), D]``.
-            sessions: That of each item; None where it has ended meanwhile.
+            result: The step.
+            sessions: That of each row; None where it has ended meanwhile.
         """
-        places: defaultdict[PeerId, list[int]] = defaultdict(list)
-        for place, session in enumerate(sessions):
+        assert result.output is not None
+        hidden = result.output.hidden
+        assert hidden is not None
+        ways: defaultdict[tuple[PeerId, Lane], list[tuple[RowResult, ShardSession]]]
+        ways = defaultdict(list)
+        for row, session in zip(result.rows, sessions, strict=True):
             if session is not None:
-                places[session.receiver].append(place)
-        for peer, of_peer in places.items():
-            self._send_hidden_to(peer, shape, result, sessions, of_peer)
+                # The first row of a fork runs among those that decode, but is of a prompt.
+                lane = Lane.PREFILL if row.position < session.prompt_tokens else Lane.DECODE
+                ways[session.receiver, lane].append((row, session))
+        for (peer, lane), taken in ways.items():
+            self._send_hidden_on(peer, lane, shape, hidden, taken)
 
-    def _send_hidden_to(
+    def _send_hidden_on(
         self,
         peer: PeerId,
+        lane: Lane,
         shape: FrameShape,
-        result: StepResult,
-        sessions: Sequence[ShardSession | None],
-        places: list[int],
+        hidden: Array,
+        taken: Sequence[tuple[RowResult, ShardSession]],
     ) -> None:
-        items, outputs = result.items, result.outputs
-        count = len(places)
-        tokens_each = len(outputs) // len(items)
-        taken = [session for place in places if (session := sessions[place]) is not None]
         rows = Rows(
-            tuple([session.session for session in taken]),
-            tuple([items[place].position for place in places]),
-            (tokens_each,) * count,
-            (0,) * count,
+            tuple([row.session for row, _ in taken]),
+            tuple([row.position for row, _ in taken]),
+            tuple([row.tokens for row, _ in taken]),
+            (0,) * len(taken),
         )
-        # Rows of several peers in one step are copied apart; of one peer they stay as they are.
-        sent = outputs if count == len(items) else outputs[places]
-        lane = Lane.DECODE if items[0].is_decode else Lane.PREFILL
-        self._send(peer, lane, Outgoing(shape, rows, (buffer_of(sent),)), taken)
+        states = _states_of(hidden, [row for row, _ in taken])
+        outgoing = Outgoing(shape, rows, (buffer_of(states),))
+        self._send(peer, lane, outgoing, [session for _, session in taken])
 
     def send_tokens(self, shape: FrameShape, tokens: Tokens) -> None:
         """Send sampled tokens, a frame to each peer that gets some."""
         for peer, batch in tokens.batches.items():
-            count = len(batch.tokens)
-            rows = Rows(tuple(batch.ids), tuple(batch.positions), (1,) * count, tuple(batch.flags))
-            payload = buffer_of(np.array(batch.tokens, "<i4"))
-            self._send(peer, Lane.DECODE, Outgoing(shape, rows, (payload,)), batch.sessions)
+            self._send_batch(peer, shape, batch, np.array(batch.tokens, "<i4"))
+
+    def send_scores(self, shape: FrameShape, places: Tokens, sampled: Sampled) -> None:
+        """Send sampled tokens with their log-probabilities, a frame to each peer.
+
+        Args:
+            shape: Of the frames.
+            places: Where the tokens stand in ``sampled``.
+            sampled: What the step has made.
+        """
+        for peer, batch in places.batches.items():
+            at = batch.tokens
+            words = pack_scores(
+                sampled.ids[at],
+                sampled.logprobs[at],
+                sampled.top_ids[at],
+                sampled.top_logprobs[at],
+            )
+            self._send_batch(peer, shape, batch, words)
+
+    def _send_batch(
+        self, peer: PeerId, shape: FrameShape, batch: _TokenBatch, payload: Array
+    ) -> None:
+        rows = Rows(
+            tuple(batch.ids), tuple(batch.positions), tuple(batch.counts), tuple(batch.flags)
+        )
+        outgoing = Outgoing(shape, rows, (buffer_of(payload),))
+        self._send(peer, Lane.DECODE, outgoing, batch.sessions)
 
     def _send(
         self, peer: PeerId, lane: Lane, outgoing: Outgoing, sessions: Sequence[ShardSession]
@@ -146,3 +174,11 @@ class Outbound:
         except PalsError as error:
             for session in sessions:
                 self._on_unsent(session, error, peer)
+
+
+def _states_of(hidden: Array, rows: Sequence[RowResult]) -> Array:
+    """Return the states of some rows of a step, where they lie if they follow one another."""
+    begin, end = rows[0].first, rows[-1].first + rows[-1].outputs
+    if end - begin == sum([row.outputs for row in rows]):
+        return hidden[begin:end]
+    return np.concatenate([hidden[row.first : row.first + row.outputs] for row in rows])

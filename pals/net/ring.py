@@ -8,16 +8,14 @@ a monotonic clock.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from pals.errors import InvalidFrame, SessionRefused, ShardFull
-from pals.net.control import Hop, Open
+from pals.errors import InvalidFrame, SessionRefused
+from pals.net.control import Fork, Hop, Open, Sampler
 from pals.net.wire import Lane, Row
-from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
+from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
-MAX_SESSIONS_PER_PEER = 256
-GUARANTEED_PARTS = 4
-"""A driver that asks gets one slot in so many, whoever took the others first."""
+_GREEDY = Sampler()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -31,14 +29,16 @@ class ShardSession:
         ring_upstream: The peer whose decode rows are taken: at the head, the tail.
         downstream: The next hop; None at the tail.
         head: The first hop, where the tail sends each sampled token.
-        slot: Its place in the KV cache.
         prompt_tokens: Length of the prompt.
         max_new_tokens: Most tokens that the tail samples.
         stop_token_ids: Ids after which the tail stops.
-        sampling: How the tail samples.
-        position: Tokens taken so far, which is the position the next row must state.
-        sampled_tokens: Tokens that the tail has sampled so far.
+        sampler: How the tail samples.
+        is_fork: It began with tokens of another session, and its first row, which comes as
+            a prompt does, is short.
         last_seen: When the last row or message of the session came.
+        start: Where its first row stood; None before that came.
+        position: Where the last row ended: no row may leave a gap behind it.
+        sampled_tokens: Tokens that the tail has sampled so far.
     """
 
     session: SessionId
@@ -47,14 +47,20 @@ class ShardSession:
     ring_upstream: PeerId
     downstream: Hop | None
     head: Hop
-    slot: int
     prompt_tokens: int
     max_new_tokens: int
     stop_token_ids: frozenset[int]
-    sampling: Sampling
+    sampler: Sampler
+    is_fork: bool
     last_seen: float
+    start: int | None = None
     position: int = 0
     sampled_tokens: int = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that prompt and answer may take."""
+        return self.prompt_tokens + self.max_new_tokens
 
     @property
     def receiver(self) -> PeerId:
@@ -72,7 +78,7 @@ class ShardSession:
 
 @dataclass(slots=True, kw_only=True)
 class SessionTable:
-    """All sessions of one shard, within its limits."""
+    """All sessions of one shard. How many there may be is the batcher's to say."""
 
     local: PeerId
     layers: LayerRange
@@ -80,64 +86,62 @@ class SessionTable:
     limits: EngineLimits
     idle_s: float
     _sessions: dict[SessionId, ShardSession] = field(default_factory=dict[SessionId, ShardSession])
-    _free_slots: list[int] = field(default_factory=list[int])
-
-    def __post_init__(self) -> None:
-        self._free_slots = list(range(self.limits.max_sessions))
 
     def __len__(self) -> int:
         return len(self._sessions)
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free_slots)
 
     def drivers(self) -> frozenset[PeerId]:
         """Return the drivers of the sessions that run."""
         return frozenset(session.driver for session in self._sessions.values())
 
     def open(self, driver: PeerId, message: Open, now: float) -> ShardSession:
-        """Take a session and reserve its slot.
+        """Take a session.
 
         Raises:
             SessionRefused: The chain does not fit this shard, or the context its limit.
-            ShardFull: Every slot is taken; see `yield_slot`.
         """
         session = SessionId(message.session)
-        if session in self._sessions:
-            raise self._refusal("a session of this id is open")
-        if len(self._sessions_of(driver)) >= MAX_SESSIONS_PER_PEER:
-            raise self._refusal(f"its driver has {MAX_SESSIONS_PER_PEER} sessions open")
+        self._check_new(session)
         index = self._check_chain(message)
         wanted = message.prompt_tokens + message.max_new_tokens
         if wanted > self.limits.max_context_tokens:
             limit = self.limits.max_context_tokens
             raise self._refusal(f"{wanted} tokens, the shard takes {limit} a session")
-        if not self._free_slots:
-            raise ShardFull(slots=self.limits.max_sessions)
         opened = self._build(session, driver, message, index, now)
         self._sessions[session] = opened
         return opened
 
-    def yield_slot(self, driver: PeerId) -> ShardSession | None:
-        """Free and return a session whose slot is due to ``driver``, if one is.
+    def fork(self, driver: PeerId, message: Fork, now: float) -> ShardSession:
+        """Take a session that begins with tokens of another one over the same chain.
 
-        A lone driver may use every slot. Under contention each has a quarter of them: one
-        that has less takes from the driver that has most, and of its sessions the one that
-        has been quiet for longest.
+        Raises:
+            SessionRefused: There is no such session of this driver, or no such position.
         """
-        guaranteed = max(1, self.limits.max_sessions // GUARANTEED_PARTS)
-        if self._free_slots or len(self._sessions_of(driver)) >= guaranteed:
-            return None
-        largest = max((self._sessions_of(peer) for peer in self.drivers()), key=len)
-        if len(largest) <= guaranteed:
-            return None
-        quietest = min(largest, key=lambda session: session.last_seen)
-        self.remove(quietest)
-        return quietest
+        child = SessionId(message.child)
+        self._check_new(child)
+        parent = self._sessions.get(SessionId(message.session))
+        if parent is None or parent.driver != driver:
+            raise self._refusal("there is no session of its driver to fork")
+        if not message.position < min(parent.position + 1, parent.max_tokens - 1):
+            raise self._refusal(f"a fork at {message.position} of {parent.position} tokens")
+        forked = replace(
+            parent,
+            session=child,
+            prompt_tokens=message.position + 1,
+            max_new_tokens=parent.max_tokens - message.position - 1,
+            sampler=message.sampler or _GREEDY,
+            is_fork=True,
+            last_seen=now,
+            start=message.position,
+            position=message.position,
+            sampled_tokens=0,
+        )
+        self._sessions[child] = forked
+        return forked
 
-    def _sessions_of(self, driver: PeerId) -> list[ShardSession]:
-        return [session for session in self._sessions.values() if session.driver == driver]
+    def _check_new(self, session: SessionId) -> None:
+        if session in self._sessions:
+            raise self._refusal("a session of this id is open")
 
     def _check_chain(self, message: Open) -> int:
         """Return this shard's place in the chain; every layer must be covered once."""
@@ -167,18 +171,20 @@ class SessionTable:
             ring_upstream=PeerId(chain[-1].peer) if is_head else previous,
             downstream=None if is_tail else chain[index + 1],
             head=chain[0],
-            slot=self._free_slots.pop(),
             prompt_tokens=message.prompt_tokens,
             max_new_tokens=message.max_new_tokens,
             stop_token_ids=frozenset(message.stop_token_ids),
-            sampling=Sampling(
-                temperature=message.temperature, top_p=message.top_p, seed=message.seed
-            ),
+            sampler=message.sampler or _GREEDY,
+            is_fork=False,
             last_seen=now,
         )
 
     def take_row(self, sender: PeerId, lane: Lane, row: Row, now: float) -> ShardSession | None:
         """Admit one row, or return None when the session is over (a late row is no fault).
+
+        The first row of a prompt says where the session starts, behind what all shards of
+        the chain hold of it; the others follow without a gap. After the prompt a row may also
+        step back, over tokens that were verified and found wrong.
 
         Raises:
             InvalidFrame: The row is from the wrong peer or lane, or at the wrong position.
@@ -186,59 +192,81 @@ class SessionTable:
         session = self._sessions.get(row.session)
         if session is None:
             return None
-        prefilling = session.position < session.prompt_tokens
-        allowed = session.upstream if prefilling else session.ring_upstream
-        lane_wanted = Lane.PREFILL if prefilling else Lane.DECODE
-        if sender != allowed or lane != lane_wanted:
-            raise InvalidFrame(peer=sender, problem="a row of a session that is not its own")
-        if row.position != session.position:
-            problem = f"a row at position {row.position}, expected {session.position}"
-            raise InvalidFrame(peer=sender, problem=problem)
-        end = session.prompt_tokens if prefilling else session.position + 1
-        if row.position + row.num_tokens > end or end > self.limits.max_context_tokens:
-            raise InvalidFrame(peer=sender, problem=f"a row of {row.num_tokens} tokens")
-        session.position += row.num_tokens
+        if row.position < session.prompt_tokens:
+            self._check_prompt_row(session, sender, lane, row)
+        else:
+            self._check_short_row(session, sender, lane, row)
+        if session.start is None:
+            session.start = row.position
+        session.position = row.position + row.num_tokens
         session.last_seen = now
         return session
 
-    def take_sample(self, session: ShardSession, token: int) -> bool:
-        """Count a token that the tail sampled; return whether it was the last one."""
-        session.sampled_tokens += 1
+    def _check_prompt_row(
+        self, session: ShardSession, sender: PeerId, lane: Lane, row: Row
+    ) -> None:
+        _check_way(sender, lane, session.upstream, Lane.PREFILL)
+        if session.start is not None and row.position != session.position:
+            problem = f"a row at position {row.position}, expected {session.position}"
+            raise InvalidFrame(peer=sender, problem=problem)
+        if row.position + row.num_tokens > session.prompt_tokens:
+            raise InvalidFrame(peer=sender, problem=f"a row of {row.num_tokens} tokens")
+
+    def _check_short_row(self, session: ShardSession, sender: PeerId, lane: Lane, row: Row) -> None:
+        _check_way(sender, lane, session.ring_upstream, Lane.DECODE)
+        if row.position > session.position:
+            problem = f"a row at position {row.position}, expected {session.position}"
+            raise InvalidFrame(peer=sender, problem=problem)
+        end = row.position + row.num_tokens
+        if row.num_tokens > self.limits.verify_tokens or end > session.max_tokens:
+            raise InvalidFrame(peer=sender, problem=f"a row of {row.num_tokens} tokens")
+
+    def take_sample(self, session: ShardSession, position: int, token: int) -> bool:
+        """Take that the tail sampled a token; return whether it is the last one.
+
+        What is counted follows from where it stands, so that a step back takes it back.
+        """
+        session.sampled_tokens = position + 1 - session.prompt_tokens
         return token in session.stop_token_ids or session.sampled_tokens >= session.max_new_tokens
 
     def get(self, session: SessionId) -> ShardSession | None:
         return self._sessions.get(session)
 
     def close(self, session: SessionId, sender: PeerId) -> ShardSession | None:
-        """Free and return a session if ``sender`` is its driver; else return None."""
+        """Drop and return a session if ``sender`` is its driver; else return None."""
         found = self._sessions.get(session)
         if found is None or found.driver != sender:
             return None
         self.remove(found)
         return found
 
-    def remove(self, session: ShardSession) -> None:
-        """Free a session's slot, unless that was done before."""
-        if self._sessions.get(session.session) is session:
-            del self._sessions[session.session]
-            self._free_slots.append(session.slot)
+    def has(self, session: ShardSession) -> bool:
+        """Return whether a session runs still: another one may have its id by now."""
+        return self._sessions.get(session.session) is session
+
+    def remove(self, session: ShardSession) -> bool:
+        """Drop a session, and return whether it was there still."""
+        if not self.has(session):
+            return False
+        del self._sessions[session.session]
+        return True
 
     def needs(self, peer: PeerId) -> bool:
         """Return whether any session cannot go on without ``peer``."""
         return any(peer in session.peers for session in self._sessions.values())
 
     def remove_peer(self, peer: PeerId) -> list[ShardSession]:
-        """Free and return the sessions that cannot go on without ``peer``."""
+        """Drop and return the sessions that cannot go on without ``peer``."""
         return self._remove_all(s for s in self._sessions.values() if peer in s.peers)
 
     def remove_idle(self, now: float) -> list[ShardSession]:
-        """Free and return the sessions without traffic for longer than `idle_s`."""
+        """Drop and return the sessions without traffic for longer than `idle_s`."""
         return self._remove_all(
             s for s in self._sessions.values() if now - s.last_seen > self.idle_s
         )
 
     def remove_all(self) -> list[ShardSession]:
-        """Free and return every session."""
+        """Drop and return every session."""
         return self._remove_all(self._sessions.values())
 
     def _remove_all(self, sessions: Iterable[ShardSession]) -> list[ShardSession]:
@@ -249,3 +277,8 @@ class SessionTable:
 
     def _refusal(self, problem: str) -> SessionRefused:
         return SessionRefused(peer=self.local, problem=problem)
+
+
+def _check_way(sender: PeerId, lane: Lane, expected: PeerId, expected_lane: Lane) -> None:
+    if sender != expected or lane != expected_lane:
+        raise InvalidFrame(peer=sender, problem="a row of a session that is not its own")

@@ -51,7 +51,7 @@ class _Path:
 
     Attributes:
         cost: Compared in order: layers nobody serves, gaps, failures of the shards lately,
-            shards without a free session, hops, milliseconds.
+            shards without enough free tokens, hops, milliseconds.
         hops: The shards taken.
         gaps: The ranges that no shard covers.
     """
@@ -60,9 +60,9 @@ class _Path:
     hops: tuple[Announcement, ...] = ()
     gaps: tuple[LayerRange, ...] = ()
 
-    def through(self, hop: Announcement, failures: int) -> _Path:
+    def through(self, hop: Announcement, failures: int, tokens: int) -> _Path:
         layers, gaps, failed, full, count, step_ms = self.cost
-        full += hop.free_sessions == 0
+        full += hop.free_tokens < tokens
         cost = (layers, gaps, failed + failures, full, count + 1, step_ms + hop.step_ms)
         return _Path(cost, (*self.hops, hop), self.gaps)
 
@@ -80,14 +80,15 @@ def find_chain(
     dtype: ActivationDtype | None = None,
     model: str | None = None,
     failures: Mapping[PeerId, int] = NO_FAILURES,
+    tokens: int = 1,
 ) -> Chain:
     """Return the best chain of whole shards of one model and one dtype of activations.
 
     Shards whose layers come from other bytes than those of most holders are left out.
     Shards hold fixed ranges, so each hop begins where the one before it ends. The chain
     with the fewest failures wins, so that a suspect is only used where nobody else serves
-    its layers; then one whose shards all have a free session, then the one with the fewest
-    hops, then the one with the lowest predicted time of a step.
+    its layers; then one whose shards all have room, then the one with the fewest hops, then
+    the one with the lowest predicted time of a step.
 
     Args:
         announcements: Verified announcements of any models.
@@ -96,6 +97,7 @@ def find_chain(
         dtype: The activations to run in; ``None`` takes whichever gives the best chain.
         model: The model's name for the error; by default the one that is announced.
         failures: How often peers failed lately; those left out did not.
+        tokens: That a session needs room for at every shard.
 
     Raises:
         NoChain: No such chain exists; ``missing`` names the fewest layers that, once
@@ -107,10 +109,12 @@ def find_chain(
         if dtype in (None, activation_dtype(a.dtype)):
             by_dtype[activation_dtype(a.dtype)].append(a)
             model = model or a.model_id
-    candidates = [_cheapest(shards, num_layers, failures) for _, shards in sorted(by_dtype.items())]
+    candidates = [
+        _cheapest(shards, num_layers, failures, tokens) for _, shards in sorted(by_dtype.items())
+    ]
     best = min(candidates, key=lambda path: path.cost, default=None)
     if best is None:
-        best = _cheapest([], num_layers, failures)
+        best = _cheapest([], num_layers, failures, tokens)
     if best.gaps:
         missing = ",".join(str(gap) for gap in best.gaps)
         raise NoChain(model=model or manifest.hex(), missing=missing)
@@ -136,7 +140,10 @@ def _hashes(shard: Announcement) -> Iterable[tuple[int, bytes]]:
 
 
 def _cheapest(
-    shards: Sequence[Announcement], num_layers: int, failures: Mapping[PeerId, int]
+    shards: Sequence[Announcement],
+    num_layers: int,
+    failures: Mapping[PeerId, int],
+    tokens: int,
 ) -> _Path:
     """Return the cheapest path from 0 to ``num_layers``, over gaps where it must.
 
@@ -152,7 +159,8 @@ def _cheapest(
     for i, start in enumerate(boundaries):
         path = best[start]
         for shard in starting[start]:
-            _keep_cheaper(best, shard.layers.stop, path.through(shard, failures.get(shard.peer, 0)))
+            through = path.through(shard, failures.get(shard.peer, 0), tokens)
+            _keep_cheaper(best, shard.layers.stop, through)
         for stop in boundaries[i + 1 :]:
             _keep_cheaper(best, stop, path.across(LayerRange(start, stop)))
     return best[num_layers]

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from pals.engine.worker import ComputeThread, StepRunner
+from pals.engine.batch import BatchRules
+from pals.engine.batcher import Batcher
+from pals.engine.compute import ComputeThread
+from pals.engine.work import StepRunner
 from pals.errors import LayersOutsideModel
 from pals.models.config import ModelConfig
 from pals.net.announce import (
@@ -20,10 +23,11 @@ from pals.net.announce import (
     useful_first,
 )
 from pals.net.announcer import Announcer
-from pals.net.handback import StepResults
+from pals.net.handback import Deliveries
+from pals.net.model_shape import ModelShape
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
-from pals.net.shard_service import ModelShape, ShardService
+from pals.net.shard_service import ShardService
 from pals.types import EngineLimits, LayerRange, ShardSpec
 
 if TYPE_CHECKING:
@@ -38,10 +42,14 @@ class ServedShard:
     """A loaded and compiled shard, and what the swarm is told about it.
 
     Attributes:
+        runner: Runs its steps.
+        batcher: Plans them.
         layer_hashes: Of each layer, the hash of its source bytes that is announced.
+        limits: What it was compiled for, its context no longer than its pages are.
     """
 
     runner: StepRunner
+    batcher: Batcher
     model_id: str
     model: ModelShape
     layers: LayerRange
@@ -80,8 +88,10 @@ def load_shard(
     programs = loaded.warmup()
     seconds = time.perf_counter() - started_s
     report.on_progress(f"compiled {len(programs)} programs in {seconds:.1f} s")
+    batcher = loaded.make_batcher(snapshot.manifest, rules_of(loaded.limits))
     return ServedShard(
         runner=loaded,
+        batcher=batcher,
         model_id=snapshot.model_id,
         model=ModelShape(
             manifest=snapshot.manifest,
@@ -91,7 +101,7 @@ def load_shard(
         ),
         layers=layers,
         layer_hashes=tuple(layer_hash[:LAYER_HASH_BYTES] for layer_hash in loaded.layer_hashes),
-        limits=loaded.limits,
+        limits=replace(loaded.limits, max_context_tokens=batcher.max_session_tokens),
     )
 
 
@@ -105,7 +115,7 @@ def read_shard(
         LayersOutsideModel: The model has fewer layers.
     """
     # jax is imported only by a process that computes.
-    from pals.engine.shard import Shard
+    from pals.engine.shard import Shard, with_cache_that_fits
     from pals.models.hub import resolve_model
 
     snapshot = resolve_model(model, layers, on_progress=report.on_download)
@@ -122,11 +132,23 @@ def read_shard(
         snapshot,
         layers,
         dtype=spec.dtype,
-        limits=limits,
+        limits=with_cache_that_fits(limits, snapshot.config, layers, spec),
         quantization=spec.quantization,
         split_experts=spec.split_experts,
     )
     return snapshot, loaded
+
+
+def rules_of(limits: EngineLimits) -> BatchRules:
+    """Return what waits at a shard with these limits, and who gives way.
+
+    What waits is bounded by its bytes, whoever's tokens they are: the windows of all sessions.
+    """
+    return BatchRules(
+        max_sessions=limits.max_sessions,
+        max_waiting_tokens=limits.max_sessions * limits.max_context_tokens,
+        prefill_share=limits.prefill_share,
+    )
 
 
 def limits_within(limits: EngineLimits, config: ModelConfig) -> EngineLimits:
@@ -201,9 +223,12 @@ async def run_shard(
         idle_s=node.options.settings.session_idle_s,
     )
     service = ShardService(node.links, table, shard.model, node.nursery)
-    results = StepResults()
+    deliveries = Deliveries()
     compute = ComputeThread(
-        shard.runner, results.deliver, max_queued_bytes=service.max_queued_bytes
+        shard.runner,
+        shard.batcher,
+        deliveries.deliver,
+        max_queued_bytes=service.max_queued_bytes,
     )
     compute.start()
     try:
@@ -211,12 +236,12 @@ async def run_shard(
         node.add_role(service)
         node.nursery.start_soon(service.expire_sessions)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(results.run, service.on_step)
+            nursery.start_soon(deliveries.run, service.on_delivery)
             await _announce_until_left(node, shard, service, on_ready, drain or Drain())
             nursery.cancel_scope.cancel()
     finally:
         compute.close()
-        results.close()
+        deliveries.close()
 
 
 async def _look_up_own_record(node: Node) -> None:
@@ -249,7 +274,7 @@ def _describe(node: Node, shard: ServedShard, service: ShardService) -> Announce
         num_layers=shard.model.num_layers,
         layer_hashes=shard.layer_hashes,
         dtype=shard.model.dtype,
-        free_sessions=service.free_sessions,
+        free_tokens=service.free_tokens,
         max_context_tokens=shard.limits.max_context_tokens,
         step_ms=service.step_ms,
         addresses=useful_first(node.host.addresses())[:MAX_ADDRESSES],

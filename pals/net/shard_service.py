@@ -7,46 +7,51 @@ is `ComputeThread`'s; this shell carries rows between them and keeps the timings
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from pals.engine.scheduler import WorkItem
-from pals.engine.worker import ComputeThread, StepResult
+from pals.engine import batch
+from pals.engine.compute import ComputeThread
+from pals.engine.work import Delivery, InputRow, PenaltyHistory, RowResult, StepResult
 from pals.errors import (
-    InternalStepError,
     InvalidActivation,
     InvalidFrame,
     PalsError,
     SessionRefused,
     ShardDraining,
-    ShardFull,
     ShardLost,
 )
-from pals.net.activations import check_states
+from pals.net.activations import are_sound, check_states
 from pals.net.control import (
     Ack,
     Close,
     Control,
     Draining,
     Failed,
+    Fork,
     Hop,
     Open,
     Opened,
+    Preempted,
     Refused,
     StatsRequest,
+    history_of,
     session_of,
+    split_names,
 )
 from pals.net.early import EarlyRows
 from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
 from pals.net.links import Arrival, Links
-from pals.net.outbound import Outbound, Tokens
+from pals.net.model_shape import ModelShape
+from pals.net.outbound import Outbound
 from pals.net.ring import SessionTable, ShardSession
+from pals.net.tail import TailOutput
 from pals.net.timings import StepTimings
 from pals.net.wire import (
     CONTROL_SHAPE,
@@ -55,73 +60,62 @@ from pals.net.wire import (
     Kind,
     Lane,
     Row,
-    hidden_shape,
-    sampled_shape,
-    tokens_shape,
 )
-from pals.types import Dtype, LayerRange, PeerId, SessionId, short_id
+from pals.types import LayerRange, PeerId, Sampling, SessionId, short_id
 
 _log = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 5.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelShape:
-    """What the wire needs to know of a model.
-
-    Attributes:
-        manifest: SHA-256 of the model's files, 32 bytes.
-        num_layers: Decoder layers of the whole model.
-        hidden_size: Elements of one token's hidden state.
-        dtype: In what the weights are kept, which decides the dtype on the wire.
-    """
-
-    manifest: bytes
-    num_layers: int
-    hidden_size: int
-    dtype: Dtype
-
-    def input_of(self, start: int) -> FrameShape:
-        """Return the shape of what enters at layer ``start``: ids at 0, else hidden states."""
-        if start == 0:
-            return tokens_shape(self.manifest)
-        return hidden_shape(self.manifest, start, self.dtype, self.hidden_size)
-
-    def output_of(self, stop: int) -> FrameShape:
-        """Return the shape of what leaves before layer ``stop``; at the end, sampled ids."""
-        if stop == self.num_layers:
-            return sampled_shape(self.manifest, self.num_layers)
-        return self.input_of(stop)
-
-
 class _Came(NamedTuple):
-    """A received row: its inputs, when its frame came, and what opening that took."""
+    """A received row: its inputs, when its frame came, and what opening that took.
+
+    ``is_sound`` is whether nothing is wrong with the hidden states of its whole frame.
+    """
 
     row: Row
     inputs: npt.NDArray[np.generic]
     arrived_s: float
     codec_s: float
+    is_sound: bool
 
 
 class ShardService:
-    """One shard as the network sees it."""
+    """One shard as the network sees it.
+
+    Args:
+        links: The node's links.
+        table: Its sessions; none is in it yet.
+        model: Whose layers it holds.
+        nursery: Runs what waits for links.
+        clock: The compute thread's.
+    """
 
     def __init__(
-        self, links: Links, table: SessionTable, model: ModelShape, nursery: trio.Nursery
+        self,
+        links: Links,
+        table: SessionTable,
+        model: ModelShape,
+        nursery: trio.Nursery,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._links = links
         self._outbound = Outbound(links, self._on_unsent)
         self._table = table
         self._model = model
         self._nursery = nursery
+        self._clock = clock
         self._is_tail = table.layers.stop == model.num_layers
         self._input = model.input_of(table.layers.start)
         self._output = model.output_of(table.layers.stop)
-        self._to_head = tokens_shape(model.manifest)
         self._compute: ComputeThread | None = None
         self._timings = StepTimings()
-        self._flows: dict[ShardSession, SessionFlow[WorkItem]] = {}
+        self._flows: dict[ShardSession, SessionFlow[InputRow]] = {}
+        self._tail = TailOutput(
+            self._outbound, table, self._flows, self._timings, model.manifest, model.num_layers
+        )
         self._openings: dict[ShardSession, trio.CancelScope] = {}
         self._early: EarlyRows[_Came] = EarlyRows()
         self._is_draining = False
@@ -132,12 +126,13 @@ class ShardService:
         return self._table.layers
 
     @property
-    def input_kind(self) -> Kind:
-        return self._input.kind
+    def input_kinds(self) -> frozenset[Kind]:
+        return frozenset((self._input.kind,))
 
     @property
-    def free_sessions(self) -> int:
-        return 0 if self._is_draining else self._table.free_slots
+    def free_tokens(self) -> int:
+        """Tokens that sessions to come find room for."""
+        return 0 if self._is_draining else self._thread.free_tokens
 
     @property
     def step_ms(self) -> float:
@@ -150,6 +145,11 @@ class ShardService:
 
     def attach(self, compute: ComputeThread) -> None:
         self._compute = compute
+
+    @property
+    def _thread(self) -> ComputeThread:
+        assert self._compute is not None
+        return self._compute
 
     async def expire_sessions(self) -> None:
         """End sessions without traffic, until cancelled."""
@@ -185,8 +185,10 @@ class ShardService:
         match message:
             case Open():
                 self._open(peer, message)
+            case Fork():
+                self._fork(peer, message)
             case Close():
-                self._close(peer, session_of(message))
+                self._close(peer, message)
             case Ack():
                 self._take_ack(peer, message)
             case StatsRequest():
@@ -214,35 +216,78 @@ class ShardService:
             self._refuse(driver, SessionId(message.session), refusal, unreachable=stranger)
             return
         try:
-            if self._is_draining:
-                raise ShardDraining(peer=short_id(self._table.local))
-            session = self._admit_session(driver, message)
+            session, early = self._take_session(driver, message)
         except PalsError as error:
             self._refuse(driver, SessionId(message.session), error)
             return
-        early = self._early.take(session.upstream, session.session)
-        if early is None:
+        self._begin(session)
+        for came in early:
+            self._submit(self._take_row(session.upstream, Lane.PREFILL, came))
+
+    def _take_session(self, driver: PeerId, message: Open) -> tuple[ShardSession, list[_Came]]:
+        """Take a session, which waits for room from now on, and what came of its prompt."""
+        if self._is_draining:
+            raise ShardDraining(peer=short_id(self._table.local))
+        session = self._table.open(driver, message, trio.current_time())
+        try:
+            early = self._early.take(session.upstream, session.session)
+            if early is None:
+                problem = "its prompt came too long before it, or with too many others"
+                raise SessionRefused(peer=self._table.local, problem=problem)
+            self._ask_for_room(session, message)
+        except PalsError:
             self._table.remove(session)
-            problem = "its prompt came too long before it, or with too many others"
-            refusal = SessionRefused(peer=self._table.local, problem=problem)
-            self._refuse(driver, session.session, refusal)
+            raise
+        return session, early
+
+    def _ask_for_room(self, session: ShardSession, message: Open) -> None:
+        request = batch.SessionRequest(
+            session=session.session,
+            peer=session.driver,
+            prompt_tokens=session.prompt_tokens,
+            max_tokens=session.max_tokens,
+            names=split_names(message.names),
+            replaces=SessionId(message.replaces) if message.replaces else None,
+            deadline=self._clock() + (message.deadline_s or math.inf),
+        )
+        sampling, history = self._sampling_of(session)
+        self._thread.open(request, session, sampling, history)
+
+    def _sampling_of(self, session: ShardSession) -> tuple[Sampling | None, PenaltyHistory | None]:
+        """Return how the tail samples, and what its penalties look at."""
+        sampler = session.sampler
+        if not self._is_tail:
+            return None, None
+        history = PenaltyHistory(history_of(sampler), sampler.answered) if sampler.history else None
+        return sampler.to_sampling(), history
+
+    def _fork(self, driver: PeerId, message: Fork) -> None:
+        try:
+            if self._is_draining:
+                raise ShardDraining(peer=short_id(self._table.local))
+            session = self._fork_session(driver, message)
+        except PalsError as error:
+            self._refuse(driver, SessionId(message.child), error)
             return
+        self._begin(session)
+        self._flows[session].begin(message.position)
+        self._flows[session].held = message.position  # its rows may come at once
+
+    def _fork_session(self, driver: PeerId, message: Fork) -> ShardSession:
+        child = self._table.fork(driver, message, trio.current_time())
+        parent, position = SessionId(message.session), message.position
+        try:
+            self._thread.fork(parent, child.session, position, child, *self._sampling_of(child))
+        except PalsError:
+            self._table.remove(child)
+            raise
+        return child
+
+    def _begin(self, session: ShardSession) -> None:
+        """Let a session that was taken get its link onward, and its rows their windows."""
         self._flows[session] = self._build_flow(session)
         self._openings[session] = trio.CancelScope()
         self._nursery.start_soon(self._link_onward, session)
-        for came in early:
-            self._take_row(session.upstream, Lane.PREFILL, came)
-
-    def _admit_session(self, driver: PeerId, message: Open) -> ShardSession:
-        """Take a session, for which one of a driver that has more than its share may end."""
-        now = trio.current_time()
-        try:
-            return self._table.open(driver, message, now)
-        except ShardFull as full:
-            if (yielded := self._table.yield_slot(driver)) is None:
-                raise
-            self._fail(yielded, full)
-            return self._table.open(driver, message, now)
 
     def _find_stranger(self, message: Open) -> PeerId | None:
         """Return who of a chain is no member, before any of it is kept or dialled."""
@@ -262,15 +307,21 @@ class ShardService:
             try:
                 await self._links.ensure(PeerId(onward.peer), onward.addresses)
             except PalsError as error:
-                self._table.remove(session)
-                self._forget(session)
+                self._drop(session)
                 self._refuse(session.driver, session.session, error, unreachable=onward.peer)
                 return
             if self._openings.pop(session, None) is None:
                 return  # ended while the link came up, too late for the scope to say so
             self._flows[session].is_linked = True
             self._go_on(session)
-            self._send_control(session.driver, Opened(session=session.session))
+            self._say_opened(session)
+
+    def _say_opened(self, session: ShardSession) -> None:
+        """Tell the driver once a session has both its room and its link."""
+        flow = self._flows.get(session)  # what went on just now may have ended it
+        if flow is not None and flow.is_linked and flow.held is not None:
+            opened = Opened(session=session.session, held=flow.held)
+            self._send_control(session.driver, opened)
 
     def _refuse(
         self, driver: PeerId, session: SessionId, error: PalsError, *, unreachable: str = ""
@@ -280,15 +331,21 @@ class ShardService:
         refusal = Refused(session=session, code=error.code, problem=problem, peer=unreachable)
         self._send_control(driver, refusal)
 
-    def _close(self, driver: PeerId, session_id: SessionId) -> None:
-        session = self._table.close(session_id, driver)
+    def _close(self, driver: PeerId, message: Close) -> None:
+        session = self._table.close(session_of(message), driver)
         if session is not None:
-            self._forget(session)
+            self._forget(session, split_names(message.names))
 
-    def _forget(self, session: ShardSession) -> None:
-        """Drop what waits for a session whose slot is free again."""
-        assert self._compute is not None
-        self._compute.drop(session)
+    def _drop(self, session: ShardSession) -> bool:
+        """End a session here, and return whether that was not done before."""
+        if not self._table.remove(session):
+            return False
+        self._forget(session)
+        return True
+
+    def _forget(self, session: ShardSession, names: tuple[bytes, ...] = ()) -> None:
+        """Free the room of a session that is over, and drop what waits for it."""
+        self._thread.close_session(session.session, names)
         self._early.note_over(session.session)
         if (scope := self._openings.pop(session, None)) is not None:
             scope.cancel()
@@ -298,9 +355,8 @@ class ShardService:
             self._idle.set()
 
     def _fail(self, session: ShardSession, error: PalsError, *, lost: str = "") -> None:
-        self._table.remove(session)
-        self._forget(session)
-        self._report(session, error.code, str(error), lost=lost)
+        if self._drop(session):
+            self._report(session, error.code, str(error), lost=lost)
 
     def _on_unsent(self, session: ShardSession, error: PalsError, peer: PeerId) -> None:
         self._fail(session, error, lost=peer)
@@ -317,11 +373,12 @@ class ShardService:
 
     # --- flow control ----------------------------------------------------------------
 
-    def _build_flow(self, session: ShardSession) -> SessionFlow[WorkItem]:
+    def _build_flow(self, session: ShardSession) -> SessionFlow[InputRow]:
         return SessionFlow(
             inbound=AckPolicy(window_tokens(self._input)),
             window=window_tokens(self._output),
             acknowledged=session.prompt_tokens if self._is_tail else 0,
+            passes_prompt=not self._is_tail,
         )
 
     def _take_ack(self, peer: PeerId, message: Ack) -> None:
@@ -338,17 +395,13 @@ class ShardService:
     def _go_on(self, session: ShardSession) -> None:
         """Take up what waited, now that there may be room for what it makes."""
         flow = self._flows[session]
-        self._submit(session, flow.release())
-        if (held := flow.release_token()) is not None:
-            to_head = Tokens()
-            to_head.add(PeerId(session.head.peer), session, *held)
-            self._outbound.send_tokens(self._to_head, to_head)
+        self._tail.send_held(session)
+        self._submit(flow.release())
 
-    def _note_chunk(self, session: ShardSession, item: WorkItem) -> None:
+    def _note_chunk(self, session: ShardSession, row: RowResult) -> None:
         """Tell the shard before this one what of a prompt is computed, where it may wait."""
         session.last_seen = trio.current_time()
-        position = item.position + len(item.inputs)
-        told = self._flows[session].inbound.take(position, session.prompt_tokens)
+        told = self._flows[session].inbound.take(row.end, session.prompt_tokens)
         if told is not None:
             self._send_control(session.upstream, Ack(session=session.session, position=told))
 
@@ -356,19 +409,21 @@ class ShardService:
 
     def on_rows(self, peer: PeerId, arrival: Arrival) -> None:
         """Check every row against its session and queue it for the compute thread."""
-        assert self._compute is not None
         frame = arrival.frame
         values = np.frombuffer(frame.payload, NUMPY_DTYPES[frame.shape.dtype])
         inputs = values if frame.shape.width == 1 else values.reshape(-1, frame.shape.width)
+        is_sound = self._input.kind is not Kind.HIDDEN or are_sound(inputs)
         offset = 0
+        ready: list[InputRow] = []
         for row in frame.rows:
             part = inputs[offset : offset + row.num_tokens]
             offset += row.num_tokens
-            came = _Came(row, part, arrival.arrived_s, arrival.codec_s)
+            came = _Came(row, part, arrival.arrived_s, arrival.codec_s, is_sound)
             if frame.lane is Lane.PREFILL and self._table.get(row.session) is None:
                 self._take_early(peer, came)
             else:
-                self._take_row(peer, frame.lane, came)
+                ready += self._take_row(peer, frame.lane, came)
+        self._submit(ready)
 
     def _take_early(self, peer: PeerId, came: _Came) -> None:
         """Keep a row whose `Open` may be on its way; one of a session that ended is late."""
@@ -377,11 +432,18 @@ class ShardService:
             kept = came._replace(inputs=inputs.copy())  # the rest of its frame need not wait
             self._early.keep(peer, session, kept, inputs.nbytes, trio.current_time())
 
-    def _take_row(self, peer: PeerId, lane: Lane, came: _Came) -> None:
+    def _take_row(self, peer: PeerId, lane: Lane, came: _Came) -> Sequence[InputRow]:
+        """Return what may run now that a row came: it, or of a prompt what waited before it."""
         session = self._admit_row(peer, lane, came.row)
-        if session is not None and self._is_sound(peer, session, came):
-            items = self._build_items(session, lane, came)
-            self._submit(session, self._admit_items(session, lane, items))
+        if session is None or not self._is_sound(peer, session, came):
+            return ()
+        item = _build_item(session, lane, came)
+        if lane is Lane.DECODE:
+            self._timings.note_arrival(session.session, came.arrived_s)
+            return (item,)
+        flow = self._flows[session]
+        flow.waiting.append((came.row.position + came.row.num_tokens, item))
+        return flow.release()
 
     def _admit_row(self, peer: PeerId, lane: Lane, row: Row) -> ShardSession | None:
         """Return the session that takes a row, having ended one that it does not fit.
@@ -392,7 +454,7 @@ class ShardService:
         try:
             session = self._table.take_row(peer, lane, row, trio.current_time())
             if session is not None and lane is Lane.PREFILL:
-                self._check_window(peer, session)
+                self._check_window(peer, session, row)
         except InvalidFrame as error:
             session = self._table.get(row.session)
             if session is not None and peer in (session.upstream, session.ring_upstream):
@@ -402,9 +464,17 @@ class ShardService:
             return None
         return session
 
+    def _check_window(self, peer: PeerId, session: ShardSession, row: Row) -> None:
+        flow = self._flows[session]
+        if not flow.has_begun:
+            flow.begin(row.position)
+        if not flow.fits_inbound(session.position):
+            problem = f"a prompt more than {flow.inbound.window} tokens ahead"
+            raise InvalidFrame(peer=peer, problem=problem)
+
     def _is_sound(self, peer: PeerId, session: ShardSession, came: _Came) -> bool:
         """Return whether a row can be computed on; if not, its session has ended."""
-        if self._input.kind is not Kind.HIDDEN:
+        if came.is_sound:
             return True
         try:
             check_states(peer, came.inputs, position=came.row.position)
@@ -414,119 +484,80 @@ class ShardService:
             return False
         return True
 
-    def _check_window(self, peer: PeerId, session: ShardSession) -> None:
-        flow = self._flows[session]
-        if not flow.fits_inbound(session.position):
-            problem = f"a prompt more than {flow.inbound.window} tokens ahead"
-            raise InvalidFrame(peer=peer, problem=problem)
-
-    def _admit_items(
-        self, session: ShardSession, lane: Lane, items: list[WorkItem]
-    ) -> list[WorkItem]:
-        """Return those of ``items`` that may run; chunks whose output has no room wait."""
-        if lane is Lane.DECODE or self._is_tail:
-            return items
-        flow = self._flows[session]
-        flow.waiting += ((item.position + len(item.inputs), item) for item in items)
-        return flow.release()
-
-    def _submit(self, session: ShardSession, items: list[WorkItem]) -> None:
-        assert self._compute is not None
-        if not items:
+    def _submit(self, rows: Sequence[InputRow]) -> None:
+        """Queue rows for the compute thread; a session whose row does not fit ends."""
+        if not rows:
             return
-        try:
-            self._compute.submit(items)
-        except PalsError as error:
-            self._fail(session, error)
+        for row, error in self._thread.add(rows):
+            assert isinstance(row.owner, ShardSession)
+            self._fail(row.owner, error)
 
-    def _build_items(self, session: ShardSession, lane: Lane, came: _Came) -> list[WorkItem]:
-        """Cut a row into steps of at most the chunk that this shard compiled for."""
-        row, inputs, arrived_s, codec_s = came
-        if lane is Lane.DECODE:
-            self._timings.note_arrival(session.session, arrived_s)
-        chunk = self._table.limits.max_chunk_tokens
-        items: list[WorkItem] = []
-        for start in range(0, row.num_tokens, chunk):
-            part = inputs[start : start + chunk]
-            end = row.position + start + len(part)
-            samples = self._is_tail and end >= session.prompt_tokens
-            items.append(
-                WorkItem(
-                    session=session,
-                    slot=session.slot,
-                    position=row.position + start,
-                    inputs=part,
-                    sampling=session.sampling if samples else None,
-                    is_decode=lane is Lane.DECODE,
-                    arrived_s=arrived_s,
-                    codec_s=codec_s,
-                )
-            )
-        return items
+    # --- what the compute thread says --------------------------------------------------
 
-    # --- rows out --------------------------------------------------------------------
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Take what happened to sessions, and a finished step; called on the trio thread."""
+        for owner, event in delivery.events:
+            assert isinstance(owner, ShardSession)
+            if self._table.has(owner):  # else it was closed meanwhile
+                self._take_event(owner, event)
+        if delivery.result is not None and delivery.result.error is None:
+            self._take_step(delivery.result)
 
-    def on_step(self, result: StepResult) -> None:
-        """Send the outputs of a finished step on; called on the trio thread."""
-        if result.error is not None:
-            self._fail_step(result.items, result.error)
-            return
-        is_decode = result.items[0].is_decode
-        if is_decode:
-            self._timings.note_step(result, time.perf_counter())
+    def _take_event(self, session: ShardSession, event: batch.Event) -> None:
+        match event:
+            case batch.Admitted(_, held):
+                self._on_admitted(session, held)
+            case batch.Refused(_, error):
+                self._drop(session)
+                self._refuse(session.driver, session.session, error)
+            case batch.Preempted():
+                self._drop(session)
+                self._send_control(session.driver, Preempted(session=session.session))
+            case batch.Ended(_, error):
+                self._fail(session, error)
+
+    def _on_admitted(self, session: ShardSession, held: int) -> None:
+        """Let the prompt of a session run, and tell its driver where it may begin."""
+        if session.is_fork:
+            return  # it was told so, and its first row may have come
+        flow = self._flows[session]
+        flow.held = held
+        self._say_opened(session)
+        self._submit(flow.release())
+
+    def _take_step(self, result: StepResult) -> None:
+        """Send the outputs of a step on.
+
+        The step of a session that ended meanwhile is for nobody, also not for another one
+        that has its id by now.
+        """
+        self._timings.note_step(result, self._clock())
+        sessions = [self._find(row) for row in result.rows]
         if self._is_tail:
-            self._send_samples(result)
+            self._tail.send(result, sessions)
         else:
-            sessions = [self._find(item) for item in result.items]
             self._outbound.send_hidden(self._output, result, sessions)
-        if not is_decode and (session := self._find(result.items[0])) is not None:
-            self._note_chunk(session, result.items[0])
+        row, session = result.rows[-1], sessions[-1]
+        if row.kind == "prefill" and session is not None and self._table.has(session):
+            self._note_chunk(session, row)
 
-    def _fail_step(self, items: Iterable[WorkItem], error: Exception) -> None:
-        """End the sessions of a refused step, and all when it failed: the cache is gone."""
-        if isinstance(error, PalsError):
-            for item in items:
-                session = self._find(item)
-                if session is not None:
-                    self._fail(session, error)
-            return
-        shown = InternalStepError(layers=self.layers)
-        for session in self._table.remove_all():
-            self._forget(session)
-            self._report(session, shown.code, str(shown))
+    def _find(self, row: RowResult) -> ShardSession | None:
+        session = row.owner
+        assert isinstance(session, ShardSession)
+        return session if self._table.has(session) else None
 
-    def _find(self, item: WorkItem) -> ShardSession | None:
-        """Return the item's session unless it ended while the step ran.
 
-        Another session may have its id by now; the step's output is not for that one.
-        """
-        assert isinstance(item.session, ShardSession)
-        session = item.session
-        return session if self._table.get(session.session) is session else None
-
-    def _send_samples(self, result: StepResult) -> None:
-        """Send each sampled token to its driver and, unless it is the last, to the head.
-
-        A driver that lags a window behind gets its token; the head gets it once that driver
-        has caught up.
-        """
-        tokens: list[int] = result.outputs.tolist()
-        if not tokens:
-            return  # a chunk that is not its prompt's last
-        to_heads, to_drivers = Tokens(), Tokens()
-        for item, token in zip(result.items, tokens, strict=True):
-            session = self._find(item)
-            if session is None:
-                continue
-            is_last = self._table.take_sample(session, token)
-            position = item.position + len(item.inputs)
-            flow = self._flows[session]
-            if not is_last and flow.has_room(position):
-                to_heads.add(PeerId(session.head.peer), session, position, token)
-            elif not is_last:
-                flow.held_token = position, token
-                self._timings.note_pause(session.session)
-            to_drivers.add(session.driver, session, position, token, last=is_last)
-        # The ring first: the driver only listens.
-        self._outbound.send_tokens(self._to_head, to_heads)
-        self._outbound.send_tokens(self._output, to_drivers)
+def _build_item(session: ShardSession, lane: Lane, came: _Came) -> InputRow:
+    row = came.row
+    kind: batch.RowKind = "decode" if row.num_tokens == 1 else "verify"
+    if lane is Lane.PREFILL and not session.is_fork:
+        kind = "prefill"
+    return InputRow(
+        owner=session,
+        session=session.session,
+        kind=kind,
+        position=row.position,
+        inputs=came.inputs,
+        arrived_s=came.arrived_s,
+        codec_s=came.codec_s,
+    )

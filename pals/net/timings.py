@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
-from pals.engine.worker import StepResult
+from pals.engine.work import StepResult
 from pals.net.control import Stats
 from pals.types import SessionId
 
@@ -51,16 +51,22 @@ class StepTimings:
         self._last_arrival_s.pop(session, None)
 
     def note_step(self, result: StepResult, returned_s: float) -> None:
-        """Note a decode step that is back on the network's thread since ``returned_s``."""
+        """Note a step that is back on the network's thread since ``returned_s``.
+
+        One without decode rows counts for nothing.
+        """
+        rows = [row for row in result.rows if row.kind != "prefill"]
+        if not rows:
+            return
         self.steps += 1
         self._step_s.append(result.finished_s - result.started_s)
-        for item in result.items:
-            opened_s = item.arrived_s + item.codec_s
+        back_s = returned_s - result.finished_s
+        for row in rows:
+            opened_s = row.arrived_s + row.codec_s
             ready_s = max(opened_s, result.free_s)
             self._queue_s.append(ready_s - opened_s)
-            there_s, back_s = result.started_s - ready_s, returned_s - result.finished_s
-            self._handover_s.append(there_s + back_s)
-            self._codec_s.append(item.codec_s)
+            self._handover_s.append(result.started_s - ready_s + back_s)
+            self._codec_s.append(row.codec_s)
 
     def to_stats(self, seal_s: Iterable[float]) -> Stats:
         """Return the medians, with those of sealing the frames that left."""

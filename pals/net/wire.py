@@ -32,7 +32,7 @@ import numpy.typing as npt
 from pals.errors import InvalidFrame
 from pals.types import ActivationDtype, Dtype, PeerId, SessionId, activation_dtype
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MAGIC = b"PALS"
 MAX_ROWS = 256
 MAX_ROW_TOKENS = 512
@@ -68,6 +68,8 @@ class Kind(IntEnum):
     """Token ids that the tail sampled, on their way to the driver."""
     KEY = 4
     """A message of the link itself about its keys; there is no row table."""
+    SCORED = 5
+    """Sampled token ids with log-probabilities, on their way to the driver."""
 
 
 class WireDtype(IntEnum):
@@ -104,6 +106,12 @@ INT8_BLOCK = 32
 SCALE_BYTES = 2
 FLAG_LAST = 1
 """Set on a sampled row after which the tail stops the session by itself."""
+TOP_LOGPROBS = 20
+"""Alternatives that a scored token names."""
+SCORED_WIDTH = 2 + 2 * TOP_LOGPROBS
+"""Words of a scored token: its id, its log-probability, the ids of the likeliest tokens, and
+their log-probabilities. Those are the bits of float32; an alternative that is not there has
+the id -1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +124,8 @@ class FrameShape:
         boundary: The first layer that the payload enters: 0 for token ids, the
             receiving shard's ``start`` for hidden states, ``num_layers`` for sampled ids.
         manifest: The model's manifest, 32 bytes; zeros for control frames.
-        width: Elements of one token: ``D`` for hidden states, 1 for ids, 0 for control.
+        width: Elements of one token: ``D`` for hidden states, 1 for ids, 42 for scored ones,
+            0 for control.
         codec: How the elements are written.
         token_bytes: Bytes of one token on the wire.
         raw_token_bytes: Bytes of one token's elements once they are decoded.
@@ -174,6 +183,17 @@ def sampled_shape(manifest: bytes, num_layers: int) -> FrameShape:
         boundary=num_layers,
         manifest=manifest,
         width=1,
+    )
+
+
+def scored_shape(manifest: bytes, num_layers: int) -> FrameShape:
+    """Return the shape of what a tail sends to a driver that wants log-probabilities."""
+    return FrameShape(
+        kind=Kind.SCORED,
+        dtype=WireDtype.INT32,
+        boundary=num_layers,
+        manifest=manifest,
+        width=SCORED_WIDTH,
     )
 
 

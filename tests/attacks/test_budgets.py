@@ -8,14 +8,18 @@ import pytest
 import trio
 import trio.testing
 
-from pals.net.control import Failed, Hop, Open, Refused
+from pals.engine.batch import Admitted
+from pals.engine.work import Delivery, OwnedEvent
+from pals.net.control import Failed, Hop, Open, Opened, Refused
 from pals.net.links import Arrival
+from pals.net.model_shape import ModelShape
 from pals.net.ring import SessionTable
-from pals.net.shard_service import ModelShape, ShardService
+from pals.net.shard_service import ShardService
 from pals.net.wire import Frame, Lane, Row, Rows, buffer_of, hidden_shape
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 from tests.integration.net.harness import ask_echo, open_hosts
 from tests.unit.net.shard_fakes import FakeCompute, FakeLinks
+from tests.unit.net.virtual_ring import VirtualDriver, VirtualRing, Wires
 
 pytestmark = pytest.mark.trio
 
@@ -47,6 +51,8 @@ class Victim:
             chain = (Hop(peer=BEFORE, start=0, stop=self.start), *chain)
         opening = Open(session=session, chain=chain, prompt_tokens=3, max_new_tokens=4)
         self.service.on_control(driver, opening)
+        admitted = OwnedEvent(self.compute.owners[session], Admitted(session, 0))
+        self.service.on_delivery(Delivery(events=(admitted,), result=None))
         return session
 
     def receive(self, session: SessionId, states: np.ndarray, position: int = 0) -> None:
@@ -65,24 +71,41 @@ class Victim:
 
 
 async def test_p9_a_member_that_opens_ten_thousand_sessions_keeps_nobody_out(
-    nursery: trio.Nursery,
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
-    victim = Victim(nursery)
+    """It fills the pages of a shard, whose line, and as many sessions as one may have."""
+    wires = Wires(nursery, delay_s=0.001, bytes_per_s=1e9)
+    ring = VirtualRing(
+        nursery,
+        wires,
+        shards=1,
+        step_s=lambda *_: 0.01,
+        limits=EngineLimits(max_sessions=300, max_context_tokens=512, max_chunk_tokens=64),
+        hidden_size=4,
+        num_pages=[64],
+    )
+    squatters = [VirtualDriver("squatter", ring, number=n) for n in range(300)]
+    for squatter in squatters:
+        squatter.ask(200, 100)
+        squatter.send_prompt(200)
+    await trio.sleep(5.0)
+    chain = ring.chain()
     for number in range(10_000):
-        victim.open(SQUATTER, number)
-    await trio.testing.wait_all_tasks_blocked()
-    assert len(victim.table) == 8
-    assert {refusal.code for refusal in victim.said(Refused)} == {"PALS-SHARD-FULL"}
-    assert len(victim.said(Refused)) == 10_000 - 8
-    refused = len(victim.said(Refused))
-    good = [victim.open(GOOD, number) for number in range(2)]
-    await trio.testing.wait_all_tasks_blocked()
-    assert len(victim.said(Refused)) == refused
-    assert all(victim.table.get(session) is not None for session in good)
-    assert [failed.code for failed in victim.said(Failed)] == ["PALS-SHARD-FULL"] * 2
-    for number in range(100):
-        victim.open(SQUATTER, 20_000 + number)
-    assert all(victim.table.get(session) is not None for session in good)
+        session = number.to_bytes(16, "big")
+        message = Open(session=session, chain=chain, prompt_tokens=200, max_new_tokens=100)
+        ring.services[0].on_control(PeerId("squatter"), message)
+    await trio.sleep(1.0)
+    assert ring.services[0].sessions <= 256
+    refused = [a.code for a in squatters[-1].answers if isinstance(a, Refused)]
+    assert set(refused) == {"PALS-PEER-SESSIONS"}
+    assert len(refused) == 10_300 - 256
+
+    good = VirtualDriver("good", ring)
+    good.ask(200, 50)
+    good.send_prompt(200)
+    with trio.fail_after(12.0):  # those who wait before it do so for 10 s at most
+        await good.finish()
+    assert not [answer for answer in good.answers if not isinstance(answer, Opened)]
     nursery.cancel_scope.cancel()
 
 
@@ -160,7 +183,7 @@ async def test_p14_only_the_session_of_the_wrong_numbers_ends(nursery: trio.Nurs
     victim.receive(session, np.full((3, 4), np.nan, ml_dtypes.bfloat16))
     victim.receive(other, ordinary(3))
     assert_blamed(victim)
-    assert [item.session.session for item in victim.compute.items] == [other]
+    assert [item.session for item in victim.compute.items] == [other]
     nursery.cancel_scope.cancel()
 
 
@@ -183,4 +206,4 @@ def assert_blamed(victim: Victim) -> None:
     assert failed.code == "PALS-ACTIVATION-INVALID"
     assert failed.peer == BEFORE
     assert f"from peer {BEFORE}" in failed.problem
-    assert not [item for item in victim.compute.items if item.session.session == failed.session]
+    assert not [item for item in victim.compute.items if item.session == failed.session]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import msgspec
+import numpy as np
 from msgspec.structs import replace
 
 from pals.errors import InvalidFrame, InvalidInvite, InvalidRecord, SwarmFull
@@ -22,8 +23,21 @@ from pals.net.announce import (
     open_announcement,
     sign_announcement,
 )
-from pals.net.control import Close, Hop, Open, decode_control, encode_control
+from pals.net.control import (
+    Close,
+    Fork,
+    Hop,
+    Open,
+    Opened,
+    Preempted,
+    Sampler,
+    decode_control,
+    encode_control,
+    history_of,
+    split_names,
+)
 from pals.net.nat.messages import Ask, decode_message
+from pals.net.scores import pack_scores, unpack_scores
 from pals.net.suspicion import Notice, decode_notice, encode_notice
 from pals.net.wire import (
     CONTROL_SHAPE,
@@ -31,6 +45,7 @@ from pals.net.wire import (
     KEY_SHAPE,
     MAX_BODY_BYTES,
     ROW_BYTES,
+    SCORED_WIDTH,
     FrameHead,
     Lane,
     LinkAddress,
@@ -40,6 +55,7 @@ from pals.net.wire import (
     pack_rows,
     parse_body,
     sampled_shape,
+    scored_shape,
     tokens_shape,
 )
 from pals.swarm.freshness import decode_freshness, open_freshness, sign_freshness
@@ -260,12 +276,14 @@ def envelope_seeds() -> tuple[bytes, ...]:
 
 ADDRESS = LinkAddress(swarm=b"s" * 16, epoch=3, link=b"l" * 16)
 MANIFEST = b"m" * 32
+SCORED_BYTES = 4 * SCORED_WIDTH
 SHAPES = {
     Lane.CONTROL: (CONTROL_SHAPE, KEY_SHAPE),
     Lane.DECODE: (
         tokens_shape(MANIFEST),
         hidden_shape(MANIFEST, 3, "bf16", 8),
         sampled_shape(MANIFEST, 6),
+        scored_shape(MANIFEST, 6),
     ),
 }
 
@@ -363,7 +381,7 @@ def announcement_seeds() -> tuple[bytes, ...]:
         num_layers=3,
         layer_hashes=(bytes(16),) * 2,
         dtype="bf16",
-        free_sessions=4,
+        free_tokens=4096,
         max_context_tokens=2048,
         step_ms=1.5,
         addresses=("/ip4/192.0.2.1/tcp/4001",),
@@ -379,14 +397,44 @@ def run_control(data: bytes) -> bool:
     except InvalidFrame:
         return False
     assert decode_control(PEER, memoryview(encode_control(message))) == message
+    if isinstance(message, Open | Close):
+        assert b"".join(split_names(message.names)) == message.names
+    if isinstance(message, Open | Fork) and message.sampler is not None:
+        sampler = message.sampler
+        assert Sampler.of(sampler.to_sampling()).to_sampling() == sampler.to_sampling()
+        assert sampler.answered <= len(history_of(sampler))
     return True
 
 
 def control_seeds() -> tuple[bytes, ...]:
     session = SessionId(bytes(16))
     hop = Hop(peer=PEER, start=0, stop=3)
+    sampler = Sampler(top_k=3, logit_bias=((1, 0.5),), logprobs=2, history=bytes(8), answered=1)
     opening = Open(session=session, chain=(hop,), prompt_tokens=3, max_new_tokens=4)
-    return encode_control(opening), encode_control(Close(session=session))
+    replay = replace(opening, names=bytes(32), replaces=session, deadline_s=9.0, sampler=sampler)
+    forking = Fork(session=session, child=bytes(16), position=2, sampler=sampler)
+    others = Opened(session=session, held=64), Preempted(session=session)
+    closing = Close(session=session, names=bytes(16))
+    return tuple(map(encode_control, (opening, replay, forking, *others, closing)))
+
+
+def run_scores(data: bytes) -> bool:
+    """Take the payload of a scored frame; what is let in says the same when it is sent on."""
+    try:
+        scores = unpack_scores(PEER, data[: len(data) // SCORED_BYTES * SCORED_BYTES])
+    except InvalidFrame:
+        return False
+    for score in scores:
+        token, logprob = np.array([score.token], "<i4"), np.array([score.logprob], "<f4")
+        ids = np.array([[top for top, _ in score.top]], "<i4")
+        packed = pack_scores(token, logprob, ids, np.array([[at for _, at in score.top]], "<f4"))
+        assert unpack_scores(PEER, packed.tobytes()) == [score]
+    return True
+
+
+def scores_seeds() -> tuple[bytes, ...]:
+    logprobs = np.array([[-0.5, -1.5]], np.float32)
+    return (pack_scores(np.array([7]), logprobs[:, 0], np.array([[7, 8]]), logprobs).tobytes(),)
 
 
 def run_notice(data: bytes) -> bool:
@@ -435,6 +483,7 @@ TARGETS = {
     "request": Target(run_request, request_seeds, skip=0),
     "envelope": Target(run_envelope, envelope_seeds),
     "control": Target(run_control, control_seeds, skip=0),
+    "scores": Target(run_scores, scores_seeds),
     "notice": Target(run_notice, lambda: (encode_notice(Notice(PEER, 3)),), skip=0),
     "news": Target(run_news, news_seeds, skip=0),
     "meeting": Target(run_meeting, lambda: (msgspec.msgpack.encode(Ask(ports=(4001,))),), skip=0),

@@ -299,8 +299,8 @@ def _read_handshake(stream: RecordedStream) -> tuple[Agreement, bytes, bytes]:
     from_opener, from_acceptor = stream.from_opener, stream.from_acceptor
     if min(len(from_opener), len(from_acceptor)) < end:
         raise ValueError("half a handshake")
-    if {_PREFIX.unpack(data[:start]) for data in (from_opener, from_acceptor)} != {(b"PALS", 2, 0)}:
-        raise ValueError("no handshake of wire version 2")
+    if {_PREFIX.unpack(data[:start]) for data in (from_opener, from_acceptor)} != {(b"PALS", 3, 0)}:
+        raise ValueError("no handshake of wire version 3")
     agreement = Agreement(
         initiator=stream.opener,
         responder=stream.acceptor,

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -23,7 +24,7 @@ from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import Node, NodeOptions
 from pals.net.serving import Report, ServedShard, load_shard, run_shard, serve_role
 from pals.swarm.identity import load_or_create_identity
-from pals.types import Dtype, EngineLimits, LayerRange, ShardSpec
+from pals.types import Dtype, EngineLimits, LayerRange, Sampling, ShardSpec
 from tests.checkpoints import make_llama_checkpoint
 from tests.integration.backends import running_backend
 
@@ -194,15 +195,12 @@ class Answer:
         return self.tokens
 
 
-def request(prompt: Sequence[int], count: int = 12, **sampling: float) -> SessionRequest:
-    values = {"temperature": 0.0, "top_p": 1.0, "seed": 0} | sampling
+def request(prompt: Sequence[int], count: int = 12, **sampling: Any) -> SessionRequest:
     return SessionRequest(
         prompt=tuple(prompt),
         max_new_tokens=count,
         stop_token_ids=(),
-        temperature=values["temperature"],
-        top_p=values["top_p"],
-        seed=int(values["seed"]),
+        sampling=Sampling(**sampling),
     )
 
 

@@ -257,7 +257,7 @@ def test_headers_name_the_link_and_count_from_zero(capture: Capture) -> None:
     for link in capture.links:
         for frame in link.frames:
             header = frame.header
-            assert (header.magic, header.version, header.codec) == (b"PALS", 2, 0)
+            assert (header.magic, header.version, header.codec) == (b"PALS", 3, 0)
             epoch = capture.epoch + frame.generation
             assert (header.swarm, header.epoch) == (capture.swarm_id[:16], epoch)
             assert header.link == link.keys[frame.generation].link_id

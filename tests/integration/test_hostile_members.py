@@ -51,8 +51,8 @@ class Hostile:
     answers: list[tuple[PeerId, Control]] = field(default_factory=list)
 
     @property
-    def input_kind(self) -> Kind:
-        return Kind.SAMPLED
+    def input_kinds(self) -> frozenset[Kind]:
+        return frozenset((Kind.SAMPLED,))
 
     def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
         return ()

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from pals.driver.sessions import open_sessions
-from pals.errors import ContextTooLong, NoChain, PeerUnreachable, SessionRefused, ShardBusy
+from pals.errors import ContextTooLong, NoChain, PeerUnreachable, SessionRefused
 from pals.models.snapshot import Snapshot
 from pals.net.removal import remove_peer
 from pals.types import PeerId
@@ -148,7 +148,7 @@ async def test_another_shard_of_the_same_layers_goes_on_with_the_same_tokens(
     assert moved == whole
 
 
-async def test_closed_sessions_give_their_slots_back(tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_closed_sessions_give_their_room_back(tmp_path: Path, nursery: trio.Nursery) -> None:
     async with make_swarm(tmp_path) as swarm:
         await start_chain(nursery, swarm, "0:3", "3:6")
         async with open_client(swarm) as client:
@@ -162,22 +162,35 @@ async def test_closed_sessions_give_their_slots_back(tmp_path: Path, nursery: tr
     assert tokens == tokens_of_whole_model(swarm, PROMPTS[0])
 
 
-async def test_more_sessions_than_slots_are_refused_and_harm_nobody(
+async def test_more_sessions_than_a_shard_runs_wait_for_their_room(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
     async with make_swarm(tmp_path) as swarm:
         await start_chain(nursery, swarm, "0:3", "3:6")
         async with open_client(swarm) as client:
-            answers = [
-                await ask(client, request(PROMPTS[i], count=30)) for i in range(LIMITS.max_sessions)
-            ]
-            with pytest.raises(ShardBusy) as caught:
-                await ask(client, request(PROMPTS[2]))
+            answers = [await ask(client, request(prompt, count=30)) for prompt in PROMPTS]
+            assert len(answers) > LIMITS.max_sessions
             tokens = [await answer.all_tokens() for answer in answers]
         nursery.cancel_scope.cancel()
 
-    assert "slots" in str(caught.value)
-    assert tokens == [tokens_of_whole_model(swarm, p, 30) for p in PROMPTS[: len(tokens)]]
+    assert tokens == [tokens_of_whole_model(swarm, prompt, 30) for prompt in PROMPTS]
+
+
+async def test_a_prompt_that_comes_again_is_found_on_every_shard(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    prompt = list(range(1, 71))
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "0:2", "2:5", "5:6")
+        async with open_client(swarm) as client:
+            first = await ask(client, request(prompt))
+            tokens = [await first.all_tokens()]
+            second = await ask(client, request(prompt))
+            tokens.append(await second.all_tokens())
+        nursery.cancel_scope.cancel()
+
+    assert (first.session.attempt.start, second.session.attempt.start) == (0, 64)
+    assert tokens == [tokens_of_whole_model(swarm, prompt)] * 2
 
 
 async def test_the_chain_is_found_from_the_dht_alone(tmp_path: Path, nursery: trio.Nursery) -> None:

@@ -130,7 +130,7 @@ async def test_another_wire_version_is_named_on_both_sides(
         nursery.cancel_scope.cancel()
 
     (answered,) = logged_errors(caplog, WireVersionMismatch)
-    ours, theirs = (3, 2) if newer == "initiator" else (2, 3)
+    ours, theirs = (4, 3) if newer == "initiator" else (3, 4)
     mismatch = "peer {} speaks wire version {}, this machine speaks {}"
     assert str(dialled.value) == mismatch.format(responder.peer_id, theirs, ours)
     assert str(answered) == mismatch.format(initiator.peer_id, ours, theirs)
@@ -146,9 +146,9 @@ def secrets_of(host: Host) -> LinkSecrets:
 
 
 def make_newer(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
-    """Let one host of this process speak wire version 3."""
+    """Let one host of this process speak wire version 4."""
     newer = second_copy_of(handshake_module.__name__)
-    newer.WIRE_VERSION = 3
+    newer.WIRE_VERSION = 4
 
     def make_handshake(role: Role, secrets: LinkSecrets, *args: PeerId, **kwargs: object) -> object:
         module = newer if secrets.local == host.peer_id else handshake_module

@@ -106,7 +106,7 @@ def seal_frame(material: bytes, counter: int, header: bytes, body: bytes) -> byt
 
 def pack_header(*fields: int | bytes) -> bytes:
     """Lane, kind, dtype, codec, swarm, epoch, link, counter, manifest, boundary, rows, bytes."""
-    return _HEADER.pack(b"PALS", 2, *fields)
+    return _HEADER.pack(b"PALS", 3, *fields)
 
 
 def pack_rows(*rows: tuple[bytes, int, int, int]) -> bytes:

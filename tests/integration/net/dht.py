@@ -64,7 +64,7 @@ def announcement(number: int, clock: Clock, **changes) -> Announcement:
         num_layers=30,
         layer_hashes=(bytes(16),) * 10,
         dtype="bf16",
-        free_sessions=4,
+        free_tokens=4096,
         max_context_tokens=2048,
         step_ms=1.0,
         addresses=(),

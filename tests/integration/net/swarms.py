@@ -51,7 +51,7 @@ def announcement(
         num_layers=NUM_LAYERS,
         layer_hashes=(),
         dtype="bf16",
-        free_sessions=4,
+        free_tokens=4096,
         max_context_tokens=2048,
         step_ms=1.0,
         addresses=(),

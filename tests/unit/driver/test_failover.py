@@ -34,6 +34,7 @@ SIGNS: dict[str, Callable[[VirtualShards, PeerId], None]] = {
     "silent": lambda shards, victim: shards.silent.add(victim),
     "removed": VirtualShards.remove,
     "draining": VirtualShards.drain,
+    "preempted": VirtualShards.preempt,
 }
 MOMENTS = ("open", "prefill", "token 1", "token 9", "end")
 

@@ -17,7 +17,9 @@ from tests.unit.driver.virtual_shards import (
     unfailed,
 )
 
-ACTIONS = st.sampled_from(["kill", "reported", "silence", "drain", "hang", "cut", "revive"])
+ACTIONS = st.sampled_from(
+    ["kill", "reported", "silence", "drain", "hang", "cut", "revive", "preempt"]
+)
 NAMES = st.sampled_from([f"{name}-{n}" for name in RANGES for n in range(2)])
 SCRIPTS = st.lists(st.tuples(st.floats(0.0, 4.0), ACTIONS, NAMES, NAMES), min_size=1, max_size=8)
 
@@ -36,6 +38,8 @@ def act(world: World, action: str, name: str, other: str) -> None:
         shards.silent.add(victim)
     elif action == "drain":
         shards.drain(victim)
+    elif action == "preempt":
+        shards.preempt(victim)
     elif action == "hang":
         shards.hung.add(victim)
     elif name != other:

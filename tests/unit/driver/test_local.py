@@ -18,6 +18,7 @@ from pals.driver.routes import ServedModel
 from pals.driver.state import SampledToken, SessionRequest, Sink
 from pals.errors import NoChain, ShardLost
 from pals.text.tokenizer import Tokenizer
+from pals.types import Sampling
 from tests.unit.text.tokenizers_for_tests import save_byte_level
 
 WAIT_S = 10.0
@@ -228,7 +229,7 @@ async def collect(
 def test_request_says_what_the_caller_asked_for(bench: Bench, tokenizer: Tokenizer) -> None:
     async def main() -> None:
         completion = await bench.chat(
-            "hey", max_tokens=5, temperature=0.5, top_p=0.9, seed=2**32 + 7
+            "hey", max_tokens=5, temperature=0.5, top_p=0.9, seed=2**64 + 7
         )
         assert completion.prompt_tokens == 3
         assert completion.route == ("abcdefgh[1:2]", "abcdefgh[2:3]")
@@ -239,9 +240,7 @@ def test_request_says_what_the_caller_asked_for(bench: Bench, tokenizer: Tokeniz
             prompt=tuple(ids_of(tokenizer, "hey")),
             max_new_tokens=5,
             stop_token_ids=tuple(sorted([3, eos_of(tokenizer)])),
-            temperature=0.5,
-            top_p=0.9,
-            seed=7,
+            sampling=Sampling(temperature=0.5, top_p=0.9, seed=7),
         )
     ]
 
@@ -258,9 +257,9 @@ def test_seed_that_is_not_given_is_drawn_each_time(bench: Bench) -> None:
             await bench.chat()
 
     run(main)
-    seeds = {request.seed for request in bench.client.requests}
+    seeds = {request.sampling.seed for request in bench.client.requests}
     assert len(seeds) == 3
-    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_refusal_to_open_reaches_the_caller(bench: Bench) -> None:

@@ -57,7 +57,7 @@ def chain(*peers: str) -> Chain:
             num_layers=len(peers),
             layer_hashes=(bytes(16),),
             dtype="f32",
-            free_sessions=1,
+            free_tokens=1,
             max_context_tokens=64,
             step_ms=1.0,
             addresses=(),

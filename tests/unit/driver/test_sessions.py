@@ -27,7 +27,7 @@ from pals.net.announce import Announcement
 from pals.net.control import Ack, Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
 from pals.net.links import Arrival
 from pals.net.wire import FLAG_LAST, Frame, Lane, Outgoing, Row, Rows, sampled_shape
-from pals.types import LayerRange, PeerId, SessionId
+from pals.types import LayerRange, PeerId, Sampling, SessionId
 
 pytestmark = pytest.mark.trio
 
@@ -45,7 +45,7 @@ def announcement(peer: PeerId, layers: str, *, free: int = 2) -> Announcement:
         num_layers=4,
         layer_hashes=(bytes(16),) * len(LayerRange.parse(layers)),
         dtype="f32",
-        free_sessions=free,
+        free_tokens=free,
         max_context_tokens=32,
         step_ms=1.0,
         addresses=("/ip4/127.0.0.1/tcp/1",),
@@ -159,14 +159,12 @@ class Bench:
         self.links.client = self.client
         self.events: list[SessionEvent] = []
 
-    async def open(self, count: int = 3):
+    async def open(self, count: int = 3, sampling: Sampling | None = None):
         request = SessionRequest(
             prompt=(1, 2),
             max_new_tokens=count,
             stop_token_ids=(),
-            temperature=0.0,
-            top_p=1.0,
-            seed=0,
+            sampling=sampling or Sampling(),
         )
         return await self.client.open(request, self.events.append)
 

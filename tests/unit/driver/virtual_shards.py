@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
+import msgspec
 import numpy as np
 import trio
 
@@ -20,7 +23,14 @@ from pals.driver.recovery import Patience
 from pals.driver.routes import RouteTable, ServedModel
 from pals.driver.sessions import SessionClient
 from pals.driver.state import ClientSession, SampledToken, SessionEvent, SessionRequest
-from pals.errors import PalsError, PeerUnreachable, ShardDraining, ShardFull, ShardLost
+from pals.errors import (
+    PalsError,
+    PeerUnreachable,
+    SessionRefused,
+    ShardDraining,
+    ShardFull,
+    ShardLost,
+)
 from pals.net.announce import Announcement
 from pals.net.control import (
     Ack,
@@ -28,16 +38,19 @@ from pals.net.control import (
     Control,
     Draining,
     Failed,
+    Fork,
     Open,
     Opened,
+    Preempted,
     Refused,
     Stats,
     StatsRequest,
     decode_control,
+    split_names,
 )
 from pals.net.links import Arrival
 from pals.net.wire import FLAG_LAST, Frame, Lane, Outgoing, Row, Rows, sampled_shape
-from pals.types import LayerRange, PeerId, SessionId
+from pals.types import LayerRange, PeerId, Sampling, SessionId
 
 MANIFEST = b"m" * 32
 NUM_LAYERS = 6
@@ -65,9 +78,7 @@ def make_request(count: int = 30, seed: int = 7, prompt: Sequence[int] = (3, 1, 
         prompt=tuple(prompt),
         max_new_tokens=count,
         stop_token_ids=(STOP_TOKEN,),
-        temperature=0.7,
-        top_p=1.0,
-        seed=seed,
+        sampling=Sampling(temperature=0.7, seed=seed),
     )
 
 
@@ -76,7 +87,7 @@ def unfailed(request: SessionRequest) -> list[int]:
     history = list(request.prompt)
     assert request.max_new_tokens is not None
     for _ in range(request.max_new_tokens):
-        history.append(next_token(history, request.seed))
+        history.append(next_token(history, request.sampling.seed))
         if history[-1] in request.stop_token_ids:
             break
     return history[len(request.prompt) :]
@@ -87,6 +98,7 @@ class _Running:
     """One session id as its shards see it."""
 
     message: Open
+    seed: int = 0
     open_at: set[PeerId] = field(default_factory=set)
     linked: set[PeerId] = field(default_factory=set)
     history: list[int] = field(default_factory=list)
@@ -121,6 +133,11 @@ class VirtualShards:
         self.prompts: list[tuple[float, list[PeerId]]] = []
         self.client: SessionClient | None = None
         self.on_moment: dict[str, Any] = {}
+        self.opens: list[tuple[PeerId, Open]] = []
+        self.starts: list[int] = []
+        self.holds_no_more_than: dict[PeerId, int] = {}
+        self._blocks: dict[bytes, tuple[int, ...]] = {}
+        self._pages: defaultdict[PeerId, set[bytes]] = defaultdict(set)
         self._sessions: dict[SessionId, _Running] = {}
         self._unread: list[tuple[PeerId, SessionId]] = []
 
@@ -138,7 +155,7 @@ class VirtualShards:
             "num_layers": NUM_LAYERS,
             "layer_hashes": (bytes(16),) * len(served),
             "dtype": "f32",
-            "free_sessions": 2,
+            "free_tokens": 2,
             "max_context_tokens": 512,
             "step_ms": 1.0,
             "addresses": ("/ip4/127.0.0.1/tcp/1",),
@@ -183,6 +200,13 @@ class VirtualShards:
         self.draining.add(leaver)
         if any(leaver in running.open_at for running in self._sessions.values()):
             self._tell(leaver, Draining())
+
+    def preempt(self, shard: PeerId) -> None:
+        """Let a shard give the room of its sessions to others."""
+        for running in list(self._sessions.values()):
+            if shard in running.open_at:
+                running.open_at.discard(shard)
+                self._tell(shard, Preempted(session=running.message.session))
 
     def sessions_at(self, shard: PeerId) -> int:
         return sum(shard in running.open_at for running in self._sessions.values())
@@ -269,10 +293,16 @@ class VirtualShards:
             return
         match message:
             case Open():
-                self._sessions.setdefault(SessionId(message.session), _Running(message))
+                self.opens.append((shard, message))
+                running = _Running(message)
+                running = self._sessions.setdefault(SessionId(message.session), running)
+                if message.sampler is not None:
+                    running.seed = message.sampler.seed
                 self.nursery.start_soon(self._open, shard, message)
+            case Fork():
+                self._fork(shard, message)
             case Close():
-                self._close(shard, SessionId(message.session))
+                self._close(shard, SessionId(message.session), message.names)
             case Ack():
                 pass
             case StatsRequest():
@@ -280,10 +310,47 @@ class VirtualShards:
             case _:
                 raise AssertionError(message)
 
-    def _close(self, shard: PeerId, session: SessionId) -> None:
+    def _close(self, shard: PeerId, session: SessionId, names: bytes = b"") -> None:
         running = self._sessions.get(session)
-        if running is not None:
+        if running is not None and shard in running.open_at:
             running.open_at.discard(shard)
+            self._keep_pages(running, shard, names)
+
+    def _fork(self, shard: PeerId, message: Fork) -> None:
+        parent = self._sessions.get(SessionId(message.session))
+        child = SessionId(message.child)
+        if parent is None or shard not in parent.open_at:
+            self._tell(shard, Refused(session=child, code=SessionRefused.code, problem="no parent"))
+            return
+        assert message.position < parent.message.prompt_tokens
+        total = parent.message.prompt_tokens + parent.message.max_new_tokens
+        opening = msgspec.structs.replace(
+            parent.message,
+            session=child,
+            prompt_tokens=message.position + 1,
+            max_new_tokens=total - message.position - 1,
+            names=b"",
+        )
+        running = self._sessions.setdefault(child, _Running(opening))
+        running.history = parent.history[: message.position]
+        if message.sampler is not None:
+            running.seed = message.sampler.seed
+        running.open_at.add(shard)
+        running.linked.add(shard)
+        self._tell(shard, Opened(session=child, held=message.position))
+
+    def _keep_pages(self, running: _Running, shard: PeerId, names: bytes) -> None:
+        """Let what a session has computed be found by the names that its driver gives it."""
+        for number, name in enumerate(split_names(names)):
+            block = tuple(running.history[64 * number : 64 * number + 64])
+            if len(block) == 64:
+                assert self._blocks.setdefault(name, block) == block, "a name of other tokens"
+                self._pages[shard].add(name)
+
+    def _held(self, shard: PeerId, message: Open) -> int:
+        """Return how many tokens of a prompt a shard has."""
+        names = takewhile(self._pages[shard].__contains__, split_names(message.names))
+        return min(64 * len(list(names)), self.holds_no_more_than.get(shard, 1 << 20))
 
     async def _answer_stats(self, shard: PeerId) -> None:
         await trio.sleep(self.travel_s)
@@ -318,16 +385,25 @@ class VirtualShards:
         elif shard in running.open_at:
             running.linked.add(shard)
             self._run_if_ready(running)
-            self._tell(shard, Opened(session=session))
+            self._tell(shard, Opened(session=session, held=self._held(shard, message)))
 
     def _take_prompt(self, outgoing: Outgoing) -> None:
         for row in outgoing.rows:
             running = self._sessions[row.session]
+            if not running.history:
+                self._begin_at(running, row.position)
             assert row.position == len(running.history)
             running.history += np.frombuffer(b"".join(outgoing.payload), "<i4").tolist()
             if len(running.history) == running.message.prompt_tokens:
                 self.prompts.append((trio.current_time(), running.peers))
                 self._run_if_ready(running)
+
+    def _begin_at(self, running: _Running, position: int) -> None:
+        """Take what the shards have of a prompt that they are not sent."""
+        self.starts.append(position)
+        names = split_names(running.message.names)[: -(-position // 64)]
+        assert all(self._held(shard, running.message) >= position for shard in running.peers)
+        running.history = [t for name in names for t in self._blocks[name]][:position]
 
     def _run_if_ready(self, running: _Running) -> None:
         """Compute a prompt once it is whole and every shard can send on what it makes."""
@@ -338,10 +414,12 @@ class VirtualShards:
     async def _run(self, running: _Running) -> None:
         self._reach("prefill", *running.peers)
         await self._wait(CHUNK_S, running)
+        for shard in running.open_at:
+            self._keep_pages(running, shard, running.message.names)
         for number in range(1, running.message.max_new_tokens + 1):
             if self._is_broken(running):
                 return
-            token = next_token(running.history, running.message.seed)
+            token = next_token(running.history, running.seed)
             running.history.append(token)
             stops = token in running.message.stop_token_ids
             last = stops or number == running.message.max_new_tokens

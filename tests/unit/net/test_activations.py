@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pals.errors import InvalidActivation
-from pals.net.activations import MAX_MAGNITUDE, check_states
+from pals.net.activations import MAX_MAGNITUDE, are_sound, check_states
 from pals.types import PeerId
 
 PEER = PeerId("12D3KooWSender")
@@ -66,3 +66,25 @@ def test_states_of_any_model_s_size_pass(dtype: type, scale: float, seed: int) -
 @DTYPES
 def test_greatest_states_that_are_known_of_models_pass(dtype: type) -> None:
     check_states(PEER, states(dtype, element=8e5), position=9)
+
+
+@DTYPES
+@given(
+    element=st.sampled_from([1.0, -8e5, MAX_MAGNITUDE, 2 * MAX_MAGNITUDE, 3e38, float("nan"),
+                             float("inf"), -float("inf"), 0.0]),
+    is_rest_zero=st.booleans(),
+)  # fmt: skip
+def test_a_frame_is_sound_exactly_when_each_of_its_tokens_is(
+    dtype: type, element: float, is_rest_zero: bool
+) -> None:
+    made = states(dtype, element=element)
+    if is_rest_zero:
+        made[1] = 0
+        made[1, 17] = element
+    try:
+        for token in made:
+            check_states(PEER, token[None], position=1)
+    except InvalidActivation:
+        assert not are_sound(made)
+    else:
+        assert are_sound(made)

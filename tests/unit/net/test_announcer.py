@@ -107,19 +107,19 @@ async def test_a_shard_that_is_full_or_has_room_again_says_so_soon(
 ) -> None:
     bench = Bench()
     await bench.settle(nursery)
-    for free in (0, 4):
-        bench.shard = replace(bench.shard, free_sessions=free)
+    for free in (0, 4096):
+        bench.shard = replace(bench.shard, free_tokens=free)
         await trio.sleep(LOOK_INTERVAL_S + MIN_INTERVAL_S + 0.1)
-    assert [a.free_sessions for _, a in bench.discovery.said] == [0, 4]
+    assert [a.free_tokens for _, a in bench.discovery.said] == [0, 4096]
 
 
 @pytest.mark.trio
-async def test_a_session_more_or_less_is_no_news(
+async def test_some_tokens_more_or_less_are_no_news(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
     bench = Bench()
     await bench.settle(nursery)
-    bench.shard = replace(bench.shard, free_sessions=3)
+    bench.shard = replace(bench.shard, free_tokens=bench.shard.free_tokens // 3)
     await trio.sleep(5 * LOOK_INTERVAL_S)
     assert bench.discovery.said == []
 

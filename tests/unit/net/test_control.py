@@ -13,43 +13,67 @@ from pals.errors import InvalidFrame
 from pals.net.control import (
     MAX_ADDRESSES,
     MAX_CONTEXT,
+    MAX_HISTORY_TOKENS,
     MAX_HOPS,
+    MAX_LOGIT_BIAS,
+    MAX_NAMES_BYTES,
     MAX_STOP_TOKENS,
     Ack,
     Close,
     Control,
     Failed,
+    Fork,
     Hop,
     Open,
     Opened,
+    Preempted,
     Refused,
+    Sampler,
     Stats,
     StatsRequest,
     decode_control,
     encode_control,
+    history_of,
     session_of,
+    split_names,
 )
-from pals.types import PeerId
+from pals.types import PeerId, Sampling
 
 PEER = PeerId("peer-a")
 SESSION = b"s" * 16
 HOP = Hop(peer="peer-b", start=0, stop=2, addresses=("/ip4/127.0.0.1/tcp/1",))
+SAMPLING = Sampling(
+    temperature=0.5,
+    top_k=40,
+    top_p=0.9,
+    min_p=0.05,
+    repetition_penalty=1.1,
+    presence_penalty=-0.5,
+    frequency_penalty=0.5,
+    logit_bias=((7, -100.0), (9, 0.5)),
+    seed=2**64 - 1,
+    logprobs=20,
+)
+SAMPLER = msgspec.structs.replace(Sampler.of(SAMPLING), history=b"\1\0\0\0\2\0\0\0", answered=1)
 OPEN = Open(
     session=SESSION,
     chain=(HOP, Hop(peer="peer-c", start=2, stop=4)),
     prompt_tokens=5,
     max_new_tokens=7,
     stop_token_ids=(0, 2),
-    temperature=0.5,
-    top_p=0.9,
-    seed=2**32 - 1,
+    names=b"n" * 32,
+    replaces=b"r" * 16,
+    deadline_s=9.5,
+    sampler=SAMPLER,
 )
 STATS = Stats(steps=3, step_ms=1.5, queue_ms=0.1, handover_ms=0.3, codec_ms=0.2, turn_ms=9.0)
 MESSAGES: list[Control] = [
     OPEN,
-    Opened(session=SESSION),
+    Opened(session=SESSION, held=64),
+    Preempted(session=SESSION),
+    Fork(session=SESSION, child=b"c" * 16, position=4, sampler=SAMPLER),
     Refused(session=SESSION, code="PALS-X", problem="no"),
-    Close(session=SESSION),
+    Close(session=SESSION, names=b"n" * 16),
     Failed(session=SESSION, code="PALS-X", problem="lost"),
     Ack(session=SESSION, position=3),
     StatsRequest(),
@@ -109,15 +133,13 @@ def test_hand_made_open_is_taken() -> None:
         ("max_new_tokens", MAX_CONTEXT + 1),
         ("stop_token_ids", [0] * (MAX_STOP_TOKENS + 1)),
         ("stop_token_ids", ["0"]),
-        ("temperature", -0.1),
-        ("temperature", 2.1),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", math.nan),
-        ("seed", -1),
-        ("seed", 2**32),
+        ("names", b"n" * 15),
+        ("names", b"n" * (MAX_NAMES_BYTES + 16)),
+        ("replaces", b"r" * 15),
+        ("replaces", b"r" * 17),
+        ("deadline_s", -1.0),
+        ("deadline_s", math.nan),
+        ("deadline_s", math.inf),
         ("type", "Nothing"),
         ("type", 3),
         ("unknown", 1),
@@ -134,12 +156,80 @@ def test_open_with_a_value_out_of_range_is_refused(field: str, value: object) ->
         ("chain", [{"peer": "p", "start": 0, "stop": 65535, "addresses": ["a"] * MAX_ADDRESSES}]),
         ("stop_token_ids", [0] * MAX_STOP_TOKENS),
         ("prompt_tokens", MAX_CONTEXT),
-        ("temperature", 2.0),
-        ("top_p", 1.0),
+        ("names", b"n" * MAX_NAMES_BYTES),
+        ("replaces", b""),
+        ("sampler", None),
     ],
 )
 def test_open_with_a_value_at_its_limit_is_taken(field: str, value: object) -> None:
     assert isinstance(decode(encoded_open(**{field: value})), Open)
+
+
+def encoded_sampler(field: str, value: object) -> bytes:
+    """Return an `Open` on the wire whose sampler has a field that none can be made with."""
+    sampler = msgspec.to_builtins(SAMPLER, builtin_types=(bytes,))
+    return encoded_open(sampler={**sampler, field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", [(-1, 0.0)]),
+        ("logit_bias", [(7, 101.0)]),
+        ("logit_bias", [(7, math.nan)]),
+        ("logit_bias", [(7,)]),
+        ("logit_bias", [(0, 0.0)] * (MAX_LOGIT_BIAS + 1)),
+        ("seed", -1),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("history", b"123"),
+        ("history", bytes(4 * MAX_HISTORY_TOKENS + 4)),
+        ("answered", 3),
+        ("unknown", 1),
+    ],
+)
+def test_sampler_with_a_value_out_of_range_is_refused(field: str, value: object) -> None:
+    refusal(encoded_sampler(field, value))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 2.0),
+        ("top_p", 1.0),
+        ("logit_bias", [(0, 100.0)] * MAX_LOGIT_BIAS),
+        ("history", bytes(4 * MAX_HISTORY_TOKENS)),
+        ("answered", 2),
+        ("logprobs", None),
+    ],
+)
+def test_sampler_with_a_value_at_its_limit_is_taken(field: str, value: object) -> None:
+    assert isinstance(decode(encoded_sampler(field, value)), Open)
+
+
+def test_sampler_says_all_of_a_sampling() -> None:
+    assert Sampler.of(SAMPLING).to_sampling() == SAMPLING
+    assert Sampler().to_sampling() == Sampling()
+
+
+def test_names_and_ids_are_read_one_by_one() -> None:
+    assert split_names(b"n" * 16 + b"m" * 16) == (b"n" * 16, b"m" * 16)
+    assert split_names(b"") == ()
+    assert history_of(SAMPLER).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("field", ["step_ms", "queue_ms", "handover_ms", "codec_ms", "turn_ms"])

@@ -18,10 +18,16 @@ from pals.net.wire import MAX_ROW_TOKENS, hidden_shape, sampled_shape, tokens_sh
 MANIFEST = b"m" * 32
 
 
-def make_flow(window: int) -> SessionFlow[int]:
-    flow: SessionFlow[int] = SessionFlow(inbound=AckPolicy(window), window=window, acknowledged=0)
-    flow.is_linked = True
-    return flow
+def make_flow(window: int, *, passes_prompt: bool = True) -> SessionFlow[int]:
+    """Return the flow of a session that is admitted and linked."""
+    return SessionFlow(
+        inbound=AckPolicy(window),
+        window=window,
+        acknowledged=0,
+        passes_prompt=passes_prompt,
+        held=0,
+        is_linked=True,
+    )
 
 
 def test_a_prompt_of_ids_always_fits_the_window() -> None:
@@ -69,6 +75,38 @@ def test_nothing_has_room_before_its_receiver_can_be_reached() -> None:
     assert (flow.release(), flow.release_token()) == ([], None)
     flow.is_linked = True
     assert (flow.release(), flow.release_token()) == ([4], (1, 77))
+
+
+def test_nothing_of_a_prompt_runs_before_its_session_has_room() -> None:
+    for passes_prompt in (False, True):
+        flow = make_flow(window=8, passes_prompt=passes_prompt)
+        flow.held = None
+        flow.waiting.append((4, 4))
+        assert (flow.is_open, flow.release()) == (False, [])
+        flow.held = 0
+        assert (flow.is_open, flow.release()) == (True, [4])
+
+
+def test_a_prompt_that_ends_here_needs_no_room_at_a_receiver() -> None:
+    flow = make_flow(window=8, passes_prompt=False)
+    flow.is_linked = False
+    flow.waiting.extend((end, end) for end in (8, 16, 24))
+    assert flow.release() == [8, 16, 24]
+
+
+def test_both_windows_begin_where_the_session_starts() -> None:
+    flow = make_flow(window=8)
+    flow.begin(1000)
+    assert (flow.fits_inbound(1008), flow.fits_inbound(1009)) == (True, False)
+    assert (flow.has_room(1008), flow.has_room(1009)) == (True, False)
+    assert [flow.inbound.take(position) for position in (1001, 1002)] == [None, 1002]
+
+
+def test_the_window_of_sampled_tokens_begins_behind_the_prompt_wherever_that_starts() -> None:
+    flow = make_flow(window=8, passes_prompt=False)
+    flow.acknowledged = 1200
+    flow.begin(1000)
+    assert (flow.has_room(1208), flow.has_room(1209)) == (True, False)
 
 
 def test_a_token_is_held_until_its_driver_has_caught_up() -> None:

@@ -57,8 +57,8 @@ def test_keys_are_those_of_the_documented_schedule() -> None:
         for nonce, key in ((b"i", ours), (b"r", theirs))
     ]
     proposal = SWARM[:16] + EPOCH.to_bytes(8, "big")
-    assert b"PALS\x02\x00" + proposal + shares[0] == HELLO
-    assert WELCOME[:HELLO_BYTES] == b"PALS\x02\x00" + proposal + shares[1]
+    assert b"PALS\x03\x00" + proposal + shares[0] == HELLO
+    assert WELCOME[:HELLO_BYTES] == b"PALS\x03\x00" + proposal + shares[1]
     prk = link_prk(
         epoch_prk(SWARM, EPOCH, SECRET), ours.exchange(theirs.public_key()), *shares, A, B
     )
@@ -142,14 +142,14 @@ def test_responder_of_another_version_is_told_apart_on_both_sides() -> None:
         make_side("initiator"), responder, tamper={"hello": HELLO[:4] + b"\x09" + HELLO[5:]}
     )
     assert isinstance(outcome.responder_error, WireVersionMismatch)
-    assert outcome.responder_error.fields == {"peer": A, "theirs": 9, "ours": 2}
-    assert outcome.responder_wrote == b"PALS" + bytes([2, Status.WRONG_VERSION])
+    assert outcome.responder_error.fields == {"peer": A, "theirs": 9, "ours": 3}
+    assert outcome.responder_wrote == b"PALS" + bytes([3, Status.WRONG_VERSION])
 
     initiator = make_side("initiator")
     answer = b"PALS" + bytes([9, Status.WRONG_VERSION])
     outcome = shake_hands(initiator, make_side("responder"), tamper={"welcome": answer})
     assert isinstance(outcome.initiator_error, WireVersionMismatch)
-    assert outcome.initiator_error.fields == {"peer": B, "theirs": 9, "ours": 2}
+    assert outcome.initiator_error.fields == {"peer": B, "theirs": 9, "ours": 3}
     assert outcome.initiator_wrote == HELLO
 
 
@@ -258,14 +258,14 @@ def test_degenerate_ephemeral_key_is_refused(point: int) -> None:
 
 def test_unknown_status_is_refused() -> None:
     outcome = shake_hands(
-        make_side("initiator"), make_side("responder"), tamper={"welcome": b"PALS\x02\x63"}
+        make_side("initiator"), make_side("responder"), tamper={"welcome": b"PALS\x03\x63"}
     )
     assert isinstance(outcome.initiator_error, LinkRefused)
     assert "status 99" in str(outcome.initiator_error)
 
 
 def test_only_a_responder_answers_a_refusal() -> None:
-    for data in (b"GET / ", b"PALS\x09\x00", b"PALS\x02\x02"):
+    for data in (b"GET / ", b"PALS\x09\x00", b"PALS\x03\x02"):
         initiator = make_side("initiator")
         initiator.take_outgoing()
         assert pump(initiator, bytearray(data)) is not None

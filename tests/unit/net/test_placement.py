@@ -39,7 +39,7 @@ def shard(number: int, layers: LayerRange) -> Announcement:
         num_layers=NUM_LAYERS,
         layer_hashes=(b"h" * 16,) * len(layers),
         dtype="bf16",
-        free_sessions=1,
+        free_tokens=1,
         max_context_tokens=2048,
         step_ms=1.0,
         addresses=(),

@@ -7,15 +7,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pals.errors import InvalidFrame, SessionRefused, ShardFull
-from pals.net.control import Hop, Open
-from pals.net.ring import MAX_SESSIONS_PER_PEER, SessionTable, ShardSession
+from pals.errors import InvalidFrame, SessionRefused
+from pals.net.control import Fork, Hop, Open, Sampler
+from pals.net.ring import SessionTable, ShardSession
 from pals.net.wire import Lane, Row
-from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
+from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
 DRIVER, HEAD, LOCAL, TAIL, OTHER = map(PeerId, ("driver", "head", "local", "tail", "other"))
 NUM_LAYERS = 6
-LIMITS = EngineLimits(max_sessions=3, max_context_tokens=32, max_chunk_tokens=8)
+LIMITS = EngineLimits(max_sessions=3, max_context_tokens=32, max_chunk_tokens=8, verify_tokens=4)
 IDLE_S = 60.0
 MIDDLE_CHAIN = ((HEAD, 0, 2), (LOCAL, 2, 4), (TAIL, 4, 6))
 HEAD_CHAIN = ((LOCAL, 0, 2), (OTHER, 2, 4), (TAIL, 4, 6))
@@ -104,13 +104,11 @@ def test_session_keeps_what_the_driver_asked_for() -> None:
         prompt_tokens=5,
         max_new_tokens=3,
         stop_token_ids=(2, 7),
-        temperature=0.5,
-        top_p=0.9,
-        seed=11,
+        sampler=Sampler(temperature=0.5, top_p=0.9, seed=11),
     )
     session = open_one(make_table(), message, now=4.0)
     assert session.session == SESSION
-    assert session.sampling == Sampling(temperature=0.5, top_p=0.9, seed=11)
+    assert session.sampler == Sampler(temperature=0.5, top_p=0.9, seed=11)
     assert session.stop_token_ids == {2, 7}
     assert (session.prompt_tokens, session.max_new_tokens, session.last_seen) == (5, 3, 4.0)
     assert (session.position, session.sampled_tokens) == (0, 0)
@@ -134,14 +132,14 @@ def test_session_keeps_what_the_driver_asked_for() -> None:
         pytest.param(((HEAD, 0, 2), (LOCAL, 2, 4), (LOCAL, 4, 6)), id="this peer as the tail too"),
     ],
 )
-def test_chain_that_does_not_fit_is_refused_and_keeps_no_slot(
+def test_chain_that_does_not_fit_is_refused(
     chain: Sequence[tuple[str, int, int]],
 ) -> None:
     table = make_table()
     with pytest.raises(SessionRefused) as caught:
         open_one(table, make_open(chain))
     assert caught.value.fields["peer"] == LOCAL
-    assert (len(table), table.free_slots) == (0, 3)
+    assert len(table) == 0
 
 
 def test_context_is_bounded_by_prompt_and_answer_together() -> None:
@@ -149,7 +147,7 @@ def test_context_is_bounded_by_prompt_and_answer_together() -> None:
     with pytest.raises(SessionRefused) as caught:
         open_one(table, make_open(prompt=30, new=3))
     assert caught.value.fields["problem"] == "33 tokens, the shard takes 32 a session"
-    assert table.free_slots == 3
+    assert len(table) == 0
     assert open_one(table, make_open(prompt=30, new=2))
 
 
@@ -160,73 +158,7 @@ def test_open_session_is_not_opened_again() -> None:
         with pytest.raises(SessionRefused):
             table.open(driver, make_open(), 0.0)
     assert table.get(SESSION) is first
-    assert (len(table), table.free_slots) == (1, 2)
-
-
-def test_full_shard_says_so() -> None:
-    table = make_table()
-    slots = {open_one(table, make_open(session=SessionId(bytes([i]) * 16))).slot for i in range(3)}
-    assert slots == {0, 1, 2}
-    with pytest.raises(ShardFull) as caught:
-        open_one(table)
-    assert caught.value.fields == {"slots": 3}
-    assert len(table) == 3
-
-
-def open_for(table: SessionTable, driver: PeerId, count: int, now: float = 0.0) -> None:
-    for _ in range(count):
-        session = SessionId(len(table).to_bytes(8, "big") + driver.encode().ljust(8)[:8])
-        table.open(driver, make_open(session=session), now)
-
-
-def eight_slots() -> SessionTable:
-    return make_table(
-        limits=EngineLimits(max_sessions=8, max_context_tokens=32, max_chunk_tokens=8)
-    )
-
-
-def test_lone_driver_may_use_every_slot() -> None:
-    table = eight_slots()
-    open_for(table, DRIVER, 8)
-    assert table.yield_slot(DRIVER) is None
-    assert len(table) == 8
-
-
-def test_full_shard_yields_the_quietest_sessions_of_who_has_most_up_to_a_quarter() -> None:
-    table = eight_slots()
-    open_for(table, OTHER, 2, now=0.0)
-    open_for(table, DRIVER, 3, now=5.0)
-    open_for(table, DRIVER, 3, now=1.0)
-    for number in range(2):
-        yielded = table.yield_slot(TAIL)
-        assert yielded is not None
-        assert (yielded.driver, yielded.last_seen) == (DRIVER, 1.0)
-        table.open(TAIL, make_open(session=SessionId(bytes([number]) * 16)), 9.0)
-    assert table.yield_slot(TAIL) is None
-    assert table.yield_slot(OTHER) is None
-
-
-def test_slot_is_not_yielded_while_one_is_free() -> None:
-    table = eight_slots()
-    open_for(table, DRIVER, 7)
-    assert table.yield_slot(OTHER) is None
-
-
-def test_nobody_yields_what_is_guaranteed() -> None:
-    table = make_table()
-    for driver in (DRIVER, OTHER, HEAD):
-        open_for(table, driver, 1)
-    assert table.yield_slot(TAIL) is None
-
-
-def test_sessions_of_one_driver_are_limited() -> None:
-    table = make_table(
-        limits=EngineLimits(max_sessions=300, max_context_tokens=32, max_chunk_tokens=8)
-    )
-    open_for(table, DRIVER, MAX_SESSIONS_PER_PEER)
-    with pytest.raises(SessionRefused, match="256"):
-        open_one(table)
-    open_for(table, OTHER, 1)
+    assert len(table) == 1
 
 
 # --- rows ----------------------------------------------------------------------------
@@ -282,28 +214,55 @@ def test_row_on_the_wrong_lane_is_refused(taken: int, lane: Lane) -> None:
 
 
 @pytest.mark.parametrize(
-    ("taken", "position"), [(0, 1), (3, 0), (3, 2), (3, 4), (5, 4), (5, 6), (5, 2**32 - 1)]
+    ("taken", "position"), [(3, 0), (3, 2), (3, 4), (5, 4), (5, 6), (5, 2**32 - 1)]
 )
 def test_row_at_the_wrong_position_is_refused(taken: int, position: int) -> None:
     table = make_table()
     session = open_one(table)
-    if taken:
-        take(table, 0, taken)
+    take(table, 0, taken)
     with pytest.raises(InvalidFrame):
         take(table, position, lane=Lane.DECODE if taken == 5 else Lane.PREFILL)
     assert session.position == taken
 
 
-@pytest.mark.parametrize(("taken", "tokens"), [(0, 6), (3, 3), (0, 65535), (5, 2)])
-def test_row_past_the_prompt_or_of_several_decode_tokens_is_refused(
-    taken: int, tokens: int
-) -> None:
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_first_row_says_where_a_session_starts(start: int) -> None:
     table = make_table()
     session = open_one(table)
+    assert take(table, start) is session
+    assert (session.start, session.position) == (start, start + 1)
+
+
+def test_session_does_not_start_behind_its_prompt() -> None:
+    table = make_table()
+    session = open_one(table)
+    for lane in Lane:
+        with pytest.raises(InvalidFrame):
+            take(table, 5, lane=lane)
+    assert (session.start, session.position) == (None, 0)
+
+
+def test_rows_after_the_prompt_step_back_over_what_was_drafted_wrongly() -> None:
+    table = make_table()
+    session = open_one(table, make_open(new=10))
+    take(table, 0, 5)
+    take(table, 5, 4, lane=Lane.DECODE)
+    assert take(table, 6, 3, lane=Lane.DECODE) is session
+    assert session.position == 9
+    take(table, 5, 1, lane=Lane.DECODE)
+    assert session.position == 6
+
+
+@pytest.mark.parametrize(("taken", "tokens"), [(0, 6), (3, 3), (0, 65535), (5, 5), (12, 4)])
+def test_row_past_the_prompt_the_draft_or_the_session_is_refused(taken: int, tokens: int) -> None:
+    table = make_table()
+    session = open_one(table, make_open(new=10))
     if taken:
-        take(table, 0, taken)
+        take(table, 0, min(taken, 5))
+    for position in range(5, taken):
+        take(table, position, lane=Lane.DECODE)
     with pytest.raises(InvalidFrame):
-        take(table, taken, tokens, lane=Lane.DECODE if taken == 5 else Lane.PREFILL)
+        take(table, taken, tokens, lane=Lane.DECODE if taken >= 5 else Lane.PREFILL)
     assert session.position == taken
 
 
@@ -332,10 +291,74 @@ def test_row_of_no_session_is_no_fault() -> None:
 def test_last_sample_is_a_stop_token_or_the_limit() -> None:
     table = make_table("4:6")
     session = open_one(table, make_open(TAIL_CHAIN, new=3, stop=(2,)))
-    assert [table.take_sample(session, token) for token in (9, 9, 9)] == [False, False, True]
+    samples = [table.take_sample(session, position, 9) for position in (5, 6, 7)]
+    assert samples == [False, False, True]
     session = open_one(table, make_open(TAIL_CHAIN, session=SessionId(bytes(16)), new=3, stop=(2,)))
-    assert [table.take_sample(session, token) for token in (9, 2)] == [False, True]
+    assert [table.take_sample(session, 5 + n, token) for n, token in enumerate((9, 2))] == [
+        False,
+        True,
+    ]
     assert session.sampled_tokens == 2
+
+
+def test_a_step_back_takes_back_what_was_counted() -> None:
+    table = make_table("4:6")
+    session = open_one(table, make_open(TAIL_CHAIN, new=3))
+    table.take_sample(session, 6, 9)
+    assert not table.take_sample(session, 6, 8)
+    assert session.sampled_tokens == 2
+
+
+# --- forks ---------------------------------------------------------------------------
+
+CHILD = SessionId(b"c" * 16)
+
+
+def make_fork(position: int, **changes: object) -> Fork:
+    return Fork(**{"session": SESSION, "child": CHILD, "position": position} | changes)  # type: ignore[arg-type]
+
+
+def test_fork_goes_the_way_of_its_parent_and_its_first_row_is_of_a_prompt() -> None:
+    table = make_table("0:2")
+    parent = open_one(table, make_open(HEAD_CHAIN, new=3))
+    take(table, 0, 5, sender=DRIVER)
+    child = table.fork(DRIVER, make_fork(4, sampler=Sampler(seed=3)), 9.0)
+    assert child.peers == parent.peers
+    assert (child.prompt_tokens, child.max_new_tokens) == (5, 3)
+    assert (child.start, child.position, child.last_seen) == (4, 4, 9.0)
+    assert (child.sampler.seed, parent.sampler.seed) == (3, 0)
+    row = Row(CHILD, 4, 1)
+    with pytest.raises(InvalidFrame):
+        table.take_row(TAIL, Lane.DECODE, row, 9.0)
+    assert table.take_row(DRIVER, Lane.PREFILL, row, 9.0) is child
+    assert table.take_row(TAIL, Lane.DECODE, Row(CHILD, 5, 1), 9.0) is child
+
+
+@pytest.mark.parametrize(
+    ("driver", "fork"),
+    [
+        pytest.param(OTHER, make_fork(4), id="of another driver"),
+        pytest.param(DRIVER, make_fork(4, session=bytes(16)), id="of no session"),
+        pytest.param(DRIVER, make_fork(4, child=SESSION), id="of a taken id"),
+        pytest.param(DRIVER, make_fork(6), id="beyond what there is"),
+    ],
+)
+def test_fork_that_cannot_be_is_refused(driver: PeerId, fork: Fork) -> None:
+    table = make_table()
+    open_one(table)
+    take(table, 0, 5)
+    with pytest.raises(SessionRefused):
+        table.fork(driver, fork, 0.0)
+    assert len(table) == 1
+
+
+def test_fork_leaves_a_token_to_sample() -> None:
+    table = make_table()
+    open_one(table, make_open(new=1))
+    take(table, 0, 5)
+    with pytest.raises(SessionRefused):
+        table.fork(DRIVER, make_fork(5), 0.0)
+    assert table.fork(DRIVER, make_fork(4), 0.0).max_new_tokens == 1
 
 
 # --- ending --------------------------------------------------------------------------
@@ -350,7 +373,6 @@ def test_only_the_driver_closes_a_session(sender: PeerId) -> None:
     table.close(SESSION, DRIVER)
     table.close(SESSION, DRIVER)
     assert table.get(SESSION) is None
-    assert table.free_slots == 3
 
 
 @pytest.mark.parametrize("peer", [DRIVER, HEAD, TAIL])
@@ -362,7 +384,6 @@ def test_lost_neighbour_ends_its_sessions_only(peer: PeerId) -> None:
     assert table.remove_peer(peer) == [session]
     assert table.remove_peer(peer) == []
     assert table.get(survivor.session) is survivor
-    assert table.free_slots == 2
 
 
 def test_lost_stranger_ends_nothing() -> None:
@@ -378,14 +399,14 @@ def test_idle_session_ends_only_after_its_time() -> None:
     take(table, 0, now=130.0)
     assert table.remove_idle(130.0 + IDLE_S) == []
     assert table.remove_idle(130.5 + IDLE_S) == [session]
-    assert table.free_slots == 3
+    assert len(table) == 0
 
 
 def test_refused_row_does_not_keep_a_session_alive() -> None:
     table = make_table()
     session = open_one(table)
     with pytest.raises(InvalidFrame):
-        take(table, 3, now=IDLE_S)
+        take(table, 3, lane=Lane.DECODE, now=IDLE_S)
     assert table.remove_idle(IDLE_S + 1) == [session]
 
 
@@ -393,12 +414,10 @@ def test_ended_session_does_not_take_its_successor_of_the_same_id_along() -> Non
     table = make_table()
     ended = open_one(table)
     table.close(SESSION, DRIVER)
-    occupant = open_one(table, make_open(session=SessionId(bytes(16))))
     successor = open_one(table)
-    table.remove(ended)
+    assert not table.remove(ended)
     assert table.get(SESSION) is successor
-    assert {occupant.slot, successor.slot} < {0, 1, 2}
-    assert table.free_slots == 1
+    assert (table.has(ended), table.has(successor)) == (False, True)
     assert ended != successor
 
 
@@ -414,7 +433,7 @@ CHAINS = st.sampled_from(
 )
 
 
-class SlotsAreNeverLostOrShared(RuleBasedStateMachine):
+class SessionsStayWhatTheirDriversOpened(RuleBasedStateMachine):
     """Peers do what they like, in any order, with few ids so that these come again."""
 
     def __init__(self) -> None:
@@ -428,44 +447,72 @@ class SlotsAreNeverLostOrShared(RuleBasedStateMachine):
         for session in sessions:
             assert self.live.pop(session.session) is session
 
+    def began(self, session: ShardSession) -> None:
+        assert session.session not in self.live
+        self.ever.append(session)
+        self.live[session.session] = session
+
     @rule(driver=PEERS, session=IDS, chain=CHAINS, prompt=st.integers(1, 33))
     def open(
         self, driver: PeerId, session: SessionId, chain: tuple[tuple[str, int, int]], prompt: int
     ) -> None:
+        new = max(1, min(4, 32 - prompt))
+        message = make_open(chain, session=session, prompt=prompt, new=new)
         try:
-            opened = self.table.open(
-                driver, make_open(chain, session=session, prompt=prompt, new=1), self.now
-            )
-        except ShardFull:
-            assert len(self.live) == LIMITS.max_sessions
+            opened = self.table.open(driver, message, self.now)
         except SessionRefused:
             first_of_its_id = session not in self.live
             fits = prompt < 32 and chain.count((LOCAL, 2, 4)) == 1 and chain[0][0] != LOCAL
             assert not (first_of_its_id and fits)
         else:
-            assert session not in self.live
-            self.ever.append(opened)
-            self.live[session] = opened
+            self.began(opened)
 
-    @rule(sender=PEERS, session=IDS, lane=st.sampled_from(Lane), tokens=st.integers(1, 6))
-    def row(self, sender: PeerId, session: SessionId, lane: Lane, tokens: int) -> None:
+    @rule(driver=PEERS, parent=IDS, child=IDS, position=st.integers(1, 33))
+    def fork(self, driver: PeerId, parent: SessionId, child: SessionId, position: int) -> None:
+        message = Fork(session=parent, child=child, position=position)
+        try:
+            forked = self.table.fork(driver, message, self.now)
+        except SessionRefused:
+            return
+        origin = self.live[parent]
+        assert origin.driver == driver == forked.driver
+        assert forked.position == position <= origin.position
+        assert forked.max_tokens == origin.max_tokens
+        self.began(forked)
+
+    @rule(
+        sender=PEERS,
+        session=IDS,
+        lane=st.sampled_from(Lane),
+        tokens=st.integers(1, 6),
+        offset=st.integers(-3, 2),
+    )
+    def row(self, sender: PeerId, session: SessionId, lane: Lane, tokens: int, offset: int) -> None:
         known = self.live.get(session)
-        position = known.position if known else 0
+        before = known.position if known else 0
+        position = max(0, before + offset)
         try:
             taken = self.table.take_row(sender, lane, Row(session, position, tokens), self.now)
         except InvalidFrame:
             assert known is not None
-            assert known.position == position
-        else:
-            assert taken is known
-            assert known is None or known.position == position + tokens <= 32
+            assert known.position == before
+            return
+        assert taken is known
+        if known is not None:
+            self.check_row(known, before, Row(session, position, tokens), sender, lane)
 
-    @rule(driver=PEERS)
-    def yield_slot(self, driver: PeerId) -> None:
-        yielded = self.table.yield_slot(driver)
-        if yielded is not None:
-            assert yielded.driver != driver
-            self.ended([yielded])
+    def check_row(
+        self, session: ShardSession, before: int, row: Row, sender: PeerId, lane: Lane
+    ) -> None:
+        assert session.position == row.position + row.num_tokens <= session.max_tokens <= 32
+        if row.position < session.prompt_tokens:
+            assert (sender, lane) == (session.upstream, Lane.PREFILL)
+            assert row.position == before or session.start == row.position
+            assert session.position <= session.prompt_tokens
+        else:
+            assert (sender, lane) == (session.ring_upstream, Lane.DECODE)
+            assert row.position <= before
+            assert row.num_tokens <= LIMITS.verify_tokens
 
     @rule(sender=PEERS, session=IDS)
     def close(self, sender: PeerId, session: SessionId) -> None:
@@ -491,20 +538,18 @@ class SlotsAreNeverLostOrShared(RuleBasedStateMachine):
         if not self.ever:
             return
         session = self.ever[index % len(self.ever)]
-        self.table.remove(session)
-        if self.live.get(session.session) is session:
+        is_live = self.live.get(session.session) is session
+        assert self.table.remove(session) == is_live
+        if is_live:
             del self.live[session.session]
 
     @invariant()
-    def every_slot_is_free_or_of_one_live_session(self) -> None:
+    def every_live_session_is_there_and_no_other(self) -> None:
         assert len(self.table) == len(self.live)
-        assert self.table.free_slots + len(self.live) == LIMITS.max_sessions
-        slots = [session.slot for session in self.live.values()]
-        assert len(set(slots)) == len(slots)
-        assert set(slots) <= set(range(LIMITS.max_sessions))
         for session_id, session in self.live.items():
             assert self.table.get(session_id) is session
+            assert self.table.has(session)
 
 
-TestSlots = SlotsAreNeverLostOrShared.TestCase
-TestSlots.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSessions = SessionsStayWhatTheirDriversOpened.TestCase
+TestSessions.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -36,7 +36,7 @@ def shard(
         num_layers=layers,
         layer_hashes=tuple(hashes or [b"h" * 16] * (stop - start)),
         dtype=dtype,
-        free_sessions=free,
+        free_tokens=free,
         max_context_tokens=2048,
         step_ms=step_ms,
         addresses=(),
@@ -84,7 +84,7 @@ def every_chain(shards):
 
 
 def cost(hops):
-    return (sum(h.free_sessions == 0 for h in hops), len(hops), sum(h.step_ms for h in hops))
+    return (sum(h.free_tokens == 0 for h in hops), len(hops), sum(h.step_ms for h in hops))
 
 
 @given(shards_strategy)
@@ -216,3 +216,15 @@ def test_a_chain_knows_its_ends_and_its_context():
     assert (str(chain.head.layers), str(chain.tail.layers)) == ("0:4", "4:8")
     assert chain.max_context_tokens == 2048
     assert str(chain).count("->") == 1
+
+
+def test_a_chain_with_room_for_the_prompt_comes_before_one_that_has_less():
+    roomy, cramped = shard(0, NUM_LAYERS, step_ms=9.0, free=101), shard(0, NUM_LAYERS, free=100)
+    assert find(roomy, cramped, tokens=101).hops == (roomy,)
+    assert find(roomy, cramped, tokens=100).hops == (cramped,)
+
+
+def test_a_chain_without_room_is_taken_where_there_is_no_other():
+    """What is announced is some seconds old, and a session may wait for its room."""
+    cramped = shard(0, NUM_LAYERS, free=0)
+    assert find(cramped, tokens=4096).hops == (cramped,)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import trio
 import trio.testing
 
 from benchmarks.makespan import ideal_makespan_s
-from pals.engine.scheduler import WorkItem
+from pals.engine.batch import Step
 from pals.errors import InvalidFrame
 from pals.net.control import Failed
 from pals.net.flow import SAMPLED_WINDOW_TOKENS, window_bytes
@@ -26,12 +24,11 @@ BYTES_PER_S = 12.5e6
 DECODE_S = 0.010
 
 
-def step_s(place: int, items: Sequence[WorkItem]) -> float:
+def step_s(place: int, step: Step) -> float:
     """Later shards are slower, and later chunks too."""
-    item = items[0]
-    if item.is_decode:
+    if step.chunk is None:
         return DECODE_S
-    return (0.4 + 0.1 * place) * len(item.inputs) / 256 + item.position * 1e-5
+    return (0.4 + 0.1 * place) * step.chunk.tokens / 256 + step.chunk.position * 1e-5
 
 
 def make_ring(nursery: trio.Nursery, *, seconds=step_s, hidden_size: int = HIDDEN_SIZE):
@@ -100,7 +97,7 @@ async def test_a_driver_that_takes_nothing_stops_its_own_session_and_no_other(
     assert len(stopped.arrivals_s) > came
 
 
-async def test_a_session_that_is_closed_while_its_driver_lags_frees_its_slots(
+async def test_a_session_that_is_closed_while_its_driver_lags_frees_its_room(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
 ) -> None:
     ring = make_ring(nursery)
@@ -108,14 +105,15 @@ async def test_a_session_that_is_closed_while_its_driver_lags_frees_its_slots(
     await stopped.open(16, 500)
     stopped.send_prompt(16)
     await trio.sleep(60.0)
-    assert all(s.free_sessions == LIMITS.max_sessions - 1 for s in ring.services)
+    assert all(s.sessions == 1 for s in ring.services)
     stopped.close()
     await trio.sleep(1.0)
     stopped.acknowledge()
     await trio.sleep(1.0)
     nursery.cancel_scope.cancel()
 
-    assert all(s.free_sessions == LIMITS.max_sessions for s in ring.services)
+    assert all(s.sessions == 0 for s in ring.services)
+    assert all(s.free_tokens == LIMITS.max_sessions * 8192 for s in ring.services)
 
 
 async def test_nobody_but_the_driver_says_what_it_has_taken(
@@ -158,8 +156,8 @@ async def test_a_prompt_keeps_no_more_than_a_window_before_a_slow_shard(
 ) -> None:
     """The head would else compute all of it, and the slow shard hold it in memory."""
 
-    def seconds(place: int, items: Sequence[WorkItem]) -> float:
-        return 2.0 if place == 1 and not items[0].is_decode else DECODE_S
+    def seconds(place: int, step: Step) -> float:
+        return 2.0 if place == 1 and step.chunk is not None else DECODE_S
 
     ring = make_ring(nursery, seconds=seconds, hidden_size=4096)
     window = window_bytes(hidden_shape(ring.model.manifest, 1, "f32", 4096))
@@ -169,10 +167,9 @@ async def test_a_prompt_keeps_no_more_than_a_window_before_a_slow_shard(
     await driver.finish()
     nursery.cancel_scope.cancel()
 
-    chunk_bytes = 256 * 4 * 4096
     assert 0 < ring.wires.most_bytes[ring.peers[0], ring.peers[1]] <= window
-    assert ring.computes[1].most_waiting <= window // chunk_bytes
-    assert ring.computes[0].most_waiting <= window // chunk_bytes
+    assert ring.computes[1].most_queued_bytes <= window
+    assert ring.computes[0].most_queued_bytes <= window // 4096
 
 
 # --- a prompt right behind its session -----------------------------------------------

@@ -38,6 +38,7 @@ from pals.net.wire import (
     pack_rows,
     parse_body,
     sampled_shape,
+    scored_shape,
     tokens_shape,
 )
 from pals.types import PeerId, SessionId
@@ -52,7 +53,8 @@ TOKENS = tokens_shape(MANIFEST)
 SAMPLED = sampled_shape(MANIFEST, 30)
 INT8 = replace(HIDDEN, codec=Codec.INT8)
 WIDE = hidden_shape(MANIFEST, 10, "f32", 8192)
-SHAPES = [CONTROL_SHAPE, TOKENS, HIDDEN, SAMPLED]
+SCORED = scored_shape(MANIFEST, 30)
+SHAPES = [CONTROL_SHAPE, TOKENS, HIDDEN, SAMPLED, SCORED]
 ONE_ROW_BYTES = ROW_BYTES + HIDDEN.token_bytes
 
 
@@ -97,7 +99,7 @@ def test_header_has_the_documented_layout() -> None:
     wanted = b"".join(
         [
             b"PALS",
-            bytes([2]),  # wire version
+            bytes([3]),  # wire version
             bytes([1]),  # lane: decode
             bytes([2]),  # kind: hidden
             bytes([2]),  # dtype: bf16
@@ -123,6 +125,7 @@ def test_numbers_of_the_wire_are_pinned() -> None:
         ("HIDDEN", 2),
         ("SAMPLED", 3),
         ("KEY", 4),
+        ("SCORED", 5),
     ]
     assert [(x.name, x.value) for x in Codec] == [("RAW", 0), ("INT8", 1)]
     assert [(x.name, x.value) for x in Lane] == [("CONTROL", 0), ("DECODE", 1), ("PREFILL", 2)]
@@ -173,7 +176,7 @@ def test_flipped_bit_of_any_field_but_the_sizes_is_refused(position: int, bit: i
     ("data", "name"),
     [
         (b"\0" * HEADER_BYTES, "magic"),
-        (header()[:4] + b"\1" + header()[5:], "version"),
+        (header()[:4] + b"\2" + header()[5:], "version"),
         (header(lane=Lane.PREFILL), "lane"),
         (header()[:8] + b"\1" + header()[9:], "codec"),
         (header(address=LinkAddress(swarm=b"x" * 16, epoch=3, link=b"l" * 16)), "swarm"),

@@ -1,24 +1,45 @@
 """A ring of shard services in virtual time: links and steps take as long as a test says.
 
-The services, their tables and their schedulers are the product's; only what takes real
-time is not: sockets, and a model.
+The services, their tables and their batchers are the product's; only what takes real time
+is not: sockets, threads, and a model.
 """
 
 from __future__ import annotations
 
+import struct
+import sys
+import zlib
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, cast
 
 import numpy as np
 import trio
 
-from pals.engine.scheduler import Scheduler, WorkItem
-from pals.engine.worker import ComputeThread, StepResult
+from pals.engine.batch import BatchRules, SessionRequest, Step, StepRow
+from pals.engine.batcher import Batcher
+from pals.engine.buckets import BatchLimits, Buckets
+from pals.engine.compute import ComputeThread
+from pals.engine.compute_core import Compute, Planned
+from pals.engine.pacing import StepCosts
+from pals.engine.pages import PageFormat, PagePool
+from pals.engine.prefix import PrefixScope
+from pals.engine.work import (
+    Array,
+    Delivery,
+    InputRow,
+    PenaltyHistory,
+    RefusedRow,
+    RowSampling,
+    StepOutput,
+    StepResult,
+)
 from pals.net.control import Ack, Close, Control, Hop, Open, decode_control, encode_control
 from pals.net.links import Arrival, Links
+from pals.net.model_shape import ModelShape
 from pals.net.ring import SessionTable
-from pals.net.shard_service import ModelShape, ShardService
+from pals.net.shard_service import ShardService
 from pals.net.wire import (
     CONTROL_SHAPE,
     NO_ROWS,
@@ -30,12 +51,22 @@ from pals.net.wire import (
     Rows,
     tokens_shape,
 )
-from pals.types import EngineLimits, LayerRange, PeerId, SessionId
-
-TOKEN = 7
+from pals.types import EngineLimits, LayerRange, PeerId, Sampling, SessionId
+from tests.unit.engine.page_memory import PageMemory
+from tests.unit.net.shard_fakes import make_sampled
 
 Receive = Callable[[PeerId, Lane, Outgoing], None]
-StepSeconds = Callable[[int, Sequence[WorkItem]], float]
+
+
+class Role(Protocol):
+    """Who takes frames: a shard's service, or a driver's client."""
+
+    def on_control(self, peer: PeerId, message: Control) -> None: ...
+
+    def on_rows(self, peer: PeerId, arrival: Arrival) -> None: ...
+
+
+StepSeconds = Callable[[int, Step], float]
 
 
 class Wires:
@@ -91,7 +122,7 @@ class Wires:
             self._ends[receiver](sender, lane, outgoing)
 
 
-class _WiredLinks:
+class WiredLinks:
     """What a shard service needs of `Links`."""
 
     def __init__(self, local: PeerId, wires: Wires) -> None:
@@ -109,41 +140,209 @@ class _WiredLinks:
         self._wires.send(self._local, peer, lane, outgoing)
 
 
-class _SteppedCompute:
-    """The product's scheduler, with steps that only take time."""
+class TokenModel:
+    """One shard of a model whose every token depends on all tokens before it, at every shard.
 
-    def __init__(
-        self, scheduler: Scheduler, seconds: Callable[[Sequence[WorkItem]], float], width: int
-    ) -> None:
-        self._scheduler = scheduler
-        self._seconds = seconds
+    A state is the token's id plus one and a digest of what the shards before this one have
+    kept of all tokens so far: small whole numbers, which float32 holds exactly. A page that is
+    lost, shared wrongly or overwritten anywhere changes all tokens that follow.
+    """
+
+    def __init__(self, num_pages: int, page_tokens: int, *, width: int, is_tail: bool) -> None:
+        self._memory = PageMemory(num_pages, page_tokens)
         self._width = width
-        self._changed = trio.Event()
-        self.most_waiting = 0
+        self._is_tail = is_tail
 
-    def submit(self, items: list[WorkItem]) -> None:
-        for item in items:
-            self._scheduler.add(item)
-        self.most_waiting = max(self.most_waiting, len(self._scheduler))
+    def run(self, planned: Planned) -> StepOutput:
+        step = planned.step
+        self._memory.copy(step.copies)
+        rows = [
+            self._run_row(row, inputs)
+            for row, inputs in zip(step.all_rows, planned.inputs, strict=True)
+        ]
+        if not self._is_tail:
+            return StepOutput(np.concatenate([self._to_states(row) for row in rows]), None)
+        ids: list[int] = []
+        for result, row, sampling in zip(planned.rows, rows, planned.samplings, strict=True):
+            if result.outputs:
+                assert sampling is not None
+                seed = sampling.sampling.seed
+                ids += [draw(digest, seed) for _, digest in row[-result.outputs :]]
+        return StepOutput(None, make_sampled(ids))
+
+    def _run_row(self, row: StepRow, inputs: Array) -> list[tuple[int, int]]:
+        """Return the ids of a row and the digests of all that was kept up to each of them."""
+        states = _states_of(inputs)
+        crc = zlib.crc32(array("I", self._memory.read(row.pages, row.position)))
+        kept = [keep(*state) for state in states]
+        self._memory.write(row.pages, row.position, kept)
+        result: list[tuple[int, int]] = []
+        for (token, _), number in zip(states, kept, strict=True):
+            crc = extend(crc, number)
+            result.append((token, crc >> 10))
+        return result
+
+    def _to_states(self, row: Sequence[tuple[int, int]]) -> np.ndarray:
+        states = np.zeros((len(row), self._width), np.float32)
+        states[:, 0] = [token + 1 for token, _ in row]
+        states[:, 1] = [digest for _, digest in row]
+        return states
+
+
+def _states_of(inputs: Array) -> list[tuple[int, int]]:
+    if inputs.ndim == 1:
+        return [(token, 0) for token in inputs.tolist()]
+    return [(int(one) - 1, int(digest)) for one, digest in inputs[:, :2].tolist()]
+
+
+def keep(token: int, digest: int) -> int:
+    """Return what a shard keeps of a token."""
+    return zlib.crc32(struct.pack("<ii", token, digest)) >> 1
+
+
+def extend(crc: int, kept: int) -> int:
+    """Return the checksum of what was kept of all tokens, with one more."""
+    return zlib.crc32(kept.to_bytes(4, sys.byteorder), crc)
+
+
+def draw(digest: int, seed: int) -> int:
+    """Return the token that the tail makes of all that it has kept."""
+    return zlib.crc32(array("Q", [digest, seed])) % 997
+
+
+def tokens_of_a_chain(shards: int, prompt: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """Return what a chain answers that serves nobody else and loses nothing."""
+    crcs, digest = [0] * shards, 0
+    answer: list[int] = []
+    for token in prompt:
+        digest = _pass_on(crcs, token)
+    while len(answer) < count:
+        answer.append(draw(digest, seed))
+        digest = _pass_on(crcs, answer[-1])
+    return answer
+
+
+def _pass_on(crcs: list[int], token: int) -> int:
+    """Let a token pass all shards, and return what the last one makes of it."""
+    digest = 0
+    for place, crc in enumerate(crcs):
+        crcs[place] = extend(crc, keep(token, digest))
+        digest = crcs[place] >> 10
+    return digest
+
+
+def make_batcher(limits: EngineLimits, num_pages: int, rules: BatchRules | None = None) -> Batcher:
+    """Return a batcher over a pool of some pages."""
+    size = PageFormat(page_tokens=limits.page_tokens, token_bytes=1)
+    scope = PrefixScope(manifest=b"m" * 32, layers=LayerRange(0, 1), dtype="f32", kv_dtype="f32")
+    pool = PagePool(size, budget_bytes=(num_pages + 1) * size.page_bytes, scope=scope)
+    buckets = Buckets(BatchLimits.of(limits))
+    costs = StepCosts({program: 0.01 + 0.001 * program.tokens for program in buckets.programs})
+    rules = rules or BatchRules(max_sessions=limits.max_sessions)
+    return Batcher(buckets, pool, rules, costs)
+
+
+class SteppedCompute:
+    """The product's core of the compute thread, with steps that only take virtual time.
+
+    Attributes:
+        core: Sessions, rows and pages.
+        steps: That have run.
+        most_queued_bytes: That ever waited.
+    """
+
+    def __init__(self, core: Compute, model: TokenModel, seconds: Callable[[Step], float]) -> None:
+        self.core = core
+        self.steps: list[Step] = []
+        self.most_queued_bytes = 0
+        self._model = model
+        self._seconds = seconds
+        self._changed = trio.Event()
+        self._victims: list[SessionId] = []
+
+    @property
+    def free_tokens(self) -> int:
+        return self.core.batcher.free_tokens
+
+    def open(
+        self,
+        request: SessionRequest,
+        owner: Hashable,
+        sampling: Sampling | None = None,
+        history: PenaltyHistory | None = None,
+    ) -> None:
+        self.core.open(request, owner, sampling, history, trio.current_time())
         self._changed.set()
 
-    def drop(self, session: object) -> None:
-        self._scheduler.drop(session)
+    def fork(
+        self,
+        parent: SessionId,
+        child: SessionId,
+        position: int,
+        owner: Hashable,
+        sampling: Sampling | None = None,
+        history: PenaltyHistory | None = None,
+    ) -> None:
+        now = trio.current_time()
+        self.core.fork(parent, child, position, owner, sampling, history, now)
+        self._changed.set()
 
-    async def run(self, deliver: Callable[[StepResult], None]) -> None:
+    def close_session(self, session: SessionId, names: tuple[bytes, ...] = ()) -> None:
+        self.core.close_session(session, names)
+        self._changed.set()
+
+    def add(self, rows: Sequence[InputRow]) -> list[RefusedRow]:
+        refused = self.core.add(rows, trio.current_time())
+        self.most_queued_bytes = max(self.most_queued_bytes, self.core.queued_bytes)
+        self._changed.set()
+        return refused
+
+    def preempt(self, session: SessionId) -> None:
+        """Take a session's pages before the next step, as if others needed them."""
+        self._victims.append(session)
+        self._changed.set()
+
+    async def run(self, deliver: Callable[[Delivery], None]) -> None:
         while True:
-            if not (items := self._scheduler.next_step()):
-                self._changed = trio.Event()
-                await self._changed.wait()
+            self._changed = trio.Event()
+            planned = self._plan(deliver)
+            if planned is None:
+                wake_at = max(self.core.batcher.next_at(), trio.current_time() + 1e-6)
+                with trio.move_on_at(wake_at):
+                    await self._changed.wait()
                 continue
-            await trio.sleep(self._seconds(items))
-            outputs = np.concatenate([self._output_of(item) for item in items])
-            deliver(StepResult(items=items, outputs=outputs, free_s=0, started_s=0, finished_s=0))
+            seconds = self._seconds(planned.step)
+            started_s = trio.current_time()
+            output = self._model.run(planned)
+            self.steps.append(planned.step)
+            await trio.sleep(seconds)
+            deliver(Delivery(events=(), result=_build_result(planned, output, started_s)))
+            self.core.finish(planned, seconds)
 
-    def _output_of(self, item: WorkItem) -> np.ndarray:
-        if self._width == 1:
-            return np.full(0 if item.sampling is None else 1, TOKEN, np.int32)
-        return np.ones((len(item.inputs), self._width), np.float32)
+    def _plan(self, deliver: Callable[[Delivery], None]) -> Planned | None:
+        while (changes := self.core.take_changes()) is not None:
+            for member in changes.opened:
+                assert member.sampling is not None
+                self.core.set_sampling(member, RowSampling(member.sampling, 0))
+        sessions = self.core.batcher._sessions
+        for victim in self._victims:
+            if victim in sessions.running:
+                sessions._preempt(sessions.running[victim])
+        self._victims.clear()
+        planned, events = self.core.plan(trio.current_time())
+        if events:
+            deliver(Delivery(events=events, result=None))
+        return planned
+
+
+def _build_result(planned: Planned, output: StepOutput, started_s: float) -> StepResult:
+    return StepResult(
+        rows=planned.rows,
+        output=output,
+        free_s=started_s,
+        started_s=started_s,
+        finished_s=trio.current_time(),
+    )
 
 
 class VirtualRing:
@@ -156,6 +355,8 @@ class VirtualRing:
         step_s: Says for a shard's place in the chain how long a step of it takes.
         limits: Of every shard.
         hidden_size: Of the model, in float32.
+        num_pages: Of each shard; by default as many as its sessions may have together.
+        rules: Of every shard's batcher.
     """
 
     def __init__(
@@ -167,36 +368,51 @@ class VirtualRing:
         step_s: StepSeconds,
         limits: EngineLimits,
         hidden_size: int,
+        num_pages: Sequence[int] | None = None,
+        rules: BatchRules | None = None,
     ) -> None:
         self.wires = wires
+        self.limits = limits
         self.model = ModelShape(
             manifest=b"m" * 32, num_layers=shards, hidden_size=hidden_size, dtype="f32"
         )
         self.inputs = [self.model.input_of(place) for place in range(shards)]
         self.peers = [PeerId(f"shard-{i}") for i in range(shards)]
         self.services: list[ShardService] = []
-        self.computes: list[_SteppedCompute] = []
-        for place, peer in enumerate(self.peers):
-            table = SessionTable(
-                local=peer,
-                layers=LayerRange(place, place + 1),
-                num_layers=shards,
-                limits=limits,
-                idle_s=60.0,
-            )
-            service = ShardService(
-                cast("Links", _WiredLinks(peer, wires)), table, self.model, nursery
-            )
-            compute = _SteppedCompute(
-                Scheduler(max_rows=limits.max_sessions, max_bytes=service.max_queued_bytes),
-                lambda items, place=place: step_s(place, items),
-                1 if place == shards - 1 else hidden_size,
-            )
-            service.attach(cast("ComputeThread", compute))
-            nursery.start_soon(compute.run, service.on_step)
-            wires.attach(peer, _receiver(service))
-            self.services.append(service)
-            self.computes.append(compute)
+        self.computes: list[SteppedCompute] = []
+        most = limits.max_sessions * limits.max_context_tokens // limits.page_tokens
+        for place, pages in enumerate(num_pages or [most] * shards):
+            batcher = make_batcher(limits, pages, rules)
+            self._add_shard(nursery, place, batcher, pages, lambda step, p=place: step_s(p, step))
+
+    def _add_shard(
+        self,
+        nursery: trio.Nursery,
+        place: int,
+        batcher: Batcher,
+        pages: int,
+        seconds: Callable[[Step], float],
+    ) -> None:
+        peer, layers = self.peers[place], LayerRange(place, place + 1)
+        table = SessionTable(
+            local=peer,
+            layers=layers,
+            num_layers=self.model.num_layers,
+            limits=self.limits,
+            idle_s=60.0,
+        )
+        links = cast("Links", WiredLinks(peer, self.wires))
+        service = ShardService(links, table, self.model, nursery, clock=trio.current_time)
+        is_tail = layers.stop == self.model.num_layers
+        core = Compute(batcher, is_tail=is_tail, max_queued_bytes=service.max_queued_bytes)
+        width = self.model.hidden_size
+        model = TokenModel(pages, self.limits.page_tokens, width=width, is_tail=is_tail)
+        compute = SteppedCompute(core, model, seconds)
+        service.attach(cast("ComputeThread", compute))
+        nursery.start_soon(compute.run, service.on_delivery)
+        self.wires.attach(peer, receiver_of(service))
+        self.services.append(service)
+        self.computes.append(compute)
 
     def chain(self) -> tuple[Hop, ...]:
         return tuple(Hop(peer=p, start=i, stop=i + 1) for i, p in enumerate(self.peers))
@@ -206,13 +422,15 @@ def _payload_of(outgoing: Outgoing) -> memoryview:
     return memoryview(b"".join(outgoing.payload))
 
 
-def _receiver(service: ShardService) -> Receive:
+def receiver_of(role: Role) -> Receive:
+    """Return what gives a role the frames that come for it."""
+
     def receive(sender: PeerId, lane: Lane, outgoing: Outgoing) -> None:
         if lane is Lane.CONTROL:
-            service.on_control(sender, decode_control(sender, _payload_of(outgoing)))
+            role.on_control(sender, decode_control(sender, _payload_of(outgoing)))
             return
         frame = Frame(lane, outgoing.shape, outgoing.rows, _payload_of(outgoing))
-        service.on_rows(sender, Arrival(frame, trio.current_time(), 0.0))
+        role.on_rows(sender, Arrival(frame, trio.current_time(), 0.0))
 
     return receive
 
@@ -225,9 +443,11 @@ class VirtualDriver:
         answers: The control messages that came.
     """
 
-    def __init__(self, name: str, ring: VirtualRing, *, acknowledges: bool = True) -> None:
+    def __init__(
+        self, name: str, ring: VirtualRing, *, acknowledges: bool = True, number: int = 0
+    ) -> None:
         self.peer = PeerId(name)
-        self.session = SessionId(name.encode().ljust(16, b"."))
+        self.session = SessionId(name.encode().ljust(12, b".") + number.to_bytes(4, "big"))
         self.arrivals_s: list[float] = []
         self.answers: list[Control] = []
         self._ring = ring
