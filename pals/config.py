@@ -511,7 +511,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_rows: int = 64
     max_context_tokens: int = 131072
     max_chunk_tokens: int = 512
-    verify_tokens: int = 8
+    verify_tokens: int = 1
     page_tokens: int = 64
     kv_memory: str = ""
     prefill_share: float = 0.25

@@ -160,7 +160,7 @@ class EngineLimits:
     max_rows: int = 64
     max_context_tokens: int = 131072
     max_chunk_tokens: int = 512
-    verify_tokens: int = 8
+    verify_tokens: int = 1
     page_tokens: int = 64
     kv_bytes: int | None = None
     prefill_share: float = 0.25

@@ -14,6 +14,9 @@ PLANNED_TOKENS = 16384
 AMPLE_TOKENS = 131072
 """More are for contexts that are longer: a small model need not fill a large machine."""
 
+RUNTIME_BASE_BYTES = 560 << 20
+"""Resident size of a shard's process beside its arrays and programs: Python, jax, libp2p."""
+
 HOST_PART = 0.5
 """Of what the plan leaves on a host, which runs other programs too, and maybe other shards."""
 
@@ -26,18 +29,22 @@ def choose_kv_bytes(
 ) -> int:
     """Return the bytes of the cache: those that are named, or a part of what is left.
 
+    Of sizes that nobody names there are few, each twice the one before, for programs are
+    compiled for one size: a machine that has a little less free finds its programs again.
+
     Args:
         limits: Of the shard.
         format_: Of its pages.
-        left_bytes: What weights, temporaries and the process itself leave.
+        left_bytes: What weights and the process itself leave.
         is_host: The cache is in the memory of the host.
     """
     if limits.kv_bytes is not None:
         return limits.kv_bytes
     context_pages = format_.pages_of(limits.max_context_tokens)
     all_pages = limits.max_sessions * context_pages
-    least = min(format_.pages_of(PLANNED_TOKENS), all_pages)
     most = min(max(format_.pages_of(AMPLE_TOKENS), context_pages), all_pages)
-    part = HOST_PART if is_host else DEVICE_PART
-    fitting = int(max(0, left_bytes) * part) // format_.page_bytes - 1
-    return (1 + max(least, min(most, fitting))) * format_.page_bytes
+    fitting = int(max(0, left_bytes) * (HOST_PART if is_host else DEVICE_PART))
+    pages = min(format_.pages_of(PLANNED_TOKENS), all_pages)
+    while pages < most and (1 + 2 * pages) * format_.page_bytes <= fitting:
+        pages = min(2 * pages, most)
+    return (1 + pages) * format_.page_bytes

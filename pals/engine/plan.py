@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import jax
 
 from pals.engine.buckets import Program
+from pals.engine.budget import RUNTIME_BASE_BYTES
 from pals.engine.cache import kv_bytes, page_format
 from pals.engine.compile_cache import programs_folder, use_compilation_cache
 from pals.engine.pages import PageFormat
@@ -26,9 +27,6 @@ from pals.models.build import ParameterPath
 from pals.models.config import CacheShape, ModelConfig
 from pals.models.numerics import Numerics
 from pals.types import EngineLimits, LayerRange, ShardSpec
-
-RUNTIME_BASE_BYTES = 560 << 20
-"""Resident size of a shard's process beside its arrays and programs: Python, jax, libp2p."""
 
 PROGRAM_BYTES = 1_200_000
 """Host memory that one layer of one compiled program takes, its compilation included."""

@@ -7,6 +7,7 @@ word of `pals.engine.batcher`, whose steps it runs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from pals.engine.bank_slots import BankSlots
 from pals.engine.batch import BatchRules, Step
 from pals.engine.batcher import Batcher
 from pals.engine.buckets import BatchLimits, Buckets, Program, check_batch_limits
+from pals.engine.budget import RUNTIME_BASE_BYTES, choose_kv_bytes
 from pals.engine.cache import build_cache, kv_bytes, page_format
 from pals.engine.compile_cache import programs_folder, use_compilation_cache
+from pals.engine.memory import find_memory
 from pals.engine.pacing import StepCosts
 from pals.engine.pages import SCRATCH_PAGE, PageCopy, PagePool
 from pals.engine.prefix import PrefixScope
@@ -36,6 +39,7 @@ from pals.engine.stepping import Leaves, StepArguments, sampled_rows, step_shape
 from pals.engine.steps import COPIES, CompiledProgram, Programs
 from pals.engine.work import PenaltyHistory, Sampled, StepOutput
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
+from pals.models.build import AbstractModel
 from pals.models.config import ModelConfig
 from pals.models.configs.moe import SparseConfig
 from pals.models.decoder import Cache
@@ -50,7 +54,6 @@ from pals.types import (
     Quantization,
     Sampling,
     ShardSpec,
-)
 
 MAX_SESSIONS = 4096
 
@@ -398,6 +401,20 @@ def _place_samplings(
         padded[first : first + count] = [each] * count
         places += range(first, first + count)
     return np.array(places, np.int32), padded
+
+
+def with_cache_that_fits(
+    limits: EngineLimits, config: ModelConfig, layers: LayerRange, spec: ShardSpec
+) -> EngineLimits:
+    """Return limits that name the bytes of the cache, by what this machine has free."""
+    numerics = Numerics.of(spec.dtype, spec.quantization)
+    format_ = page_format(config, layers, page_tokens=limits.page_tokens, dtype=numerics.compute)
+    parameters = AbstractModel.build(config, layers, numerics).parameters.values()
+    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parameters)
+    is_host = numerics.platform == "cpu"
+    left_bytes = find_memory().size_bytes - weights - RUNTIME_BASE_BYTES * is_host
+    chosen = choose_kv_bytes(limits, format_, left_bytes=left_bytes, is_host=is_host)
+    return replace(limits, kv_bytes=chosen)
 
 
 def build_programs(
