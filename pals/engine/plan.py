@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 
@@ -265,8 +266,8 @@ class _Planner:
         longest = max(self.whole.all, key=lambda program: program.tokens)
         most = max(self.whole.all, key=_sampling_size)
         with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
-            long = pool.map(lambda programs: programs.workspace_bytes(longest), firsts)
-            many = pool.map(lambda programs: programs.workspace_bytes(most), lasts)
+            long = pool.map(partial(_workspace, longest), firsts)
+            many = pool.map(partial(_workspace, most), lasts)
             return [max(both) for both in zip(long, many, strict=True)]
 
     def _programs(self, layers: LayerRange) -> Programs:
@@ -277,6 +278,10 @@ class _Planner:
             limits=self._limits,
             num_pages=2,  # temporaries do not grow with the cache
         )
+
+
+def _workspace(program: Program, programs: Programs) -> int:
+    return programs.workspace_bytes(program)
 
 
 def _sampling_size(program: Program) -> tuple[int, int]:

@@ -165,15 +165,11 @@ def copy_pages(cache: Cache, sources: jax.Array, targets: jax.Array) -> Cache:
     """Copy pages of every layer; pairs that only pad copy the scratch page to itself."""
 
     def copy(number: jax.Array, arrays: Cache) -> Cache:
-        return jax.tree.map(
-            lambda array: jax.lax.dynamic_update_index_in_dim(
-                array,
-                jax.lax.dynamic_index_in_dim(array, sources[number], axis=1, keepdims=False),
-                targets[number],
-                axis=1,
-            ),
-            arrays,
-        )
+        def copy_page(array: jax.Array) -> jax.Array:
+            page = jax.lax.dynamic_index_in_dim(array, sources[number], axis=1)
+            return jax.lax.dynamic_update_index_in_dim(array, page, targets[number], axis=1)
+
+        return jax.tree.map(copy_page, arrays)
 
     copied: Cache = jax.lax.fori_loop(0, COPIES, copy, cache)
     return copied

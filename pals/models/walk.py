@@ -99,8 +99,7 @@ def _attend_rows(
         return _attend_row(queries, cache, tables, view, block_tokens)
 
     if queries.shape[0] == 1:
-        alone: tuple[jax.Array, Tables] = jax.tree.map(lambda array: array[0], (queries, tables))
-        return walk(alone)[None]
+        return walk((queries[0], Tables(*(table[0] for table in tables))))[None]
     walked: jax.Array = lax.map(walk, (queries, tables))
     return walked
 
