@@ -13,7 +13,6 @@ different tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -103,12 +102,12 @@ def find_head(draws: Draws, is_random: jax.Array) -> Head:
     head, is_found = _cut_nucleus(draws, head)
     is_searched = is_random & ~(is_found & (draws.top_k <= values.shape[1]))
 
-    def search() -> Head:
+    def search() -> tuple[jax.Array, jax.Array]:
         least = jnp.where(is_searched, find_least_kept(draws), head.least)
-        rest = jnp.where(is_searched, weigh_rest(draws, least, border), head.rest)
-        return head._replace(least=least, rest=rest)
+        return least, jnp.where(is_searched, weigh_rest(draws, least, border), head.rest)
 
-    return lax.cond(jnp.any(is_searched), search, lambda: head)
+    found = lax.cond(jnp.any(is_searched), search, lambda: (head.least, head.rest))
+    return head._replace(least=found[0], rest=found[1])
 
 
 def _cut_nucleus(draws: Draws, head: Head) -> tuple[Head, jax.Array]:
@@ -162,27 +161,22 @@ def find_least_kept(draws: Draws) -> jax.Array:
     leave to the fewest tokens that hold its part of their mass. Tokens that tie with the
     least likely one kept are kept too.
     """
-    rows, scaled = len(draws.scaled), draws.scaled
+    scaled = draws.scaled
     top = jnp.max(scaled, axis=-1)
-    least = top + jnp.log(draws.min_p)
 
-    def sum_from(least: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(scaled >= least[:, None], weights, 0), axis=-1)
+    def cut(step: jax.Array, least: jax.Array) -> jax.Array:
+        """Cut by top_k in step 0, by top_p in step 1."""
+        weights = jnp.where(step == 0, 1.0, _weigh(scaled, least, top))
+        part = draws.top_p * jnp.sum(weights, axis=-1)
+        target = jnp.where(step == 0, draws.top_k.astype(jnp.float32), part)
+        found = _bisect(scaled, weights, target)
+        has_cut = jnp.where(step == 0, draws.top_k > 0, draws.top_p < 1)
+        return jnp.where(has_cut, jnp.maximum(least, found), least)
 
-    def find_kth() -> jax.Array:
-        # floats count a vocabulary exactly, and XLA on CPU adds them faster than integers
-        ones = jnp.ones((), jnp.float32)
-        return _bisect(rows, lambda least: sum_from(least, ones) >= draws.top_k)
-
-    def find_nucleus(least: jax.Array) -> jax.Array:
-        weights = _weigh(scaled, least, top)
-        target = draws.top_p * jnp.sum(weights, axis=-1)
-        return _bisect(rows, lambda least: sum_from(least, weights) >= target)
-
-    kth = lax.cond(jnp.any(draws.top_k > 0), find_kth, lambda: least)
-    least = jnp.where(draws.top_k > 0, jnp.maximum(least, kth), least)
-    nucleus = lax.cond(jnp.any(draws.top_p < 1), lambda: find_nucleus(least), lambda: least)
-    return jnp.where(draws.top_p < 1, jnp.maximum(least, nucleus), least)
+    # One loop for both, of as many steps as some row needs, is compiled once.
+    first = jnp.where(jnp.any(draws.top_k > 0), 0, 1)
+    last = jnp.where(jnp.any(draws.top_p < 1), 1, 0)
+    return lax.fori_loop(first, last + 1, cut, top + jnp.log(draws.min_p))
 
 
 def top_tokens(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -192,14 +186,19 @@ def top_tokens(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     the ``count`` blocks with the largest maxima: finding these first leaves little to sort.
     """
     if values.shape[1] <= 2 * count * _SORTED_BLOCK:
-        return lax.top_k(values, count)
+        return _top(values, count)
     blocks = _cut_blocks(values, _SORTED_BLOCK, padding=-jnp.inf)
-    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), count)
+    _, chosen = _top(jnp.max(blocks, axis=-1), count)
     chosen = jnp.sort(chosen, axis=-1)
     inside = _gather(blocks, chosen)
-    best, places = lax.top_k(inside.reshape(len(values), -1), count)
+    best, places = _top(inside.reshape(len(values), -1), count)
     block, place = places // _SORTED_BLOCK, places % _SORTED_BLOCK
     return best, _gather(chosen, block) * _SORTED_BLOCK + place
+
+
+def _top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    # XLA on CPU takes it for a whole sort once something else is cut from its result
+    return lax.optimization_barrier(lax.top_k(values, count))
 
 
 def pick_likeliest(values: jax.Array) -> jax.Array:
@@ -258,19 +257,21 @@ def _cut_blocks(values: jax.Array, size: int, *, padding: float) -> jax.Array:
     return padded.reshape(len(values), -1, size)
 
 
-def _bisect(rows: int, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Return the largest float [rows] that leaves enough; -inf if no larger one does.
+def _bisect(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Return the largest float [S] from which on values [S, V] weigh the target [S]; or -inf.
 
     With the order of all bits reversed for negative ones, floats are ordered as their bits
     are. Finding these one by one is far faster on CPU than a sort. Patterns past the
-    infinities are no numbers, and never enough.
+    infinities are no numbers, and nothing is from there on.
     """
 
     def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         tried = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(is_enough(_order_to_float(tried)), tried, found)
+        is_in = values >= _order_to_float(tried)[:, None]
+        weight = jnp.sum(jnp.where(is_in, weights, 0), axis=-1)
+        return jnp.where(weight >= target, tried, found)
 
-    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(rows, jnp.uint32))
+    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(len(values), jnp.uint32))
     return jnp.where(found == 0, -jnp.inf, _order_to_float(found))
 
 
