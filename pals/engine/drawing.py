@@ -13,7 +13,6 @@ different tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,8 +25,8 @@ _SORTED_BLOCK = 32
 _SEARCHED_BLOCK = 128
 _DRAWN_BLOCK = 512
 
-_REST, _PLACE_IN_REST = 0xFFFFFFFF, 0xFFFFFFFE
-"""Stand in place of a token for the noise of the rest, and for the draw within it."""
+_REST, _FIRST_BLOCK = 1 << 30, 1 << 31
+"""Counters of the noise that is no token's: of the rest as one, and of its blocks."""
 
 
 class Draws(NamedTuple):
@@ -38,20 +37,16 @@ class Draws(NamedTuple):
         top_k: [S] int32, 0 to V; 0 keeps all.
         top_p: [S] float32, above 0.
         min_p: [S] float32.
-        keys: [S] typed threefry keys.
+        seeds: [S, 2] uint32.
+        positions: [S] int32.
     """
 
     scaled: jax.Array
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
-    keys: jax.Array
-
-
-def build_keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return the keys [S] of seeds (uint32 [S, 2]) at positions (int32 [S])."""
-    keys = jax.random.wrap_key_data(seeds, impl="threefry2x32")
-    return jax.vmap(jax.random.fold_in)(keys, positions)
+    seeds: jax.Array
+    positions: jax.Array
 
 
 def draw_tokens(draws: Draws, is_random: jax.Array) -> jax.Array:
@@ -62,9 +57,8 @@ def draw_tokens(draws: Draws, is_random: jax.Array) -> jax.Array:
         is_random: [S] bool; the other rows return any token.
     """
     head = find_head(draws, is_random)
-    counters = jnp.concatenate([head.tokens.astype(jnp.uint32), _counters_of_rest(draws)], axis=1)
-    uniform = draw_uniform(draws.keys, counters)
-    noise = to_gumbel(uniform[:, :-1])
+    counters = jnp.pad(head.tokens, [(0, 0), (0, 1)], constant_values=_REST)
+    noise = draw_noise(draws, counters)
     kept = (head.values >= head.least[:, None]) & (head.values > head.border[:, None])
     scores = jnp.where(kept, head.values, -jnp.inf) + noise[:, :-1]
     tokens = _pick(head.tokens, jnp.argmax(scores, axis=-1))
@@ -72,7 +66,7 @@ def draw_tokens(draws: Draws, is_random: jax.Array) -> jax.Array:
     is_rest = is_random & (rest_score > jnp.max(scores, axis=-1))
 
     def look_in_rest() -> jax.Array:
-        return jnp.where(is_rest, _draw_rest(draws, head, uniform[:, -1]), tokens)
+        return jnp.where(is_rest, _draw_rest(draws, head), tokens)
 
     return lax.cond(jnp.any(is_rest), look_in_rest, lambda: tokens)
 
@@ -108,19 +102,21 @@ def find_head(draws: Draws, is_random: jax.Array) -> Head:
     head, is_found = _cut_nucleus(draws, head)
     is_searched = is_random & ~(is_found & (draws.top_k <= values.shape[1]))
 
-    def search() -> Head:
+    def search() -> tuple[jax.Array, jax.Array]:
         least = jnp.where(is_searched, find_least_kept(draws), head.least)
-        rest = jnp.where(is_searched, weigh_rest(draws, least, border), head.rest)
-        return head._replace(least=least, rest=rest)
+        return least, jnp.where(is_searched, weigh_rest(draws, least, border), head.rest)
 
-    return lax.cond(jnp.any(is_searched), search, lambda: head)
+    found = lax.cond(jnp.any(is_searched), search, lambda: (head.least, head.rest))
+    return head._replace(least=found[0], rest=found[1])
 
 
 def _cut_nucleus(draws: Draws, head: Head) -> tuple[Head, jax.Array]:
     """Apply top_p where the nucleus ends in the head; returns also for which rows [S] it does."""
     weights = _weigh(head.values, head.least, head.values[:, 0])
     weights = jnp.where(head.values > head.border[:, None], weights, 0)
-    held = jnp.cumsum(weights, axis=-1)
+    places = jnp.arange(weights.shape[1])
+    up_to = jnp.where(places[:, None] >= places, weights[:, None, :], 0)
+    held = jnp.sum(up_to, axis=-1)  # a cumsum takes XLA longer to compile than to run
     mass = jnp.sum(weights, axis=-1) + head.rest
     reached = (held >= (draws.top_p * mass)[:, None]) & (weights > 0)
     last = _pick(head.values, jnp.argmax(reached, axis=-1))
@@ -142,31 +138,20 @@ def _weigh_rest(draws: Draws, least: jax.Array, border: jax.Array) -> jax.Array:
     return jnp.where(draws.scaled <= border[:, None], weights, 0)
 
 
-def _draw_rest(draws: Draws, head: Head, uniform: jax.Array) -> jax.Array:
-    """Return the token [S] of the rest at which its sums pass a part of its mass."""
+def _draw_rest(draws: Draws, head: Head) -> jax.Array:
+    """Return a token [S] of the rest: first one of its blocks is drawn, then a token there."""
     blocks = _cut_blocks(_weigh_rest(draws, head.least, head.border), _DRAWN_BLOCK, padding=0)
-    masses = jnp.sum(blocks, axis=-1)
-    block, target = _pass_mass(masses, uniform * jnp.sum(masses, axis=-1))
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    place, _ = _pass_mass(inside, target)
-    return (block * _DRAWN_BLOCK + place).astype(jnp.int32)
+    block = _draw_by_mass(draws, jnp.sum(blocks, axis=-1), jnp.uint32(_FIRST_BLOCK))
+    inside = _gather(blocks, block[:, None])[:, 0]
+    first = block * _DRAWN_BLOCK
+    return first + _draw_by_mass(draws, inside, first[:, None].astype(jnp.uint32))
 
 
-def _pass_mass(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return where the sums of weights [S, n] pass target [S], and what is left of it there.
-
-    Rounded sums may jump between equal weights or end early: a place without weight is
-    never returned, and the last one with weight takes what is left.
-    """
-    sums = jnp.cumsum(weights, axis=-1)
-    passed = (sums > target[:, None]) & (weights > 0)
-    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
-    place = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), last)
-    return place, target - _pick(sums, place) + _pick(weights, place)
-
-
-def _counters_of_rest(draws: Draws) -> jax.Array:
-    return jnp.tile(jnp.array([[_REST, _PLACE_IN_REST]], jnp.uint32), (len(draws.scaled), 1))
+def _draw_by_mass(draws: Draws, masses: jax.Array, first: jax.Array) -> jax.Array:
+    """Return a place [S] in masses [S, n], whose noise has the counters from first on."""
+    counters = first + jnp.arange(masses.shape[1], dtype=jnp.uint32)
+    counters = jnp.broadcast_to(counters, masses.shape)
+    return jnp.argmax(jnp.log(masses) + draw_noise(draws, counters), axis=-1).astype(jnp.int32)
 
 
 def find_least_kept(draws: Draws) -> jax.Array:
@@ -176,27 +161,22 @@ def find_least_kept(draws: Draws) -> jax.Array:
     leave to the fewest tokens that hold its part of their mass. Tokens that tie with the
     least likely one kept are kept too.
     """
-    rows, scaled = len(draws.scaled), draws.scaled
+    scaled = draws.scaled
     top = jnp.max(scaled, axis=-1)
-    least = top + jnp.log(draws.min_p)
 
-    def sum_from(least: jax.Array, weights: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(scaled >= least[:, None], weights, 0), axis=-1)
+    def cut(step: jax.Array, least: jax.Array) -> jax.Array:
+        """Cut by top_k in step 0, by top_p in step 1."""
+        weights = jnp.where(step == 0, 1.0, _weigh(scaled, least, top))
+        part = draws.top_p * jnp.sum(weights, axis=-1)
+        target = jnp.where(step == 0, draws.top_k.astype(jnp.float32), part)
+        found = _bisect(scaled, weights, target)
+        has_cut = jnp.where(step == 0, draws.top_k > 0, draws.top_p < 1)
+        return jnp.where(has_cut, jnp.maximum(least, found), least)
 
-    def find_kth() -> jax.Array:
-        # floats count a vocabulary exactly, and XLA on CPU adds them faster than integers
-        ones = jnp.ones((), jnp.float32)
-        return _bisect(rows, lambda least: sum_from(least, ones) >= draws.top_k)
-
-    def find_nucleus(least: jax.Array) -> jax.Array:
-        weights = _weigh(scaled, least, top)
-        target = draws.top_p * jnp.sum(weights, axis=-1)
-        return _bisect(rows, lambda least: sum_from(least, weights) >= target)
-
-    kth = lax.cond(jnp.any(draws.top_k > 0), find_kth, lambda: least)
-    least = jnp.where(draws.top_k > 0, jnp.maximum(least, kth), least)
-    nucleus = lax.cond(jnp.any(draws.top_p < 1), lambda: find_nucleus(least), lambda: least)
-    return jnp.where(draws.top_p < 1, jnp.maximum(least, nucleus), least)
+    # One loop for both, of as many steps as some row needs, is compiled once.
+    first = jnp.where(jnp.any(draws.top_k > 0), 0, 1)
+    last = jnp.where(jnp.any(draws.top_p < 1), 1, 0)
+    return lax.fori_loop(first, last + 1, cut, top + jnp.log(draws.min_p))
 
 
 def top_tokens(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -206,14 +186,19 @@ def top_tokens(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     the ``count`` blocks with the largest maxima: finding these first leaves little to sort.
     """
     if values.shape[1] <= 2 * count * _SORTED_BLOCK:
-        return lax.top_k(values, count)
+        return _top(values, count)
     blocks = _cut_blocks(values, _SORTED_BLOCK, padding=-jnp.inf)
-    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), count)
+    _, chosen = _top(jnp.max(blocks, axis=-1), count)
     chosen = jnp.sort(chosen, axis=-1)
-    inside = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1)
-    best, places = lax.top_k(inside.reshape(len(values), -1), count)
+    inside = _gather(blocks, chosen)
+    best, places = _top(inside.reshape(len(values), -1), count)
     block, place = places // _SORTED_BLOCK, places % _SORTED_BLOCK
-    return best, _pick_all(chosen, block) * _SORTED_BLOCK + place
+    return best, _gather(chosen, block) * _SORTED_BLOCK + place
+
+
+def _top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    # XLA on CPU takes it for a whole sort once something else is cut from its result
+    return lax.optimization_barrier(lax.top_k(values, count))
 
 
 def pick_likeliest(values: jax.Array) -> jax.Array:
@@ -223,26 +208,41 @@ def pick_likeliest(values: jax.Array) -> jax.Array:
     """
     blocks = _cut_blocks(values, _SEARCHED_BLOCK, padding=-jnp.inf)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    inside = _gather(blocks, block[:, None])[:, 0]
     return (block * _SEARCHED_BLOCK + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
-def draw_uniform(keys: jax.Array, counters: jax.Array) -> jax.Array:
-    """Return float32 [S, n] in (0, 1) of counters (uint32 [S, n]) under keys [S].
+def draw_noise(draws: Draws, counters: jax.Array) -> jax.Array:
+    """Return Gumbel noise [S, n], each of its row's seed and position and a counter [S, n].
 
-    Small ones, which become large noise and win, keep all 32 bits: ties are rare.
+    Small uniform numbers, which become large noise and win, keep all 32 bits: ties are rare.
     """
+    high, low = draws.seeds[:, :1], draws.seeds[:, 1:]
+    positions = jnp.broadcast_to(draws.positions[:, None], counters.shape)
+    bits = threefry(high, low, positions.astype(jnp.uint32), counters.astype(jnp.uint32))
+    return to_gumbel((bits.astype(jnp.float32) + 0.5) * 2.0**-32)
 
-    def draw_bits(key: jax.Array, counter: jax.Array) -> jax.Array:
-        return jax.random.key_data(jax.random.fold_in(key, counter))[0]
 
-    bits = jax.vmap(jax.vmap(draw_bits, (None, 0)))(keys, counters)
-    return jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+def threefry(high: jax.Array, low: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the first word of Threefry-2x32-20 under the key (high, low), all uint32.
+
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011). Written out, it is one
+    kernel; jax's own is many, which XLA compiles for as long as all else that draws.
+    """
+    keys = (high, low, high ^ low ^ jnp.uint32(0x1BD11BDA))
+    x, y = x + keys[0], y + keys[1]
+    for group in range(5):
+        for rotation in (13, 15, 26, 6) if group % 2 == 0 else (17, 29, 16, 24):
+            x = x + y
+            y = x ^ (y << rotation | y >> 32 - rotation)
+        x = x + keys[(group + 1) % 3]
+        y = y + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return x
 
 
 def to_gumbel(uniform: jax.Array) -> jax.Array:
-    """Return Gumbel noise of uniform numbers."""
-    return -jnp.log(-jnp.log1p(-uniform))
+    """Return Gumbel noise of uniform numbers in (0, 1], of which 1 is a little less."""
+    return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
 
 
 def _weigh(scaled: jax.Array, least: jax.Array, top: jax.Array) -> jax.Array:
@@ -257,19 +257,21 @@ def _cut_blocks(values: jax.Array, size: int, *, padding: float) -> jax.Array:
     return padded.reshape(len(values), -1, size)
 
 
-def _bisect(rows: int, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Return the largest float [rows] that leaves enough; -inf if no larger one does.
+def _bisect(values: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Return the largest float [S] from which on values [S, V] weigh the target [S]; or -inf.
 
     With the order of all bits reversed for negative ones, floats are ordered as their bits
     are. Finding these one by one is far faster on CPU than a sort. Patterns past the
-    infinities are no numbers, and never enough.
+    infinities are no numbers, and nothing is from there on.
     """
 
     def set_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         tried = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(is_enough(_order_to_float(tried)), tried, found)
+        is_in = values >= _order_to_float(tried)[:, None]
+        weight = jnp.sum(jnp.where(is_in, weights, 0), axis=-1)
+        return jnp.where(weight >= target, tried, found)
 
-    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(rows, jnp.uint32))
+    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(len(values), jnp.uint32))
     return jnp.where(found == 0, -jnp.inf, _order_to_float(found))
 
 
@@ -278,11 +280,16 @@ def _order_to_float(order: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _pick(values: jax.Array, places: jax.Array) -> jax.Array:
-    """Return one of each row's values: [S, n] at places [S]."""
-    return _pick_all(values, places[:, None])[:, 0]
+def _pick(values: jax.Array, place: jax.Array) -> jax.Array:
+    """Return one of each row's values: [S, n] at place [S].
+
+    As a sum, which XLA fuses with what is around it, and a gather it does not.
+    """
+    is_there = jnp.arange(values.shape[1]) == place[:, None]
+    return jnp.sum(jnp.where(is_there, values, 0), axis=-1)
 
 
-def _pick_all(values: jax.Array, places: jax.Array) -> jax.Array:
-    """Return some of each row's values: [S, n] at places [S, m]."""
-    return jnp.take_along_axis(values, places, axis=-1)
+def _gather(values: jax.Array, places: jax.Array) -> jax.Array:
+    """Return some of each row's values: [S, n, ...] at places [S, m], all in bounds."""
+    places = places.reshape(*places.shape, *[1] * (values.ndim - 2))
+    return jnp.take_along_axis(values, places, axis=1, mode="promise_in_bounds")

@@ -22,7 +22,6 @@ from jax import lax
 from pals.engine.bank import MAX_COUNT, Bank, add_counts, unpack_bits
 from pals.engine.drawing import (
     Draws,
-    build_keys,
     draw_tokens,
     pick_likeliest,
     top_tokens,
@@ -123,7 +122,9 @@ def score_tokens(logits: jax.Array, ids: jax.Array, wanted: jax.Array) -> Sample
 
     def score() -> tuple[jax.Array, jax.Array, jax.Array]:
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        own = (jnp.take_along_axis(logits, ids[:, None], axis=-1) - total)[:, 0]
+        own = (
+            jnp.take_along_axis(logits, ids[:, None], axis=-1, mode="promise_in_bounds") - total
+        )[:, 0]
         top = lax.cond(jnp.any(wanted > 1), lambda: name_top(total), lambda: nothing)
         return jnp.where(wanted > 0, own, 0), *top
 
@@ -204,7 +205,8 @@ def _choose_rows(
             top_k=jnp.where(rows.top_k < logits.shape[1], rows.top_k, 0),
             top_p=jnp.maximum(rows.top_p, SMALLEST),
             min_p=rows.min_p,
-            keys=build_keys(rows.seeds, positions),
+            seeds=rows.seeds,
+            positions=positions,
         )
         return jnp.where(rows.are_random, draw_tokens(draws, rows.are_random), likeliest)
 

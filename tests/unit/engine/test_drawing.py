@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.extend.random import threefry_2x32
 
 from pals.engine.drawing import (
     HEAD_TOKENS,
     Draws,
-    build_keys,
+    draw_noise,
     draw_tokens,
-    draw_uniform,
     find_head,
     find_least_kept,
     pick_likeliest,
+    threefry,
     to_gumbel,
     top_tokens,
 )
@@ -28,7 +29,7 @@ find_compiled = jax.jit(find_least_kept)
 draw_compiled = jax.jit(draw_tokens)
 head_compiled = jax.jit(find_head)
 top_compiled = jax.jit(top_tokens, static_argnums=1)
-uniform_compiled = jax.jit(draw_uniform)
+noise_compiled = jax.jit(draw_noise)
 
 
 def make_draws(logits: np.ndarray, samplings: list[Sampling], position: int = 0) -> Draws:
@@ -39,7 +40,8 @@ def make_draws(logits: np.ndarray, samplings: list[Sampling], position: int = 0)
         top_k=np.array([s.top_k for s in samplings], np.int32),
         top_p=np.array([s.top_p for s in samplings], np.float32),
         min_p=np.array([s.min_p for s in samplings], np.float32),
-        keys=build_keys(seeds, np.full(rows, position, np.int32)),
+        seeds=seeds,
+        positions=np.full(rows, position, np.int32),
     )
 
 
@@ -172,22 +174,31 @@ def test_the_likeliest_is_the_lowest_of_the_largest(size: int) -> None:
     assert np.asarray(pick_likeliest(values)).tolist() == values.argmax(-1).tolist()
 
 
-def test_numbers_are_those_of_their_token_wherever_it_stands() -> None:
-    keys = build_keys(np.array([[0, 1], [0, 2]], np.uint32), np.array([3, 3], np.int32))
-    every = np.asarray(draw_uniform(keys, np.tile(np.arange(VOCAB, dtype=np.uint32), (2, 1))))
-    some = np.array([[7, 0, 299], [8, 7, 7]], np.uint32)
+def test_threefry_is_that_of_jax() -> None:
+    words = np.random.default_rng(1).integers(0, 1 << 32, (4, 50), dtype=np.uint32)
 
-    found = np.asarray(draw_uniform(keys, some))
+    found = np.asarray(threefry(words[0], words[1], words[2], words[3]))
 
-    assert found.tolist() == np.take_along_axis(every, some.astype(int), -1).tolist()
+    for place, (high, low, x, y) in enumerate(words.T):
+        expected = threefry_2x32(np.array([high, low]), np.array([x, y]))
+        assert found[place] == np.asarray(expected)[0]
+
+
+def test_noise_is_that_of_the_token_wherever_it_stands() -> None:
+    draws = make_draws(np.zeros((2, VOCAB)), [Sampling(seed=1), Sampling(seed=2)], 3)
+    every = np.asarray(draw_noise(draws, np.tile(np.arange(VOCAB, dtype=np.int32), (2, 1))))
+    some = np.array([[7, 0, 299], [8, 7, 7]], np.int32)
+
+    found = np.asarray(draw_noise(draws, some))
+
+    assert found.tolist() == np.take_along_axis(every, some, -1).tolist()
     assert (every[0] != every[1]).all()
 
 
 def test_noise_is_gumbel_noise() -> None:
-    keys = build_keys(np.array([[5, 6]], np.uint32), np.array([7], np.int32))
-    uniform = uniform_compiled(keys, np.arange(1 << 18, dtype=np.uint32)[None])
+    draws = make_draws(np.zeros((1, 1)), [Sampling(seed=5)], 7)
 
-    noise = np.asarray(to_gumbel(uniform))[0]
+    noise = np.asarray(noise_compiled(draws, np.arange(1 << 18, dtype=np.int32)[None]))[0]
 
     # Kolmogorov and Smirnov: 1.95 / sqrt(n) is passed once in a thousand times
     expected = np.exp(-np.exp(-np.sort(noise).astype(np.float64)))
@@ -198,9 +209,9 @@ def test_noise_is_gumbel_noise() -> None:
 
 @pytest.mark.parametrize("bits", [0, 1, (1 << 32) - 1])
 def test_the_ends_of_the_noise_are_numbers(bits: int) -> None:
-    uniform = np.minimum((np.float32(bits) + np.float32(0.5)) * np.float32(2**-32), 1 - 2.0**-24)
+    uniform = (np.float32(bits) + np.float32(0.5)) * np.float32(2**-32)
 
-    assert np.isfinite(np.asarray(to_gumbel(np.float32(uniform))))
+    assert np.isfinite(np.asarray(to_gumbel(uniform)))
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
