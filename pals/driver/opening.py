@@ -278,7 +278,8 @@ class ChainOpener:
         attempt.fail(error)
 
     def take_preemption(self, attempt: Attempt, peer: PeerId) -> None:
-        """End an attempt whose room at a shard went to others: nobody is at fault."""
+        """End an attempt whose room at a shard went to others: nobody is blamed for it."""
+        attempt.failed.add(peer)
         attempt.fail(SessionPreempted(peer=short_id(peer)))
 
     def blame(self, attempt: Attempt, peer: PeerId) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Set
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -297,7 +298,7 @@ class Supervisor:
             raise error
         self._opener.drop(failed)
         if isinstance(error, SessionPreempted):
-            await self._replay(session, failed.chain)
+            await self._replay(session, failed, error)
             return
         session.failures += 1
         if session.failures > MAX_FAILURES:
@@ -310,18 +311,26 @@ class Supervisor:
         )
         self._switch(session, attempt)
 
-    async def _replay(self, session: ClientSession, chain: Chain) -> None:
+    async def _replay(
+        self, session: ClientSession, preempted: Attempt, error: SessionPreempted
+    ) -> None:
         """Go on over a chain where a session's room went to others, or over another one.
 
         Nobody has failed: the other shards still have its pages, and it keeps its place in
         line. It waits for room for longer than for peers, since those who have it end.
 
         Raises:
-            PalsError: There is no room in time.
+            PalsError: There is no room in time, or it goes to others again and again.
         """
         attempt = None
         if _may_replay(session):
-            attempt = await self._try_chain(session, chain, Round())
+            attempt = await self._try_chain(session, preempted.chain, Round())
+        elif session.preemptions > 2 * MAX_PREEMPTIONS:
+            raise error
+        else:
+            avoided = _offers_by(preempted.chain, preempted.failed)
+            with suppress(*CHAIN_ERRORS):
+                attempt = await self._try_next(session, Round(avoided=avoided))
         if attempt is None:
             attempt = await _keep_trying(
                 lambda: self._try_next(session, Round()),

@@ -15,6 +15,10 @@ from pals.net.control import Fork, Hop, Open, Sampler
 from pals.net.wire import Lane, Row
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
+MAX_ROWS_AHEAD = 8
+"""Rows behind its prompt that a session may have waiting here: the ring sends the next one
+once this one has gone round, and drafts a few more at most."""
+
 _GREEDY = Sampler()
 
 
@@ -39,6 +43,7 @@ class ShardSession:
         start: Where its first row stood; None before that came.
         position: Where the last row ended: no row may leave a gap behind it.
         sampled_tokens: Tokens that the tail has sampled so far.
+        rows_ahead: Rows behind the prompt that have come and are not computed.
     """
 
     session: SessionId
@@ -56,6 +61,7 @@ class ShardSession:
     start: int | None = None
     position: int = 0
     sampled_tokens: int = 0
+    rows_ahead: int = 0
 
     @property
     def max_tokens(self) -> int:
@@ -135,6 +141,7 @@ class SessionTable:
             start=message.position,
             position=message.position,
             sampled_tokens=0,
+            rows_ahead=0,
         )
         self._sessions[child] = forked
         return forked
@@ -220,6 +227,15 @@ class SessionTable:
         end = row.position + row.num_tokens
         if row.num_tokens > self.limits.verify_tokens or end > session.max_tokens:
             raise InvalidFrame(peer=sender, problem=f"a row of {row.num_tokens} tokens")
+        if session.rows_ahead >= MAX_ROWS_AHEAD:
+            problem = f"more than {MAX_ROWS_AHEAD} rows before they were computed"
+            raise InvalidFrame(peer=sender, problem=problem)
+        session.rows_ahead += 1
+
+    def note_computed(self, session: ShardSession, position: int) -> None:
+        """Take that a row, or a part of a prompt, that begins at ``position`` has run."""
+        if position >= session.prompt_tokens:
+            session.rows_ahead -= 1
 
     def take_sample(self, session: ShardSession, position: int, token: int) -> bool:
         """Take that the tail sampled a token; return whether it is the last one.

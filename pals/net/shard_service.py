@@ -542,9 +542,13 @@ class ShardService:
             self._note_chunk(session, row)
 
     def _find(self, row: RowResult) -> ShardSession | None:
+        """Return whose a row that has run is, unless that session has ended meanwhile."""
         session = row.owner
         assert isinstance(session, ShardSession)
-        return session if self._table.has(session) else None
+        if not self._table.has(session):
+            return None
+        self._table.note_computed(session, row.position)
+        return session
 
 
 def _build_item(session: ShardSession, lane: Lane, came: _Came) -> InputRow:

@@ -28,7 +28,9 @@ from pals.types import Dtype, EngineLimits, LayerRange, Sampling, ShardSpec
 from tests.checkpoints import make_llama_checkpoint
 from tests.integration.backends import running_backend
 
-LIMITS = EngineLimits(max_sessions=2, max_context_tokens=96, max_chunk_tokens=16)
+LIMITS = EngineLimits(
+    max_sessions=2, max_rows=2, max_context_tokens=96, max_chunk_tokens=16, verify_tokens=1
+)
 DEADLINE_S = 40.0
 
 

@@ -30,7 +30,9 @@ from tests.integration.swarm import ask, make_swarm, request, served_model, star
 
 pytestmark = pytest.mark.timeout(180)
 
-LIMITS = EngineLimits(max_sessions=2, max_context_tokens=512, max_chunk_tokens=16)
+LIMITS = EngineLimits(
+    max_sessions=2, max_rows=2, max_context_tokens=512, max_chunk_tokens=16, verify_tokens=1
+)
 SPLIT = ("0:10", "10:20", "20:30")
 GOLDENS = load_goldens()["prompts"]
 PARIS, EMOJI, _, _, STORY = GOLDENS

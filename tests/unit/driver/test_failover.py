@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from pals.driver.recovery import MAX_FAILURES, Patience
-from pals.errors import NoChain, PalsError, ShardBusy, StepTimeout
+from pals.driver.recovery import MAX_FAILURES, MAX_PREEMPTIONS, Patience
+from pals.errors import NoChain, PalsError, SessionPreempted, ShardBusy, StepTimeout
 from pals.types import PeerId
 from tests.unit.driver.virtual_shards import (
     RANGES,
@@ -454,3 +454,123 @@ async def test_an_error_of_our_own_ends_one_session_and_no_other(
 
     assert caught.value.code == "PALS-INTERNAL"
     assert "ZeroDivisionError" in caplog.text
+
+
+# --- room that goes to others ----------------------------------------------------------
+
+
+def preempt_at(world: World, moment: str, victim: PeerId, *, times: int = 1) -> None:
+    """Let a shard give the room of a session away whenever it reaches a moment."""
+    done: list[str] = []
+
+    def act(*shards: PeerId) -> bool:
+        if victim in shards:
+            done.append(moment)
+            world.shards.preempt(victim)
+        return len(done) == times
+
+    world.shards.on_moment[moment] = act
+
+
+@pytest.mark.parametrize("position", RANGES)
+@pytest.mark.parametrize("moment", ["open", "prefill", "token 5"])
+async def test_a_preempted_session_blames_nobody_and_takes_its_own_place(
+    autojump_clock: trio.testing.MockClock, moment: str, position: str
+) -> None:
+    async with open_world() as world:
+        victim = peer(f"{position}-0")
+        preempt_at(world, moment, victim)
+        reader = await world.ask()
+        assert await reader.read() == unfailed(make_request())
+        assert reader.session is not None
+        assert reader.session.failures == 0
+        assert world.routes._suspects._failures == {}
+        assert world.chain_of(reader) == [peer(f"{name}-0") for name in RANGES]
+        (first, second) = dict.fromkeys(message.session for _, message in world.shards.opens)
+        assert {m.replaces for _, m in world.shards.opens if m.session == first} == {b""}
+        assert {m.replaces for _, m in world.shards.opens if m.session == second} == {first}
+
+
+async def test_a_shard_that_always_gives_the_room_away_is_left_for_another(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world() as world:
+        preempt_at(world, "prefill", peer("middle-0"), times=1000)
+        reader = await world.ask()
+        assert await reader.read() == unfailed(make_request())
+        assert world.chain_of(reader)[1] == peer("middle-1")
+        assert world.routes._suspects._failures == {}
+
+
+async def test_without_another_shard_that_ends_the_request_as_one_that_may_come_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world(replicas=1) as world:
+        preempt_at(world, "open", peer("middle-0"), times=1000)
+        with pytest.raises(SessionPreempted) as caught:
+            await world.ask()
+        assert (caught.value.http_status, caught.value.retryable) == (429, True)
+        assert len(world.shards.opens) <= 3 * (MAX_PREEMPTIONS + 2)
+
+
+async def test_an_answer_whose_room_always_goes_to_others_ends_with_that(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world(replicas=1) as world:
+        preempt_at(world, "prefill", peer("tail-0"), times=1000)
+        reader = await world.ask()
+        with pytest.raises(SessionPreempted):
+            await reader.read()
+        assert world.routes._suspects._failures == {}
+
+
+async def test_a_session_whose_room_went_to_others_waits_for_it_longer_than_for_peers(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world(replicas=1, patience=Patience(wait_for_peers_s=5.0)) as world:
+        victim = peer("middle-0")
+        preempt_at(world, "token 5", victim)
+        reader = await world.ask()
+        world.shards.full.add(victim)
+        await trio.sleep(60.0)
+        assert not reader.over.is_set()
+        world.shards.full.clear()
+        assert await reader.read() == unfailed(make_request())
+
+
+# --- what is held ------------------------------------------------------------------------
+
+LONG = tuple(range(1, 201))
+
+
+async def test_the_rest_of_an_answer_begins_behind_what_every_shard_still_has(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Names of prompt and answer: the shard that gave the room away still has some of it."""
+    async with open_world() as world:
+        request = make_request(count=100, prompt=LONG)
+        world.shards.holds_no_more_than[peer("tail-0")] = 128
+        preempt_at(world, "token 70", peer("tail-0"))
+        reader = await world.ask(request)
+        assert await reader.read() == unfailed(request)
+        assert world.shards.starts == [0, 128]
+
+
+async def test_another_chain_of_shards_that_saw_the_prompt_before_begins_behind_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_world() as world:
+        request = make_request(count=40, prompt=LONG)
+        for name in RANGES:
+            world.shards.serve(f"{name}-0", RANGES[name], step_ms=0.5)
+        first = await world.ask(request)
+        await first.read()
+        for name in RANGES:
+            world.shards.serve(f"{name}-0", RANGES[name], step_ms=2.0)
+        second = await world.ask(request)
+        await second.read()
+        world.shards.on_moment["token 3"] = lambda *_: world.shards.kill(peer("tail-1")) or True
+        third = await world.ask(request)
+        assert await third.read() == unfailed(request)
+    assert world.shards.starts[:3] == [0, 0, 192]
+    assert world.shards.starts[-1] == 192

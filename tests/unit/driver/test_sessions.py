@@ -14,19 +14,45 @@ from pals.driver.routes import RouteTable, ServedModel
 from pals.driver.sessions import SessionClient
 from pals.driver.state import SampledToken, SessionEvent, SessionRequest
 from pals.errors import (
+    AdmissionTimeout,
     InvalidFrame,
     LinkRefused,
     NoChain,
     PalsError,
+    PeerSessionsFull,
     PeerUnreachable,
+    QueueFull,
+    SessionRefused,
+    SessionTooLong,
     ShardBusy,
     ShardFull,
     WireVersionMismatch,
 )
 from pals.net.announce import Announcement
-from pals.net.control import Ack, Close, Open, Opened, Refused, Stats, StatsRequest, decode_control
+from pals.net.control import (
+    Ack,
+    Close,
+    Open,
+    Opened,
+    Refused,
+    Stats,
+    StatsRequest,
+    decode_control,
+    history_of,
+)
 from pals.net.links import Arrival
-from pals.net.wire import FLAG_LAST, Frame, Lane, Outgoing, Row, Rows, sampled_shape
+from pals.net.scores import pack_scores
+from pals.net.wire import (
+    FLAG_LAST,
+    Frame,
+    Lane,
+    Outgoing,
+    Row,
+    Rows,
+    buffer_of,
+    sampled_shape,
+    scored_shape,
+)
 from pals.types import LayerRange, PeerId, Sampling, SessionId
 
 pytestmark = pytest.mark.trio
@@ -84,6 +110,7 @@ class FakeLinks:
         self.refusals: dict[PeerId, tuple[str, str]] = {}
         self.silent: set[PeerId] = set()
         self.opened: list[tuple[PeerId, ...]] = []
+        self.asked: list[tuple[PeerId, Open]] = []
         self.closed: list[PeerId] = []
         self.client: SessionClient | None = None
         self.on_refusal: Callable[[PeerId, object], None] = lambda *_: None
@@ -104,6 +131,7 @@ class FakeLinks:
             return
         message = decode_control(peer, memoryview(b"".join(outgoing.payload)))
         if isinstance(message, Open):
+            self.asked.append((peer, message))
             if peer == message.chain[0].peer:
                 self.opened.append(tuple(PeerId(hop.peer) for hop in message.chain))
             if peer in self.refusals:
@@ -174,6 +202,13 @@ class Bench:
         frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), rows, payload)
         self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
 
+    def score(self, peer: PeerId, session: SessionId, position: int) -> None:
+        ids, logprobs = np.array([[7, 8, 9]]), np.array([[-0.5, -1.0, -1.5]], np.float32)
+        words = pack_scores(ids[:, 0], logprobs[:, 0], ids, logprobs)
+        rows = Rows.of(Row(session, position, 1))
+        frame = Frame(Lane.DECODE, scored_shape(MANIFEST, 4), rows, buffer_of(words))
+        self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
+
 
 async def test_a_tail_that_never_stops_is_stopped_at_the_last_token_asked_for(
     nursery: trio.Nursery,
@@ -222,6 +257,70 @@ async def test_a_row_of_several_sampled_tokens_is_refused(nursery: trio.Nursery)
 
     with pytest.raises(InvalidFrame):
         bench.client.on_rows(A, Arrival(frame, 0.0, 0.0))
+
+
+async def test_scored_tokens_have_as_many_alternatives_as_were_asked_for(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
+    session = await bench.open(sampling=Sampling(logprobs=2))
+    bench.score(A, session.attempt.session, 2)
+    assert bench.events == [SampledToken(7, False, -0.5, ((7, -0.5), (8, -1.0)))]
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+async def test_tokens_of_the_other_kind_than_asked_for_are_refused(
+    nursery: trio.Nursery, logprobs: int | None
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
+    session = await bench.open(sampling=Sampling(logprobs=logprobs))
+    give = bench.score if logprobs is None else bench.sample
+    with pytest.raises(InvalidFrame):
+        give(A, session.attempt.session, 2)
+    assert bench.events == []
+
+
+async def test_only_the_tail_is_told_how_to_sample_and_what_penalties_count(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
+    await bench.open(sampling=Sampling(temperature=0.5, frequency_penalty=0.1))
+    told = {peer: message.sampler for peer, message in bench.links.asked}
+    assert told[A] is None
+    assert told[B] is not None
+    assert told[B].to_sampling() == Sampling(temperature=0.5, frequency_penalty=0.1)
+    assert (history_of(told[B]).tolist(), told[B].answered) == ([1, 2], 0)
+
+
+async def test_without_penalties_nobody_is_told_the_prompt(nursery: trio.Nursery) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
+    await bench.open(sampling=Sampling(temperature=0.5, logit_bias=((1, 2.0),)))
+    ((_, message),) = bench.links.asked
+    assert message.sampler is not None
+    assert message.sampler.history == b""
+
+
+@pytest.mark.parametrize(
+    "error", [ShardFull, AdmissionTimeout, PeerSessionsFull, QueueFull], ids=lambda e: e.code
+)
+async def test_any_want_of_room_sends_a_request_elsewhere_or_back_to_its_caller(
+    nursery: trio.Nursery, error: type[PalsError]
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"), announcement(B, "0:4"))
+    bench.links.refusals = {A: (error.code, "no room")}
+    assert (await bench.open()).attempt.peers == {B}
+    bench.links.refusals[B] = bench.links.refusals[A]
+    with pytest.raises(ShardBusy):
+        await bench.open()
+
+
+async def test_a_session_that_no_shard_could_hold_is_refused_for_good(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
+    bench.links.refusals = {A: (SessionTooLong.code, "5 tokens, the shard holds 4 in all")}
+    with pytest.raises(SessionRefused):
+        await bench.open()
 
 
 @pytest.mark.parametrize("is_last", [False, True])

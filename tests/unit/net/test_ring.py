@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pals.errors import InvalidFrame, SessionRefused
 from pals.net.control import Fork, Hop, Open, Sampler
-from pals.net.ring import SessionTable, ShardSession
+from pals.net.ring import MAX_ROWS_AHEAD, SessionTable, ShardSession
 from pals.net.wire import Lane, Row
 from pals.types import EngineLimits, LayerRange, PeerId, SessionId
 
@@ -275,6 +275,22 @@ def test_rows_end_at_the_context_limit() -> None:
     with pytest.raises(InvalidFrame):
         take(table, 32, lane=Lane.DECODE)
     assert session.position == 32
+
+
+def test_rows_that_nobody_has_computed_do_not_pile_up() -> None:
+    """A neighbour that steps back for ever would else fill the queue of all sessions."""
+    table = make_table()
+    session = open_one(table)
+    take(table, 0, 5)
+    for _ in range(MAX_ROWS_AHEAD):
+        take(table, 5, lane=Lane.DECODE)
+    with pytest.raises(InvalidFrame):
+        take(table, 5, lane=Lane.DECODE)
+    table.note_computed(session, 4)
+    with pytest.raises(InvalidFrame):
+        take(table, 5, lane=Lane.DECODE)
+    table.note_computed(session, 5)
+    assert take(table, 5, lane=Lane.DECODE) is session
 
 
 def test_row_of_no_session_is_no_fault() -> None:
