@@ -16,17 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.results import Result, Subject
+from pals.engine.arrays import StepArrays
+from pals.engine.buckets import BatchLimits, Buckets, Program
 from pals.engine.cache import build_cache
-from pals.engine.steps import ProgramKey, Programs
-from pals.models.config import ModelConfig
+from pals.engine.steps import Programs
 from pals.models.configs import read_config
 from pals.models.numerics import Numerics
 from pals.types import Dtype, EngineLimits, LayerRange
 
 NAME = "shapes"
 DTYPES: tuple[Dtype, ...] = ("bf16", "int8", "int4")
-LIMITS = EngineLimits(max_sessions=16, max_context_tokens=1024, max_chunk_tokens=256)
-CONTEXT = 256
+LIMITS = EngineLimits(max_rows=16, max_context_tokens=1024, max_chunk_tokens=256)
+NUM_PAGES = 64
+START = 200
+"""Tokens that each decoding row has."""
+
 ROUNDS = 20
 QUICK_ROUNDS = 4
 
@@ -73,11 +77,12 @@ SHAPES = (
     Shape(name="Llama 8B", config=LLAMA_8B, num_layers=4),
     Shape(name="Qwen3 30B-A3B", config=QWEN3_30B_A3B, num_layers=2),
 )
-STEPS = (
-    ProgramKey("decode", 1, CONTEXT),
-    ProgramKey("decode", 16, CONTEXT),
-    ProgramKey("prefill", 256, CONTEXT),
-)
+STEPS: dict[str, tuple[int, int]] = {
+    "decode, 1 row": (1, 0),
+    "decode, 16 rows": (16, 0),
+    "prefill, 256 tokens": (0, 256),
+}
+"""Rows of one token, and tokens of a chunk."""
 
 
 def run(*, quick: bool, report: Callable[[Result], None]) -> None:
@@ -99,7 +104,7 @@ def measure(shape: Shape, dtype: Dtype, load: float, rounds: int) -> Iterator[Re
     config = read_config(shape.config)
     layers = LayerRange(1, 1 + shape.num_layers)
     numerics = Numerics.of(dtype)
-    programs = Programs(config, layers, numerics=numerics, limits=LIMITS)
+    programs = Programs(config, layers, numerics=numerics, limits=LIMITS, num_pages=NUM_PAGES)
     leaves = random_leaves(programs)
     weight_bytes = sum(leaf.nbytes for leaf in leaves)
     subject = Subject(
@@ -114,10 +119,25 @@ def measure(shape: Shape, dtype: Dtype, load: float, rounds: int) -> Iterator[Re
         },
         load=load,
     )
-    for key in STEPS:
-        samples_ms = time_step(programs, config, layers, numerics, leaves, key, rounds)
-        of = replace(subject, setting={**subject.setting, "step": str(key)})
+    buckets = Buckets(BatchLimits.of(LIMITS))
+    empty = np.zeros(config.hidden_size, numerics.compute)
+    for name, (rows, chunk) in STEPS.items():
+        program = buckets.choose(rows, 1, chunk, 1)
+        assert program is not None
+        arrays = StepArrays(program, empty)
+        arrays.inputs[:] = np.random.default_rng(0).standard_normal(arrays.inputs.shape)
+        fill(arrays, program, rows, chunk)
+        samples_ms = time_step(programs, leaves, program, arrays, rounds)
+        of = replace(subject, setting={**subject.setting, "step": name})
         yield of.summarise("step_ms", "ms", samples_ms)
+
+
+def fill(arrays: StepArrays, program: Program, rows: int, chunk: int) -> None:
+    """Let the first rows decode, or the chunk begin a prompt; all share one page."""
+    is_chunk = [0] * program.rows + [1] * bool(chunk)
+    decodes = [1] * rows + [0] * (program.rows - rows) + [0] * bool(chunk)
+    starts = np.array(decodes, np.int32) * START
+    arrays.fill_padding(starts, np.array(decodes, np.int32) + chunk * np.array(is_chunk, np.int32))
 
 
 def random_leaves(programs: Programs) -> tuple[jax.Array, ...]:
@@ -136,27 +156,18 @@ def random_leaves(programs: Programs) -> tuple[jax.Array, ...]:
 
 def time_step(
     programs: Programs,
-    config: ModelConfig,
-    layers: LayerRange,
-    numerics: Numerics,
     leaves: tuple[jax.Array, ...],
-    key: ProgramKey,
+    program: Program,
+    arrays: StepArrays,
     rounds: int,
 ) -> list[float]:
     """Return the milliseconds of each round; the first two warm up."""
-    cache = build_cache(config, layers, limits=LIMITS, dtype=numerics.compute)
-    program = programs.get(key, leaves, cache)
-    rows = 1 if key.kind == "prefill" else key.size
-    inputs = np.random.default_rng(0).standard_normal((key.size, config.hidden_size))
-    slots = np.arange(rows, dtype=np.int32)
-    starts = np.zeros(rows, np.int32) if key.kind == "prefill" else np.full(rows, 200, np.int32)
-    lengths = (np.array([key.size], np.int32),) if key.kind == "prefill" else ()
+    cache = build_cache(programs.cache)
+    run_step = programs.get(program, leaves, cache)
     samples: list[float] = []
     for _ in range(rounds + 2):
         started_s = time.perf_counter()
-        output, cache = program(
-            leaves, cache, inputs.astype(numerics.compute), slots, starts, *lengths, None
-        )
+        output, cache, _bank = run_step(leaves, cache, None, arrays.inputs, arrays.tables, None)
         np.asarray(output)
         samples.append(1000 * (time.perf_counter() - started_s))
     return samples[2:]
