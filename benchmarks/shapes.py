@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -17,19 +18,25 @@ import numpy as np
 
 from benchmarks.results import Result, Subject
 from pals.engine.arrays import StepArrays
+from pals.engine.batch import RowKind, Step, StepRow
 from pals.engine.buckets import BatchLimits, Buckets, Program
 from pals.engine.cache import build_cache
+from pals.engine.stepping import StepArguments
 from pals.engine.steps import Programs
 from pals.models.configs import read_config
 from pals.models.numerics import Numerics
-from pals.types import Dtype, EngineLimits, LayerRange
+from pals.types import Dtype, EngineLimits, LayerRange, SessionId
 
 NAME = "shapes"
 DTYPES: tuple[Dtype, ...] = ("bf16", "int8", "int4")
 LIMITS = EngineLimits(max_rows=16, max_context_tokens=1024, max_chunk_tokens=256)
-NUM_PAGES = 64
 START = 200
 """Tokens that each decoding row has."""
+
+ROW_PAGES = 4
+"""That hold a row's tokens, or those of the chunk."""
+
+NUM_PAGES = 1 + ROW_PAGES * LIMITS.max_rows
 
 ROUNDS = 20
 QUICK_ROUNDS = 4
@@ -119,25 +126,41 @@ def measure(shape: Shape, dtype: Dtype, load: float, rounds: int) -> Iterator[Re
         },
         load=load,
     )
-    buckets = Buckets(BatchLimits.of(LIMITS))
-    empty = np.zeros(config.hidden_size, numerics.compute)
     for name, (rows, chunk) in STEPS.items():
-        program = buckets.choose(rows, 1, chunk, 1)
-        assert program is not None
-        arrays = StepArrays(program, empty)
-        arrays.inputs[:] = np.random.default_rng(0).standard_normal(arrays.inputs.shape)
-        fill(arrays, program, rows, chunk)
+        arrays, program = fill(rows, chunk, np.zeros(config.hidden_size, numerics.compute))
         samples_ms = time_step(programs, leaves, program, arrays, rounds)
         of = replace(subject, setting={**subject.setting, "step": name})
         yield of.summarise("step_ms", "ms", samples_ms)
 
 
-def fill(arrays: StepArrays, program: Program, rows: int, chunk: int) -> None:
-    """Let the first rows decode, or the chunk begin a prompt; all share one page."""
-    is_chunk = [0] * program.rows + [1] * bool(chunk)
-    decodes = [1] * rows + [0] * (program.rows - rows) + [0] * bool(chunk)
-    starts = np.array(decodes, np.int32) * START
-    arrays.fill_padding(starts, np.array(decodes, np.int32) + chunk * np.array(is_chunk, np.int32))
+def fill(rows: int, chunk: int, empty: np.ndarray) -> tuple[StepArrays, Program]:
+    """Return the arrays of a step: rows that decode, or a chunk that begins a prompt.
+
+    Args:
+        rows: Of one token.
+        chunk: Tokens; 0 without one.
+        empty: One token of inputs.
+    """
+    program = Buckets(BatchLimits.of(LIMITS)).choose(rows, 1, chunk, 1)
+    assert program is not None
+    kinds: list[tuple[RowKind, int, int]] = [("decode", START, 1)] * rows
+    kinds += [("prefill", 0, chunk)] if chunk else []
+    taken = [
+        StepRow(
+            session=SessionId(bytes(16)),
+            kind=kind,
+            position=position,
+            tokens=tokens,
+            pages=array("i", range(1 + number * ROW_PAGES, 1 + (number + 1) * ROW_PAGES)),
+        )
+        for number, (kind, position, tokens) in enumerate(kinds)
+    ]
+    last = taken[rows] if chunk else None
+    step = Step(program=program, rows=tuple(taken[:rows]), chunk=last, copies=())
+    draw = np.random.default_rng(0).standard_normal
+    arrays = StepArrays(program, empty)
+    arrays.fill(step, [draw((row.tokens, *empty.shape)).astype(empty.dtype) for row in taken])
+    return arrays, program
 
 
 def random_leaves(programs: Programs) -> tuple[jax.Array, ...]:
@@ -162,12 +185,14 @@ def time_step(
     rounds: int,
 ) -> list[float]:
     """Return the milliseconds of each round; the first two warm up."""
+    programs.compile(program)
+    run_step = programs.get(program)
     cache = build_cache(programs.cache)
-    run_step = programs.get(program, leaves, cache)
     samples: list[float] = []
     for _ in range(rounds + 2):
         started_s = time.perf_counter()
-        output, cache, _bank = run_step(leaves, cache, None, arrays.inputs, arrays.tables, None)
-        np.asarray(output)
+        outcome = run_step(StepArguments(leaves, cache, None, arrays.inputs, arrays.tables, None))
+        cache = outcome.cache
+        np.asarray(outcome.output)
         samples.append(1000 * (time.perf_counter() - started_s))
     return samples[2:]
