@@ -7,7 +7,6 @@ the same shape over three RPC servers with as many threads, and takes turns with
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,16 +14,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
 import trio
 
 from benchmarks.llama_cpp import LlamaCpp, find_llama_cpp
 from benchmarks.random_models import SMOLLM2_135M, open_gguf
 from benchmarks.results import Result, Subject
-from benchmarks.ring import open_ring
+from benchmarks.ring import Ring, open_ring
 from benchmarks.streams import Stream, open_stream, open_streams
 from pals.cli.interrupt import run_until_signal
-from pals.driver.sessions import SessionClient
 from pals.types import EngineLimits
 
 NAME = "batching"
@@ -33,9 +30,6 @@ LLAMA_CPP_RPC = "llama.cpp RPC"
 SHORT_PROMPT = 32
 OTHERS = 4
 LONG_ANSWER = 2048
-FIRST_ID, LAST_ID = 100, 40_000
-"""Token ids of prompts: ordinary ones of the demo's model."""
-
 LIMITS = EngineLimits(max_sessions=64, max_context_tokens=8192, kv_bytes=512 << 20)
 
 
@@ -110,7 +104,7 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
         with ExitStack() as stack:
             rival = open_rival(stack, effort)
             async with open_ring(SHARDS, None, LIMITS) as ring:
-                samples = await measure(ring.client, rival, effort)
+                samples = await measure(ring, rival, effort)
                 subject = replace(ring.subject, benchmark=NAME)
         for result in summarise(subject, samples, effort):
             report(result)
@@ -142,31 +136,27 @@ def open_rival(stack: ExitStack, effort: Effort) -> Rival | None:
 # --- what is measured ----------------------------------------------------------------
 
 
-async def measure(client: SessionClient, rival: Rival | None, effort: Effort) -> Samples:
+async def measure(ring: Ring, rival: Rival | None, effort: Effort) -> Samples:
     """Run all rounds; one session before them warms the shards up."""
     samples = Samples()
-    prompts = draw_prompts()
-    stream = await open_stream(client, draw(prompts, SHORT_PROMPT), 1)
-    await stream.wait_for(1)
+    await first_token_s(ring, ring.prompts.draw(SHORT_PROMPT))
     for _ in range(effort.rounds):
         for count in effort.sessions:
-            rate = await count_tokens(client, prompts, count, effort.window_s)
+            rate = await count_tokens(ring, count, effort.window_s)
             samples.totals.setdefault(count, []).append(rate)
         if rival is not None:
             rates = await trio.to_thread.run_sync(rival, abandon_on_cancel=True)
             for count in effort.sessions:
                 samples.rival_totals.setdefault(count, []).append(rates[count])
-        await measure_long_prompt(client, prompts, effort, samples)
-        await measure_repeated_prompt(client, prompts, effort, samples)
+        await measure_long_prompt(ring, effort, samples)
+        await measure_repeated_prompt(ring, effort, samples)
     return samples
 
 
-async def count_tokens(
-    client: SessionClient, prompts: Iterator[np.random.Generator], count: int, window_s: float
-) -> float:
+async def count_tokens(ring: Ring, count: int, window_s: float) -> float:
     """Return the tokens per second of ``count`` sessions, once all of them decode."""
-    wanted = [draw(prompts, SHORT_PROMPT) for _ in range(count)]
-    streams = await open_streams(client, wanted, LONG_ANSWER)
+    wanted = [ring.prompts.draw(SHORT_PROMPT) for _ in range(count)]
+    streams = await open_streams(ring.client, wanted, LONG_ANSWER)
     rate = await rate_of(streams, window_s)
     for stream in streams:
         stream.close()
@@ -180,53 +170,33 @@ async def rate_of(streams: Sequence[Stream], window_s: float) -> float:
     return (_tokens_of(streams) - before) / (time.perf_counter() - started_s)
 
 
-async def measure_long_prompt(
-    client: SessionClient,
-    prompts: Iterator[np.random.Generator],
-    effort: Effort,
-    samples: Samples,
-) -> None:
+async def measure_long_prompt(ring: Ring, effort: Effort, samples: Samples) -> None:
     """Read a long prompt alone, and another one while others decode."""
-    samples.alone_s.append(await first_token_s(client, draw(prompts, effort.long_prompt)))
-    wanted = [draw(prompts, SHORT_PROMPT) for _ in range(OTHERS)]
-    others = await open_streams(client, wanted, LONG_ANSWER)
+    samples.alone_s.append(await first_token_s(ring, ring.prompts.draw(effort.long_prompt)))
+    wanted = [ring.prompts.draw(SHORT_PROMPT) for _ in range(OTHERS)]
+    others = await open_streams(ring.client, wanted, LONG_ANSWER)
     samples.rates_before.append(await rate_of(others, effort.window_s))
     before, started_s = _tokens_of(others), time.perf_counter()
-    samples.beside_s.append(await first_token_s(client, draw(prompts, effort.long_prompt)))
+    samples.beside_s.append(await first_token_s(ring, ring.prompts.draw(effort.long_prompt)))
     came, took_s = _tokens_of(others) - before, time.perf_counter() - started_s
     samples.rates_beside.append(came / took_s)
     for other in others:
         other.close()
 
 
-async def measure_repeated_prompt(
-    client: SessionClient,
-    prompts: Iterator[np.random.Generator],
-    effort: Effort,
-    samples: Samples,
-) -> None:
+async def measure_repeated_prompt(ring: Ring, effort: Effort, samples: Samples) -> None:
     """Ask the same twice."""
-    prompt = draw(prompts, effort.repeated_prompt)
-    samples.first_s.append(await first_token_s(client, prompt))
-    samples.again_s.append(await first_token_s(client, prompt))
+    prompt = ring.prompts.draw(effort.repeated_prompt)
+    samples.first_s.append(await first_token_s(ring, prompt))
+    samples.again_s.append(await first_token_s(ring, prompt))
 
 
-async def first_token_s(client: SessionClient, prompt: Sequence[int]) -> float:
+async def first_token_s(ring: Ring, prompt: Sequence[int]) -> float:
     """Return how long the first token of a prompt takes; there is no second one."""
     started_s = time.perf_counter()
-    stream = await open_stream(client, prompt, 1)
+    stream = await open_stream(ring.client, prompt, 1)
     await stream.wait_for(1)
     return time.perf_counter() - started_s
-
-
-def draw_prompts() -> Iterator[np.random.Generator]:
-    """Yield a source of random token ids for each prompt, always the same ones."""
-    return map(np.random.default_rng, itertools.count())
-
-
-def draw(prompts: Iterator[np.random.Generator], tokens: int) -> tuple[int, ...]:
-    """Return a prompt that no other one begins like."""
-    return tuple(next(prompts).integers(FIRST_ID, LAST_ID, tokens).tolist())
 
 
 def _tokens_of(streams: Sequence[Stream]) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import trio
 
-from benchmarks.batching import LIMITS, SHARDS, draw, draw_prompts
+from benchmarks.batching import LIMITS, SHARDS
 from benchmarks.load_child import read_memory
 from benchmarks.results import Result, Subject
 from benchmarks.ring import Ring, open_ring
@@ -56,10 +56,9 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
 
 async def serve_sessions(ring: Ring, sessions: int) -> list[list[int]]:
     """Return the resident bytes of each shard after each tenth of the sessions."""
-    prompts = draw_prompts()
     readings: list[list[int]] = []
     for number in range(sessions // AT_A_TIME):
-        wanted = [draw(prompts, PROMPT_TOKENS) for _ in range(AT_A_TIME)]
+        wanted = [ring.prompts.draw(PROMPT_TOKENS) for _ in range(AT_A_TIME)]
         for stream in await open_streams(ring.client, wanted, ANSWER_TOKENS):
             await stream.wait_for(ANSWER_TOKENS)
         if (number + 1) % (sessions // AT_A_TIME // READINGS) == 0:

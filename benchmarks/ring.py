@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import trio
@@ -28,7 +28,7 @@ from benchmarks.ring_report import (
     summarise_decode,
     summarise_parts,
 )
-from benchmarks.streams import open_stream
+from benchmarks.streams import Prompts, open_stream
 from pals import config
 from pals.cli.interrupt import run_until_signal
 from pals.cli.process import HUGE_PAGES, MALLOC_VARIABLE
@@ -138,6 +138,7 @@ class Ring:
         links: One for each member, through which it is dialled; empty on loopback.
         subject: What the lines of the ring say of it.
         hidden_size: Of the model.
+        prompts: For its sessions.
     """
 
     client: SessionClient
@@ -145,6 +146,7 @@ class Ring:
     links: Sequence[EmulatedLink]
     subject: Subject
     hidden_size: int
+    prompts: Prompts = field(default_factory=Prompts)
 
     def shape(self, conditions: Conditions) -> None:
         for link in self.links:
@@ -260,10 +262,9 @@ def _start_shard(job: ring_shard.Job) -> subprocess.Popen[bytes]:
 # --- one session ---------------------------------------------------------------------
 
 
-async def _ask(client: SessionClient, prompt_tokens: int, max_tokens: int) -> Answer:
-    """Run one session to its end."""
-    prompt = tuple(1 + i % 1000 for i in range(prompt_tokens))
-    stream = await open_stream(client, prompt, max_tokens)
+async def _ask(ring: Ring, prompt_tokens: int, max_tokens: int) -> Answer:
+    """Run one session to its end, with a prompt that no shard knows."""
+    stream = await open_stream(ring.client, ring.prompts.draw(prompt_tokens), max_tokens)
     await stream.wait_for(max_tokens)
     return Answer(stream.arrivals_s)
 
@@ -274,11 +275,11 @@ async def _ask(client: SessionClient, prompt_tokens: int, max_tokens: int) -> An
 async def _measure_decode(
     ring: Ring, delay_s: float, effort: Effort, report: Callable[[Result], None]
 ) -> None:
-    await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
+    await _ask(ring, DECODE_PROMPT_TOKENS, effort.max_tokens)
     await ring.take_steps()
     rounds: list[Round] = []
     for _ in range(effort.rounds):
-        answer = await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
+        answer = await _ask(ring, DECODE_PROMPT_TOKENS, effort.max_tokens)
         rounds.append(Round.of(answer, await ring.take_steps()))
     hops = await ring.client.report()
     setting = {**ring.subject.setting, "delay_ms": 1000 * delay_s}
@@ -293,12 +294,12 @@ async def _measure_decode(
 
 async def _measure_prefill(ring: Ring, effort: Effort, report: Callable[[Result], None]) -> None:
     """Report the time to the first token of a long prompt over long links, and the ideal."""
-    await _ask(ring.client, LONG_PROMPT_TOKENS, 1)
+    await _ask(ring, LONG_PROMPT_TOKENS, 1)
     await ring.take_steps()
     took_s: list[float] = []
     ideal_s: list[float] = []
     for _ in range(effort.prompts):
-        answer = await _ask(ring.client, LONG_PROMPT_TOKENS, 1)
+        answer = await _ask(ring, LONG_PROMPT_TOKENS, 1)
         took_s.append(answer.arrivals_s[0])
         compute_s = [steps.prefill_s for steps in await ring.take_steps()]
         ideal_s.append(_ideal_first_token_s(compute_s, ring.hidden_size))

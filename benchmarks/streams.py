@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import trio
 
 from pals.driver.sessions import SessionClient
@@ -13,6 +14,20 @@ from pals.errors import PalsError
 from pals.types import Sampling
 
 TOKEN_DEADLINE_S = 300.0
+FIRST_ID, LAST_ID = 100, 40_000
+"""Token ids of prompts: ordinary ones of the demo's model."""
+
+
+class Prompts:
+    """Prompts no two of which begin alike, so that no shard knows one; the same in every run."""
+
+    def __init__(self) -> None:
+        self._drawn = 0
+
+    def draw(self, tokens: int) -> tuple[int, ...]:
+        self._drawn += 1
+        ids = np.random.default_rng(self._drawn).integers(FIRST_ID, LAST_ID, tokens)
+        return tuple(ids.tolist())
 
 
 class Stream:

@@ -15,6 +15,7 @@ from benchmarks.moe_child import Took
 from benchmarks.random_models import LLAMA_8B, QWEN3_600M, SMOLLM2_135M, Shape
 from benchmarks.results import Result, Subject
 from benchmarks.rules_child import PROGRAMS
+from benchmarks.streams import Prompts
 
 PALS = Subject(benchmark="any", system="pals", setting={"threads": 2}, load=0.5)
 TINY = Shape(
@@ -125,9 +126,9 @@ LISTS = ("rates_before", "rates_beside", "alone_s", "beside_s", "first_s", "agai
 
 
 def test_prompts_are_all_different_and_the_same_in_every_run():
-    first, second = batching.draw_prompts(), batching.draw_prompts()
-    drawn = [batching.draw(first, 4) for _ in range(3)]
-    assert drawn == [batching.draw(second, 4) for _ in range(3)]
+    first, second = Prompts(), Prompts()
+    drawn = [first.draw(4) for _ in range(3)]
+    assert drawn == [second.draw(4) for _ in range(3)]
     assert len({prompt[0] for prompt in drawn}) == 3
 
 
