@@ -41,6 +41,8 @@ RUN_DEADLINE_S = 600.0
 SERVER_DEADLINE_S = 10.0
 POLL_S = 0.05
 ALL_LAYERS = 99
+CONTEXT_STEP = 256
+"""Of the context of a sequence; it leaves out what does not fit."""
 
 
 Line = TypeVar("Line")
@@ -103,13 +105,13 @@ class LlamaCpp:
             steps: That are timed.
             servers: ``host:port`` of RPC servers, which then hold all layers in equal parts.
         """
-        context = max(rows) * (prompt_tokens + steps)
+        each = -(-(prompt_tokens + steps) // CONTEXT_STEP) * CONTEXT_STEP
         remote: list[object] = []
         if servers:
             split = ",".join("1" for _ in servers)
             remote = ["--rpc", ",".join(servers), "-ngl", ALL_LAYERS, "-ts", split]
         output = self._run(
-            *("llama-batched-bench", "-m", model, "-c", context, "-pps"),
+            *("llama-batched-bench", "-m", model, "-c", max(rows) * each, "-pps"),
             *("-npp", prompt_tokens, "-ntg", steps, "-npl", ",".join(map(str, rows))),
             *("--output-format", "jsonl", *remote),
         )
