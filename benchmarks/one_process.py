@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
-from benchmarks.local_engine import LocalEngine, Tokens
 from pals import config
+from pals.engine.local import LocalChain
 from pals.models.hub import resolve_model
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
@@ -55,11 +54,11 @@ def main() -> None:
     # Only a process that computes pays for importing jax.
     import jax
 
-    engine = LocalEngine(load_whole_model(job.model))
+    chain = LocalChain([load_whole_model(job.model)])
     prompt = encode_prompt(resolve_model(job.model).path, job.prompt)
     _write(Ready(device=jax.default_backend()))
     for _ in sys.stdin:
-        _write(answer(engine, prompt, job.max_tokens))
+        _write(answer(chain, prompt, job.max_tokens))
 
 
 def load_whole_model(model: str) -> Shard:
@@ -85,19 +84,16 @@ def encode_prompt(folder: Path, prompt: str) -> list[int]:
     return Tokenizer.load(folder).encode(text, add_special_tokens=False)
 
 
-def answer(engine: LocalEngine, prompt: list[int], max_tokens: int) -> Timing:
+def answer(chain: LocalChain, prompt: list[int], max_tokens: int) -> Timing:
     """Generate exactly ``max_tokens`` tokens greedily and return how long it took."""
     started_s = time.perf_counter()
-    session = engine.open(prompt_tokens=len(prompt), max_tokens=len(prompt) + max_tokens)
-    token = engine.run({session: Tokens(0, np.array(prompt, np.int32))})[session]
+    tokens = chain.generate(prompt, max_new_tokens=max_tokens)
+    next(tokens)
     first_s = time.perf_counter()
-    for position in range(len(prompt), len(prompt) + max_tokens - 1):
-        token = engine.run({session: Tokens(position, token)})[session]
-    last_s = time.perf_counter()
-    engine.close(session)
+    others = sum(1 for _ in tokens)
     return Timing(
         time_to_first_token_s=first_s - started_s,
-        tokens_per_s=(max_tokens - 1) / (last_s - first_s),
+        tokens_per_s=others / (time.perf_counter() - first_s),
     )
 
 
