@@ -32,7 +32,7 @@ FUZZ_TARGETS ?= $$($(BIN)/python -m tests.fuzz --list)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help prerequisites venv install interop demo check format test slow fuzz large parity-install parity chaos test-all bench docs lock clean
+.PHONY: help prerequisites venv install interop demo check format test slow fuzz large parity-install parity chaos test-all bench rivals docs lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -118,6 +118,9 @@ test-all: test slow chaos parity ## every test
 bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks --quick
 
+rivals: $(INSTALLED) ## build llama.cpp, beside which benchmarks run (needs cmake; takes minutes)
+	$(BIN)/python -m benchmarks.llama_cpp
+
 docs: $(INSTALLED) ## write the pages that are made from the program's tables
 	$(BIN)/python docs/generate_models.py > docs/models.md
 
@@ -131,5 +134,5 @@ lock: ## resolve the dependencies anew (needs uv)
 	  --no-annotate --quiet --custom-compile-command "make lock" --output-file $(MODEL)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(INTEROP)/node_modules .venv-* .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf $(VENV) $(INTEROP)/node_modules .venv-* .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist
 	find pals tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,6 +21,11 @@ BENCHMARKS = {
     "codec": "benchmarks.codec",
     "shapes": "benchmarks.shapes",
     "transport": "benchmarks.transport",
+    "engine": "benchmarks.engine",
+    "moe": "benchmarks.moe",
+    "batching": "benchmarks.batching",
+    "resident": "benchmarks.resident",
+    "rivals": "benchmarks.rivals",
 }
 """Name -> the module whose `run` measures it."""
 

@@ -59,7 +59,7 @@ def write_model(folder: Path, size: Size) -> int:
     (folder / "config.json").write_text(json.dumps(_config(size)))
     _write_tokenizer(folder)
     shapes = dict(_shapes(size))
-    return _write_weights(folder / "model.safetensors", shapes)
+    return write_weights(folder / "model.safetensors", shapes)
 
 
 def _config(size: Size) -> dict[str, object]:
@@ -97,7 +97,8 @@ def _shapes(size: Size) -> Iterator[tuple[str, Shape]]:
     yield "lm_head.weight", (VOCAB_SIZE, d)
 
 
-def _write_weights(path: Path, shapes: dict[str, Shape]) -> int:
+def write_weights(path: Path, shapes: dict[str, Shape]) -> int:
+    """Write random bf16 tensors of these shapes as safetensors; return their bytes."""
     header: dict[str, object] = {}
     offset = 0
     for name, shape in shapes.items():

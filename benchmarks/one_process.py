@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from pals import config
+from pals.engine.local import LocalChain
 from pals.models.hub import resolve_model
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
-from pals.types import EngineLimits, LayerRange, Sampling
+from pals.types import EngineLimits, LayerRange
 
 if TYPE_CHECKING:
     from pals.engine.shard import Shard
@@ -54,15 +54,15 @@ def main() -> None:
     # Only a process that computes pays for importing jax.
     import jax
 
-    shard = load_whole_model(job.model)
+    chain = LocalChain([load_whole_model(job.model)])
     prompt = encode_prompt(resolve_model(job.model).path, job.prompt)
     _write(Ready(device=jax.default_backend()))
     for _ in sys.stdin:
-        _write(answer(shard, prompt, job.max_tokens))
+        _write(answer(chain, prompt, job.max_tokens))
 
 
 def load_whole_model(model: str) -> Shard:
-    """Return all layers of a model as one shard, with the limits of a shard by default.
+    """Return all layers of a model as one warm shard for one session.
 
     Raises:
         ModelError: The model cannot be found or loaded.
@@ -71,12 +71,11 @@ def load_whole_model(model: str) -> Shard:
 
     settings = config.load_settings().shard
     layers = LayerRange(0, resolve_model(model).config.num_layers)
-    limits = EngineLimits(
-        max_sessions=settings.max_sessions,
-        max_context_tokens=settings.max_context_tokens,
-        max_chunk_tokens=settings.max_chunk_tokens,
-    )
-    return Shard.load(resolve_model(model, layers), layers, dtype=settings.dtype, limits=limits)
+    limits = EngineLimits(max_sessions=1, max_rows=2, max_context_tokens=2048, max_chunk_tokens=256)
+    snapshot = resolve_model(model, layers)
+    shard = Shard.load(snapshot, layers, dtype=settings.dtype, limits=limits)
+    shard.warmup()
+    return shard
 
 
 def encode_prompt(folder: Path, prompt: str) -> list[int]:
@@ -85,23 +84,16 @@ def encode_prompt(folder: Path, prompt: str) -> list[int]:
     return Tokenizer.load(folder).encode(text, add_special_tokens=False)
 
 
-def answer(shard: Shard, prompt: list[int], max_tokens: int) -> Timing:
+def answer(chain: LocalChain, prompt: list[int], max_tokens: int) -> Timing:
     """Generate exactly ``max_tokens`` tokens greedily and return how long it took."""
     started_s = time.perf_counter()
-    output = np.empty(0, np.int32)
-    chunk = shard.limits.max_chunk_tokens
-    for start in range(0, len(prompt), chunk):
-        part = np.array(prompt[start : start + chunk], np.int32)
-        sampling = Sampling() if start + chunk >= len(prompt) else None
-        output = shard.prefill(slot=0, position=start, inputs=part, sampling=sampling)
+    tokens = chain.generate(prompt, max_new_tokens=max_tokens)
+    next(tokens)
     first_s = time.perf_counter()
-    for position in range(len(prompt), len(prompt) + max_tokens - 1):
-        output = shard.decode(
-            slots=[0], positions=[position], inputs=output, samplings=[Sampling()]
-        )
+    others = sum(1 for _ in tokens)
     return Timing(
         time_to_first_token_s=first_s - started_s,
-        tokens_per_s=(max_tokens - 1) / (time.perf_counter() - first_s),
+        tokens_per_s=others / (time.perf_counter() - first_s),
     )
 
 

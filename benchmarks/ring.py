@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import trio
@@ -29,19 +28,18 @@ from benchmarks.ring_report import (
     summarise_decode,
     summarise_parts,
 )
+from benchmarks.streams import Prompts, open_stream
 from pals import config
 from pals.cli.interrupt import run_until_signal
 from pals.cli.process import HUGE_PAGES, MALLOC_VARIABLE
 from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
-from pals.driver.state import SampledToken, SessionEvent, SessionRequest
 from pals.models.hub import resolve_model
-from pals.types import EngineLimits, Sampling, split_layers
+from pals.types import EngineLimits, split_layers
 
 NAME = "ring"
 PRESET = "loopback-3"
 START_DEADLINE_S = 300.0
-TOKEN_DEADLINE_S = 60.0
 DECODE_PROMPT_TOKENS = 32
 LONG_PROMPT_TOKENS = 2048
 LIMITS = EngineLimits(max_sessions=2, max_context_tokens=2304, max_chunk_tokens=256)
@@ -102,11 +100,11 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
 async def _measure_all(effort: Effort, report: Callable[[Result], None]) -> None:
     for count in effort.shard_counts:
         if 0.0 in effort.delays_s:
-            async with _open_ring(count, None) as ring:
+            async with open_ring(count, None) as ring:
                 await _measure_decode(ring, 0.0, effort, report)
         with open_emulator() as emulator:
             report(await _measure_emulator(emulator))
-            async with _open_ring(count, emulator) as ring:
+            async with open_ring(count, emulator) as ring:
                 for delay_s in effort.delays_s:
                     if delay_s:
                         ring.shape(Conditions(delay_s=delay_s))
@@ -140,6 +138,7 @@ class Ring:
         links: One for each member, through which it is dialled; empty on loopback.
         subject: What the lines of the ring say of it.
         hidden_size: Of the model.
+        prompts: For its sessions.
     """
 
     client: SessionClient
@@ -147,6 +146,7 @@ class Ring:
     links: Sequence[EmulatedLink]
     subject: Subject
     hidden_size: int
+    prompts: Prompts = field(default_factory=Prompts)
 
     def shape(self, conditions: Conditions) -> None:
         for link in self.links:
@@ -162,6 +162,10 @@ class ShardProcess:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
 
     async def wait_until_ready(self) -> str:
         """Wait for the shard to be announced and return the kind of its device."""
@@ -185,8 +189,16 @@ class ShardProcess:
 
 
 @asynccontextmanager
-async def _open_ring(count: int, emulator: LinkEmulator | None) -> AsyncGenerator[Ring]:
-    """Run ``count`` shards and a driver until the block ends."""
+async def open_ring(
+    count: int, emulator: LinkEmulator | None, limits: EngineLimits = LIMITS
+) -> AsyncGenerator[Ring]:
+    """Run ``count`` shards and a driver until the block ends.
+
+    Args:
+        count: Of shards; the cores are divided among them.
+        emulator: Through which members are dialled; None for loopback alone.
+        limits: Of each shard.
+    """
     load = os.getloadavg()[0]
     model = config.load_settings(PRESET).demo.model
     snapshot = resolve_model(model)
@@ -214,7 +226,7 @@ async def _open_ring(count: int, emulator: LinkEmulator | None) -> AsyncGenerato
                 threads=threads,
                 port=port,
                 announced_port=announced_port,
-                limits=LIMITS,
+                limits=limits,
             )
             shards.append(ShardProcess(stack.enter_context(_start_shard(job))))
         devices = [await shard.wait_until_ready() for shard in shards]
@@ -250,32 +262,11 @@ def _start_shard(job: ring_shard.Job) -> subprocess.Popen[bytes]:
 # --- one session ---------------------------------------------------------------------
 
 
-async def _ask(client: SessionClient, prompt_tokens: int, max_tokens: int) -> Answer:
-    """Run one session to its end."""
-    events: list[SessionEvent] = []
-    finished = trio.Event()
-    answer = Answer()
-    started_s = time.perf_counter()
-
-    def take(event: SessionEvent) -> None:
-        events.append(event)
-        answer.arrivals_s.append(time.perf_counter() - started_s)
-        if not isinstance(event, SampledToken) or event.last:
-            finished.set()
-
-    request = SessionRequest(
-        prompt=tuple(1 + i % 1000 for i in range(prompt_tokens)),
-        max_new_tokens=max_tokens,
-        stop_token_ids=(),
-        sampling=Sampling(),
-    )
-    with trio.fail_after(TOKEN_DEADLINE_S):
-        await client.open(request, take)
-        await finished.wait()
-    for event in events:
-        if not isinstance(event, SampledToken):
-            raise event
-    return answer
+async def _ask(ring: Ring, prompt_tokens: int, max_tokens: int) -> Answer:
+    """Run one session to its end, with a prompt that no shard knows."""
+    stream = await open_stream(ring.client, ring.prompts.draw(prompt_tokens), max_tokens)
+    await stream.wait_for(max_tokens)
+    return Answer(stream.arrivals_s)
 
 
 # --- what is measured ----------------------------------------------------------------
@@ -284,11 +275,11 @@ async def _ask(client: SessionClient, prompt_tokens: int, max_tokens: int) -> An
 async def _measure_decode(
     ring: Ring, delay_s: float, effort: Effort, report: Callable[[Result], None]
 ) -> None:
-    await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
+    await _ask(ring, DECODE_PROMPT_TOKENS, effort.max_tokens)
     await ring.take_steps()
     rounds: list[Round] = []
     for _ in range(effort.rounds):
-        answer = await _ask(ring.client, DECODE_PROMPT_TOKENS, effort.max_tokens)
+        answer = await _ask(ring, DECODE_PROMPT_TOKENS, effort.max_tokens)
         rounds.append(Round.of(answer, await ring.take_steps()))
     hops = await ring.client.report()
     setting = {**ring.subject.setting, "delay_ms": 1000 * delay_s}
@@ -303,12 +294,12 @@ async def _measure_decode(
 
 async def _measure_prefill(ring: Ring, effort: Effort, report: Callable[[Result], None]) -> None:
     """Report the time to the first token of a long prompt over long links, and the ideal."""
-    await _ask(ring.client, LONG_PROMPT_TOKENS, 1)
+    await _ask(ring, LONG_PROMPT_TOKENS, 1)
     await ring.take_steps()
     took_s: list[float] = []
     ideal_s: list[float] = []
     for _ in range(effort.prompts):
-        answer = await _ask(ring.client, LONG_PROMPT_TOKENS, 1)
+        answer = await _ask(ring, LONG_PROMPT_TOKENS, 1)
         took_s.append(answer.arrivals_s[0])
         compute_s = [steps.prefill_s for steps in await ring.take_steps()]
         ideal_s.append(_ideal_first_token_s(compute_s, ring.hidden_size))

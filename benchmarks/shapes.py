@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,17 +17,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.results import Result, Subject
+from pals.engine.arrays import StepArrays
+from pals.engine.batch import RowKind, Step, StepRow
+from pals.engine.buckets import BatchLimits, Buckets, Program
 from pals.engine.cache import build_cache
-from pals.engine.steps import ProgramKey, Programs
-from pals.models.config import ModelConfig
+from pals.engine.stepping import StepArguments
+from pals.engine.steps import Programs
 from pals.models.configs import read_config
 from pals.models.numerics import Numerics
-from pals.types import Dtype, EngineLimits, LayerRange
+from pals.types import Dtype, EngineLimits, LayerRange, SessionId
 
 NAME = "shapes"
 DTYPES: tuple[Dtype, ...] = ("bf16", "int8", "int4")
-LIMITS = EngineLimits(max_sessions=16, max_context_tokens=1024, max_chunk_tokens=256)
-CONTEXT = 256
+LIMITS = EngineLimits(max_rows=16, max_context_tokens=1024, max_chunk_tokens=256)
+START = 200
+"""Tokens that each decoding row has."""
+
+ROW_PAGES = 4
+"""That hold a row's tokens, or those of the chunk."""
+
+NUM_PAGES = 1 + ROW_PAGES * LIMITS.max_rows
+
 ROUNDS = 20
 QUICK_ROUNDS = 4
 
@@ -73,11 +84,12 @@ SHAPES = (
     Shape(name="Llama 8B", config=LLAMA_8B, num_layers=4),
     Shape(name="Qwen3 30B-A3B", config=QWEN3_30B_A3B, num_layers=2),
 )
-STEPS = (
-    ProgramKey("decode", 1, CONTEXT),
-    ProgramKey("decode", 16, CONTEXT),
-    ProgramKey("prefill", 256, CONTEXT),
-)
+STEPS: dict[str, tuple[int, int]] = {
+    "decode, 1 row": (1, 0),
+    "decode, 16 rows": (16, 0),
+    "prefill, 256 tokens": (0, 256),
+}
+"""Rows of one token, and tokens of a chunk."""
 
 
 def run(*, quick: bool, report: Callable[[Result], None]) -> None:
@@ -99,7 +111,7 @@ def measure(shape: Shape, dtype: Dtype, load: float, rounds: int) -> Iterator[Re
     config = read_config(shape.config)
     layers = LayerRange(1, 1 + shape.num_layers)
     numerics = Numerics.of(dtype)
-    programs = Programs(config, layers, numerics=numerics, limits=LIMITS)
+    programs = Programs(config, layers, numerics=numerics, limits=LIMITS, num_pages=NUM_PAGES)
     leaves = random_leaves(programs)
     weight_bytes = sum(leaf.nbytes for leaf in leaves)
     subject = Subject(
@@ -114,10 +126,41 @@ def measure(shape: Shape, dtype: Dtype, load: float, rounds: int) -> Iterator[Re
         },
         load=load,
     )
-    for key in STEPS:
-        samples_ms = time_step(programs, config, layers, numerics, leaves, key, rounds)
-        of = replace(subject, setting={**subject.setting, "step": str(key)})
+    for name, (rows, chunk) in STEPS.items():
+        arrays, program = fill(rows, chunk, np.zeros(config.hidden_size, numerics.compute))
+        samples_ms = time_step(programs, leaves, program, arrays, rounds)
+        of = replace(subject, setting={**subject.setting, "step": name})
         yield of.summarise("step_ms", "ms", samples_ms)
+
+
+def fill(rows: int, chunk: int, empty: np.ndarray) -> tuple[StepArrays, Program]:
+    """Return the arrays of a step: rows that decode, or a chunk that begins a prompt.
+
+    Args:
+        rows: Of one token.
+        chunk: Tokens; 0 without one.
+        empty: One token of inputs.
+    """
+    program = Buckets(BatchLimits.of(LIMITS)).choose(rows, 1, chunk, 1)
+    assert program is not None
+    kinds: list[tuple[RowKind, int, int]] = [("decode", START, 1)] * rows
+    kinds += [("prefill", 0, chunk)] if chunk else []
+    taken = [
+        StepRow(
+            session=SessionId(bytes(16)),
+            kind=kind,
+            position=position,
+            tokens=tokens,
+            pages=array("i", range(1 + number * ROW_PAGES, 1 + (number + 1) * ROW_PAGES)),
+        )
+        for number, (kind, position, tokens) in enumerate(kinds)
+    ]
+    last = taken[rows] if chunk else None
+    step = Step(program=program, rows=tuple(taken[:rows]), chunk=last, copies=())
+    draw = np.random.default_rng(0).standard_normal
+    arrays = StepArrays(program, empty)
+    arrays.fill(step, [draw((row.tokens, *empty.shape)).astype(empty.dtype) for row in taken])
+    return arrays, program
 
 
 def random_leaves(programs: Programs) -> tuple[jax.Array, ...]:
@@ -136,27 +179,20 @@ def random_leaves(programs: Programs) -> tuple[jax.Array, ...]:
 
 def time_step(
     programs: Programs,
-    config: ModelConfig,
-    layers: LayerRange,
-    numerics: Numerics,
     leaves: tuple[jax.Array, ...],
-    key: ProgramKey,
+    program: Program,
+    arrays: StepArrays,
     rounds: int,
 ) -> list[float]:
     """Return the milliseconds of each round; the first two warm up."""
-    cache = build_cache(config, layers, limits=LIMITS, dtype=numerics.compute)
-    program = programs.get(key, leaves, cache)
-    rows = 1 if key.kind == "prefill" else key.size
-    inputs = np.random.default_rng(0).standard_normal((key.size, config.hidden_size))
-    slots = np.arange(rows, dtype=np.int32)
-    starts = np.zeros(rows, np.int32) if key.kind == "prefill" else np.full(rows, 200, np.int32)
-    lengths = (np.array([key.size], np.int32),) if key.kind == "prefill" else ()
+    programs.compile(program)
+    run_step = programs.get(program)
+    cache = build_cache(programs.cache)
     samples: list[float] = []
     for _ in range(rounds + 2):
         started_s = time.perf_counter()
-        output, cache = program(
-            leaves, cache, inputs.astype(numerics.compute), slots, starts, *lengths, None
-        )
-        np.asarray(output)
+        outcome = run_step(StepArguments(leaves, cache, None, arrays.inputs, arrays.tables, None))
+        cache = outcome.cache
+        np.asarray(outcome.output)
         samples.append(1000 * (time.perf_counter() - started_s))
     return samples[2:]

@@ -117,6 +117,28 @@ In all columns: threads 1.
     )
 
 
+def test_a_table_by_system_has_settings_in_its_rows(tmp_path: Path):
+    file = tmp_path / "performance.md"
+    file.write_text("<!-- results: demo by system -->\n<!-- end of results -->\n")
+    ratio = CHAIN.compare("decode_ratio", [10.0], [40.0], to="one-process")
+    update_tables(file, [rates(ALONE, 40.0), rates(CHAIN, 10.0), ratio])
+    assert (
+        file.read_text()
+        == """<!-- results: demo by system -->
+
+|  | one-process | pals |
+| --- | --- | --- |
+| decode_tokens_per_s | 40 (40 to 40) |  |
+| shards 2, decode_tokens_per_s |  | 10 (10 to 10) |
+| shards 2, decode_ratio to one-process |  | 0.25 (0.25 to 0.25) |
+
+In all columns: threads 1, load 0.50 to 1.00.
+
+<!-- end of results -->
+"""
+    )
+
+
 def test_every_benchmark_can_be_run():
     assert all(callable(import_module(module).run) for module in BENCHMARKS.values())
 
