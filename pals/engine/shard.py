@@ -54,6 +54,7 @@ from pals.types import (
     Quantization,
     Sampling,
     ShardSpec,
+)
 
 MAX_SESSIONS = 4096
 
