@@ -32,6 +32,7 @@ def entries(folder: Path) -> set[str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_warmup_is_broken_off_gone_on_with_and_carried(model: str, tmp_path: Path):
     here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "programs.pals"
