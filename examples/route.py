@@ -26,7 +26,7 @@ def announcement(peer: str, layers: str, step_ms: float) -> Announcement:
         num_layers=NUM_LAYERS,
         layer_hashes=(bytes(16),) * len(served),
         dtype="bf16",
-        free_tokens=8192,
+        free_tokens=16384,
         max_context_tokens=4096,
         step_ms=step_ms,
         addresses=(),

@@ -100,10 +100,12 @@ def compiling_in_stage(cache: Path) -> Generator[Stage]:
 def open_stage(cache: Path) -> Generator[Path]:
     """Give an empty folder inside ``cache``, which is gone afterwards.
 
-    Folders of processes that were killed are removed.
+    Those of processes that were killed are removed, and what they compiled whole is kept.
     """
     cache.mkdir(parents=True, exist_ok=True, mode=PRIVATE_FOLDER)
-    _remove_abandoned(cache)
+    for folder in cache.glob(f"{_STAGE_PREFIX}*"):
+        with suppress(OSError):  # in use, or gone meanwhile
+            _clear_abandoned(folder)
     made = Path(tempfile.mkdtemp(dir=cache, prefix=".new-"))
     handle = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -171,12 +173,11 @@ def _entry_of(note: Path) -> Path:
     return note.with_name(note.name.removesuffix(_USE_SUFFIX) + ENTRY_SUFFIX)
 
 
-def _remove_abandoned(cache: Path) -> None:
-    for folder in cache.glob(f"{_STAGE_PREFIX}*"):
-        with suppress(OSError):  # in use, or gone meanwhile
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(handle)
+def _clear_abandoned(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        place_all(Stage(folder).entries_compiled(), folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)

@@ -9,6 +9,8 @@ Rows are padded to a few sizes, and each size is compiled once, before it is ser
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -30,6 +32,9 @@ from pals.models.numerics import Numerics
 from pals.models.paged import Tables
 from pals.types import EngineLimits, LayerRange
 
+COMPILERS = 2
+"""Programs that are compiled at one time; for each, XLA has threads of its own."""
+
 COPIES = 16
 """Pages that one call copies; a step that needs more calls again."""
 
@@ -42,7 +47,7 @@ class CompiledProgram:
         name: Says what it holds.
         program: Its sizes; None for what is no step.
         seconds: Until it could run.
-        run_s: Of its first run, where it has been run; of the second where that is short.
+        run_s: Of its first run, with what XLA plans then.
         workspace_bytes: Temporaries on the device.
     """
 
@@ -122,6 +127,20 @@ class Programs:
             seconds=time.perf_counter() - started,
             workspace_bytes=workspace,
         )
+
+    def compile_all(self) -> Iterator[tuple[Program, CompiledProgram]]:
+        """Compile every program, some at a time; yields each in its turn.
+
+        Tracing holds Python's lock; XLA holds none while it compiles, reads what was compiled,
+        or computes.
+        """
+        pool = ThreadPoolExecutor(COMPILERS, "pals-compile")
+        try:
+            building = [(program, pool.submit(self.compile, program)) for program in self.all]
+            for program, built in building:
+                yield program, built.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def compile_copy(self) -> CompiledProgram:
         """Compile what copies pages."""

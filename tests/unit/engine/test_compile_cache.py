@@ -118,13 +118,18 @@ def test_an_open_stage_stays_in_use(cache: Path):
         assert len(stage.entries_compiled()) == 1
 
 
-def test_the_stage_of_a_process_that_was_killed_is_removed(cache: Path):
+def test_the_stage_of_a_process_that_was_killed_is_removed_and_what_is_whole_kept(cache: Path):
     abandoned = cache / ".stage-abandoned"
     abandoned.mkdir()
-    (abandoned / "half").write_bytes(b"x")
+    whole, half, read = (abandoned / f"jit_{name}-{0:064x}" for name in ("whole", "half", "read"))
+    for entry, note in ((whole, b"12345678"), (half, None), (read, bytes(8))):
+        entry.with_name(f"{entry.name}-cache").write_bytes(b"entry")
+        if note is not None:
+            entry.with_name(f"{entry.name}-atime").write_bytes(note)
 
     with open_stage(cache) as running, open_stage(cache):
         assert running.is_dir()
+        assert names(cache) - {path.name for path in cache.glob(".*")} == {f"{whole.name}-cache"}
         assert not abandoned.exists()
 
 
