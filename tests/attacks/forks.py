@@ -40,6 +40,7 @@ LAZY = (
     "pals.net.telling",
 )
 """What commands import only when they run."""
+READY = "ready\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,8 @@ def open_forks(pals: Pals, folder: Path) -> Iterator[Forks]:
         text=True,
     )
     try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == READY
         yield Forks(process, folder)
     finally:
         process.communicate(timeout=DEADLINE_S)
@@ -120,6 +123,7 @@ def main() -> None:
     for module in (*sorted(modules), *LAZY):
         importlib.import_module(module)
     membership._trusted()  # takes longer than a command, and is the same for all
+    print(READY, end="", flush=True)  # noqa: T201
     for line in sys.stdin:
         children = [start(order) for order in json.loads(line)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
