@@ -33,6 +33,7 @@ from tests.attacks.forks import Forks, Order, open_forks
 from tests.checkpoints import make_llama_checkpoint
 from tests.integration.backends import running_backend
 from tests.integration.processes import Pals, Running, assert_refused
+from tests.integration.test_membership import answering
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the clock is one of Linux")
 
@@ -49,17 +50,28 @@ PAUSE_S = 31.0
 """Longer than any pause between two polls."""
 
 
+LIES = {
+    "fails": (500, b"{}"),
+    "talks garbage": (200, b"\xff garbage"),
+    "shows an empty list": (200, b'{"entries":[]}'),
+}
+
+
 class Switch:
-    """Silences a backend: it accepts every request, and answers none."""
+    """Spoils a backend: it is silent, which takes every request and answers none, or lies."""
 
     def __init__(self) -> None:
         self.is_silent = False
+        self.lie: tuple[int, bytes] | None = None
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             while scope["type"] == "http" and self.is_silent:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-            await app(scope, receive, send)
+            if scope["type"] == "http" and self.lie is not None:
+                await answering(*self.lie)(scope, receive, send)
+            else:
+                await app(scope, receive, send)
 
         return answer
 
@@ -114,7 +126,7 @@ def forks(world: World) -> Iterator[Forks]:
 @pytest.fixture(autouse=True)
 def right_again(world: World) -> Iterator[None]:
     yield
-    world.switch.is_silent = False
+    world.switch.is_silent, world.switch.lie = False, None
     world.clock.set_wall(0.0)
 
 
@@ -122,17 +134,20 @@ def right_again(world: World) -> Iterator[None]:
 
 SLOW = pytest.mark.slow
 CLOCK = "check this machine's clock"
+SAVED = "using the last verified member list"
 STARTS = [
     # the backend, seconds by which the clock is off, the state of the list, what is said of it
     ("answers", 0.0, "fresh", ""),
     ("answers", 40 * DAY_S, "expired", "nobody with authority said lately"),
     ("answers", -40 * DAY_S, "expired", "nobody with authority said lately"),
-    ("gone", 0.0, "fresh", "using the last verified member list"),
-    ("gone", 100.0, "stale", "using the last verified member list"),
-    ("gone", 23 * HOUR_S, "stale", "using the last verified member list"),
+    ("gone", 0.0, "fresh", SAVED),
+    ("gone", 100.0, "stale", SAVED),
+    ("gone", 23 * HOUR_S, "stale", SAVED),
     ("gone", 25 * HOUR_S, "expired", "was the newest 25 h ago"),
     ("gone", 40 * DAY_S, "expired", "was the newest 960 h ago"),
     ("gone", -40 * DAY_S, "expired", "nothing shows how old"),
+    *((lie, 0.0, "fresh", SAVED) for lie in LIES),
+    *((lie, 25 * HOUR_S, "expired", "was the newest 25 h ago") for lie in LIES),
     ("gone, and no list was saved", 0.0, "none", "did not answer"),
     pytest.param("silent", 40 * DAY_S, "expired", "no answer within", marks=SLOW),
     pytest.param("silent", 0.0, "fresh", "no answer within", marks=SLOW),
@@ -149,7 +164,7 @@ def test_m5_a_command_starts_with_a_list_that_is_in_force_and_with_no_other(
     one, other = world.join(), world.join()
     for profile in (one, other):
         spoil(profile, backend)
-    world.switch.is_silent = backend.startswith("silent")
+    world.switch.is_silent, world.switch.lie = backend.startswith("silent"), LIES.get(backend)
     world.clock.set_wall(offset_s)
 
     status, shard, serve = forks.run_all(
