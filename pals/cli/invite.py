@@ -19,7 +19,7 @@ from pals.swarm.records import MAX_INVITE_USES
 from pals.types import short_id
 
 if TYPE_CHECKING:
-    from pals.net.administration import InviteLine
+    from pals.net.invites import InviteLine
     from pals.swarm.invite import Invite
 
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -123,13 +123,12 @@ async def resend(
         config_dir: Profile folder.
         json: Print one JSON document on standard output.
     """
-    from pals.net import administration
+    from pals.net import administration, invites
 
     profile, now = Profile(config.config_dir(config_dir)), time.time()
     administrator = await administration.open_administrator(profile, swarm, now=now)
-    lines = administration.list_invites(administrator, now=now)
-    line = administration.find_invite(lines, invite)
-    _print_invite(administration.kept_text(administrator, line), qr=qr, json=json)
+    line = invites.find_invite(invites.list_invites(administrator, now=now), invite)
+    _print_invite(invites.kept_text(administrator, line), qr=qr, json=json)
 
 
 async def revoke(
@@ -143,12 +142,12 @@ async def revoke(
         config_dir: Profile folder.
         json: Print one JSON document on standard output.
     """
-    from pals.net import administration
+    from pals.net import administration, invites
 
     profile, now = Profile(config.config_dir(config_dir)), time.time()
     administrator = await administration.open_administrator(profile, swarm, now=now)
-    line = administration.find_invite(administration.list_invites(administrator, now=now), invite)
-    await administration.revoke_invite(administrator, line, now=now)
+    line = invites.find_invite(invites.list_invites(administrator, now=now), invite)
+    await invites.revoke_invite(administrator, line, now=now)
     if json:
         console.json({"schema": 1, "id": short_id(line.key), "status": "revoked"})
     else:
@@ -156,11 +155,11 @@ async def revoke(
 
 
 async def _lines(config_dir: ConfigDir, swarm: SwarmName) -> list[InviteLine]:
-    from pals.net import administration
+    from pals.net import administration, invites
 
     profile, now = Profile(config.config_dir(config_dir)), time.time()
     administrator = await administration.open_administrator(profile, swarm, now=now)
-    return administration.list_invites(administrator, now=now)
+    return invites.list_invites(administrator, now=now)
 
 
 def _describe(line: InviteLine) -> dict[str, object]:

@@ -174,7 +174,8 @@ class RosterUnavailable(PeerError):
     code = "PALS-ROSTER-NONE"
     message = "no verified member list: {problem}"
     hint_template = (
-        "start when the backend at {url} can be reached; nothing is served without a list"
+        "check this machine's clock, and that the backend at {url} answers; nothing is served "
+        "without a list"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the operator and the admins of a swarm sign: invites, their end, appointments.
+"""What the operator and the admins of a swarm sign with, and the roles they give.
 
 Every command opens an `Administrator`, which holds the newest verified list and the key
 that signs, sends one record, and writes to the profile only what the backend accepted.
@@ -19,13 +19,10 @@ from pals.errors import (
     AmbiguousPeer,
     InvalidConfig,
     InvalidRecord,
-    InviteNotKept,
-    InviteNotOpen,
     NotOperator,
     PalsError,
     ProfileMissing,
     RosterRefused,
-    UnknownInvite,
     UnknownPeer,
 )
 from pals.net.backend import Backend
@@ -33,24 +30,21 @@ from pals.net.backends import open_backend
 from pals.net.membership import fetch_list, keep_list, load_saved
 from pals.swarm import kept
 from pals.swarm.identity import Identity, load_or_create_identity, public_key_of
-from pals.swarm.invite import Invite
 from pals.swarm.keys import secret_commitment
 from pals.swarm.records import (
     AdminRecord,
     Appoint,
     Record,
-    Revoke,
     decode_entry,
     decode_record,
     encode,
     sign_by,
 )
-from pals.swarm.roster import InviteUse, Member, Roster
+from pals.swarm.roster import Member, Roster
 from pals.types import PeerId, SwarmId, short_id
 
-InviteStatus = Literal["open", "spent", "revoked", "expired", "closed"]
-
 MIN_ID_CHARS = 4
+"""Fewer characters name no peer and no invite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +160,7 @@ async def open_offline(profile: Profile, wanted: str | None, *, now: float) -> A
     if problem is None:
         keep_list(profile, swarm_id, saved.held)
         entry = _with_next_secret(profile, entry, saved.roster)
-        _tidy_invites(profile, saved.roster, now)
+        kept.tidy_invites(profile, saved.roster, now)
     return Administrator(
         profile=profile,
         entry=entry,
@@ -232,110 +226,6 @@ def take_secret(profile: Profile, entry: SwarmEntry, epoch: int, secret: SwarmSe
     return entry
 
 
-# --- invites -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InviteLine:
-    """One invite as `pals invite list` shows it.
-
-    Attributes:
-        key: Its public key, whose first characters are its id.
-        use: Its certificate and who came by it.
-        status: Whether it lets anybody in, or why not.
-        is_kept: Whether this profile holds its text.
-    """
-
-    key: bytes
-    use: InviteUse
-    status: InviteStatus
-    is_kept: bool
-
-
-def list_invites(administrator: Administrator, *, now: float) -> list[InviteLine]:
-    """Return the swarm's invites, the oldest first."""
-    texts = kept.kept_invites(administrator.profile, administrator.swarm_id)
-    revoked = {record.invite for record in administrator.records if isinstance(record, Revoke)}
-    return [
-        InviteLine(
-            key=key,
-            use=use,
-            status="revoked" if key in revoked else invite_status(use, now),
-            is_kept=key in texts,
-        )
-        for key, use in administrator.roster.invites.items()
-    ]
-
-
-def invite_status(use: InviteUse, now: float) -> InviteStatus:
-    """Return whether an invite lets anybody in; one that was revoked counts as closed."""
-    if use.closed:
-        return "closed"
-    if len(use.peers) >= use.certificate.max_uses:
-        return "spent"
-    not_after = use.certificate.not_after
-    return "expired" if not_after and now > not_after else "open"
-
-
-def find_invite(lines: Iterable[InviteLine], wanted: str) -> InviteLine:
-    """Return the invite whose id begins with ``wanted``.
-
-    Raises:
-        UnknownInvite: There is none, or there are several.
-    """
-    by_id = {line.key.hex(): line for line in lines}
-    is_long = len(wanted) >= MIN_ID_CHARS
-    found = [key for key in by_id if is_long and key.startswith(wanted.lower())]
-    if len(found) == 1:
-        return by_id[found[0]]
-    ids = [short_id(line.key) for line in by_id.values()]
-    if found:
-        advice = f"{len(found)} begin so, write more of the id"
-    else:
-        advice = _did_you_mean(wanted, ids) or "run `pals invite list` to see them"
-    raise UnknownInvite(invite=wanted, advice=advice)
-
-
-def kept_text(administrator: Administrator, line: InviteLine) -> Invite:
-    """Return an invite again, to be sent once more.
-
-    Raises:
-        InviteNotOpen: It lets nobody in.
-        InviteNotKept: This profile did not make it.
-    """
-    if line.status != "open":
-        raise InviteNotOpen(invite=short_id(line.key), status=line.status)
-    texts = kept.kept_invites(administrator.profile, administrator.swarm_id)
-    if line.key not in texts:
-        raise InviteNotKept(invite=short_id(line.key))
-    return texts[line.key]
-
-
-async def revoke_invite(administrator: Administrator, line: InviteLine, *, now: float) -> None:
-    """End an invite; who came by it stays a member.
-
-    Raises:
-        InviteNotOpen: It was revoked or closed before.
-        BackendUnreachable: The backend does not answer.
-        BackendRefused: The backend answers with an error.
-    """
-    if line.use.closed:
-        raise InviteNotOpen(invite=short_id(line.key), status=line.status)
-    record = Revoke(swarm_id=administrator.swarm_id, invite=line.key, created_at=int(now))
-    await administrator.append(record)
-    texts = kept.kept_invites(administrator.profile, administrator.swarm_id)
-    if line.key in texts:
-        kept.drop_invite(administrator.profile, texts[line.key])
-
-
-def _tidy_invites(profile: Profile, roster: Roster, now: float) -> None:
-    """Forget the texts of invites that let nobody in any more."""
-    for key, invite in kept.kept_invites(profile, roster.swarm_id).items():
-        use = roster.invites.get(key)
-        if use is None or invite_status(use, now) != "open":
-            kept.drop_invite(profile, invite)
-
-
 # --- roles ---------------------------------------------------------------------------
 
 
@@ -387,11 +277,12 @@ def find_member(roster: Roster, wanted: str) -> Member:
         listed = ", ".join(sorted(map(short_id, found))[:8])
         raise AmbiguousPeer(peer=wanted, known=listed)
     ids = [*roster.live, *map(short_id, roster.live)]
-    advice = _did_you_mean(wanted, ids) or "run `pals peers list` to see the members"
+    advice = did_you_mean(wanted, ids) or "run `pals peers list` to see the members"
     raise UnknownPeer(peer=wanted, advice=advice)
 
 
-def _did_you_mean(wanted: str, ids: Iterable[str]) -> str:
+def did_you_mean(wanted: str, ids: Iterable[str]) -> str:
+    """Return the id that was probably meant, as a question; nothing when none is near."""
     nearest = get_close_matches(wanted, ids, n=1)
     return f"did you mean `{nearest[0]}`?" if nearest else ""
 

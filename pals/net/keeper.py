@@ -1,9 +1,9 @@
 """Keeps a running member's list, and its swarm secret, as new as anybody knows them.
 
-The backend is polled, members tell each other by gossip where their lists end, and ask
-each other for what they lack; the profile is watched for what a command of the same
-profile changed. What all of it means is decided by `pals.swarm.ledger`; this shell has the
-clocks, the network and the files. Runs on the trio thread.
+The backend is polled (`pals.net.polling`), members tell each other by gossip where their
+lists end, and ask each other for what they lack; the profile is watched for what a command
+of the same profile changed. What all of it means is decided by `pals.swarm.ledger`; this
+shell has the clocks, the network and the files. Runs on the trio thread.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import trio
 
 from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.errors import InvalidRecord, PalsError, RosterRefused
-from pals.net.backend import Backend, FetchedRecords
+from pals.net.backend import Backend
 from pals.net.host import Host
 from pals.net.membership import keep_list, load_saved, verify_in_thread
+from pals.net.polling import Polling
 from pals.net.rates import RateLimit
 from pals.net.roster_exchange import RosterExchange
 from pals.swarm.allowlist import AllowList, AllowState
@@ -33,16 +34,11 @@ from pals.swarm.kept import load_removals, removals_path
 from pals.swarm.ledger import Action, Alarm, Ask, Cut, End, Ledger, Save, Seek, Tell, Warn
 from pals.swarm.news import News, decode_news, encode_news
 from pals.swarm.records import decode_entry
-from pals.swarm.roster import Roster
 from pals.swarm.sealing import open_secret, seal_secret
 from pals.types import PeerId, short_id
 
 _log = logging.getLogger(__name__)
 
-POLL_SPREAD = (8 / 9, 10 / 9)
-"""27 s on average are 24 to 30."""
-MAX_BACKOFF_S = 30.0
-MAX_COUNTED_FAILURES = 8
 DRAIN_S = 60.0
 EXPIRY_INTERVAL_S = 5.0
 TICK_S = 1.0
@@ -129,10 +125,12 @@ class Keeper:
         self._secret = secret
         self._rng = rng or random.SystemRandom()
         self._exchange = RosterExchange(around.host, self)
+        self._polling = Polling(
+            around.client, ledger, self._act, interval_s=around.poll_interval_s, rng=self._rng
+        )
         self._asks = RateLimit(per_s=ASKS_PER_S, burst=ASKS_BURST)
         self._limiter = trio.CapacityLimiter(ASK_AT_ONCE)
         self._standing: dict[PeerId, tuple[int, int]] = {}
-        self._etag, self._polled_seq = "", -1
         self._unsaved, self._seeking, self._changed = trio.Event(), trio.Event(), trio.Event()
         self._seen: tuple[object, ...] = ()
         self._nursery: trio.Nursery | None = None
@@ -149,7 +147,7 @@ class Keeper:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._read_removals()
-            for loop in (self._poll, self._tick, self._watch, self._save, self._seek):
+            for loop in (self._polling.run, self._tick, self._watch, self._save, self._seek):
                 nursery.start_soon(loop)
             if self._ledger.roster.epoch > self._ledger.epoch:
                 self._act([Seek(self._ledger.roster.epoch)])
@@ -297,55 +295,9 @@ class Keeper:
             _log.info("entries of peer %s: %s", short_id(peer), error)
             self._act(ledger.departed(peer, news, after, time.time()))
 
-    # --- the backend -----------------------------------------------------------------
-
-    async def _poll(self) -> None:
-        """Ask the backend again and again; one that lies or is away changes nothing."""
-        failures = 0
-        while True:
-            await trio.sleep(poll_pause_s(self._around.poll_interval_s, failures, self._rng))
-            try:
-                await self.poll_once()
-            except PalsError as error:
-                # Once for each time it fails, not every half minute.
-                level = logging.DEBUG if failures else logging.WARNING
-                _log.log(level, "the member list could not be renewed: %s", error)
-                failures, self._etag = min(failures + 1, MAX_COUNTED_FAILURES), ""
-            else:
-                if failures:
-                    _log.info("the member list is renewed again")
-                failures = 0
-
     async def poll_once(self) -> None:
-        """Ask the backend for the list and its word that it is the newest.
-
-        Raises:
-            BackendUnreachable: There is no proper answer.
-            BackendRefused: The answer is an error.
-            InvalidRecord: A record does not verify.
-            RosterRefused: The list does not contain the one held.
-        """
-        ledger = self._ledger
-        etag = self._etag if self._polled_seq == ledger.roster.seq else ""
-        fetched = await self._around.client.fetch_records(ledger.roster.swarm_id, etag=etag)
-        if fetched.entries is None and not etag:
-            raise RosterRefused(problem="an answer without a list")
-        entries, roster = ledger.entries, ledger.roster
-        if fetched.entries is not None:
-            entries, roster = fetched.entries, await self._verify_fetched(fetched)
-        now, now_unix = trio.current_time(), time.time()
-        self._act(ledger.answered(entries, roster, fetched.freshness, now, now_unix))
-        self._etag, self._polled_seq = fetched.etag, roster.seq
-
-    async def _verify_fetched(self, fetched: FetchedRecords) -> Roster:
-        ledger, swarm_id = self._ledger, self._ledger.roster.swarm_id
-        assert fetched.entries is not None
-        try:
-            return await verify_in_thread(swarm_id, fetched.entries, ledger.roster)
-        except RosterRefused:
-            other = await verify_in_thread(swarm_id, fetched.entries, None)
-            self._act(ledger.contradicted(other, fetched.freshness, time.time()))
-            raise
+        """Ask the backend for the list now; see `Polling.poll_once`."""
+        await self._polling.poll_once()
 
     # --- the secret ------------------------------------------------------------------
 
@@ -526,13 +478,6 @@ class Keeper:
     def _knows(self, peer: PeerId) -> bool:
         seq, epoch = self._standing.get(peer, (-1, -1))
         return seq >= self._ledger.roster.seq and epoch >= self._ledger.roster.epoch
-
-
-def poll_pause_s(interval_s: float, failures: int, rng: random.Random) -> float:
-    """Return how long to wait for the next poll, after ``failures`` in a row."""
-    if not failures:
-        return interval_s * rng.uniform(*POLL_SPREAD)
-    return min(MAX_BACKOFF_S, 2.0**failures * rng.uniform(*POLL_SPREAD))
 
 
 async def cut_when_expired(allow_list: AllowList, cut: Callable[[], None]) -> None:

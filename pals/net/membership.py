@@ -12,6 +12,7 @@ import logging
 import math
 import ssl
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -268,9 +269,21 @@ async def verify_in_thread(
 
 
 async def first_roster(
-    client: Backend, swarm_id: SwarmId, allow_list: AllowList, profile: Profile
+    client: Backend,
+    swarm_id: SwarmId,
+    allow_list: AllowList,
+    profile: Profile,
+    *,
+    ask: AskMembers | None = None,
 ) -> Held:
     """Fill the allow-list from the backend, else from the last list that was verified.
+
+    Args:
+        client: The backend.
+        swarm_id: The swarm.
+        allow_list: Empty.
+        profile: Where the list is kept.
+        ask: Renews a list that is not in force any more by asking members that are on it.
 
     Returns:
         What is known of the list now, and is kept in the profile.
@@ -288,13 +301,23 @@ async def first_roster(
         _fill(allow_list, saved)
     except PalsError as error:
         problem = error
-    if saved is None or allow_list.state(trio.current_time()) in ("none", "expired"):
-        raise _unavailable(client, problem) from problem
+    is_saved = problem is not None
+    if saved is not None and ask is not None and _is_out_of_force(allow_list):
+        renewed = await ask(saved, allow_list)
+        if renewed is not None:
+            saved, is_saved = renewed, False
+            _fill(allow_list, saved)
+    if saved is None or _is_out_of_force(allow_list):
+        raise _unavailable(client, saved, problem) from problem
     if problem is not None:
         _log.warning("using the last verified member list: %s", problem)
-    else:
+    if not is_saved:
         keep_list(profile, swarm_id, saved.held)
     return saved.held
+
+
+def _is_out_of_force(allow_list: AllowList) -> bool:
+    return allow_list.state(trio.current_time()) in ("none", "expired")
 
 
 def _fill(allow_list: AllowList, saved: SavedList) -> None:
@@ -307,9 +330,18 @@ def _fill(allow_list: AllowList, saved: SavedList) -> None:
                 allow_list.deny(record)
 
 
-def _unavailable(client: Backend, problem: PalsError | None) -> RosterUnavailable:
-    text = "nobody with authority said lately that it is the newest; check this machine's clock"
-    return RosterUnavailable(url=client.url, problem=str(problem or text))
+def _unavailable(
+    client: Backend, saved: SavedList | None, problem: PalsError | None
+) -> RosterUnavailable:
+    """Say which list there is, and why it is not in force."""
+    text = str(problem)
+    if problem is None:
+        text = "nobody with authority said lately that the backend's is the newest"
+    elif saved is not None and saved.age_s is None:
+        text = f"nothing shows how old the saved one is, and {problem}"
+    elif saved is not None and saved.age_s is not None:
+        text = f"the saved one was the newest {saved.age_s / 3600:.0f} h ago, and {problem}"
+    return RosterUnavailable(url=client.url, problem=text)
 
 
 # --- the list on disk ----------------------------------------------------------------
@@ -337,6 +369,10 @@ class SavedList:
     roster: Roster
     held: Held
     age_s: float | None
+
+
+AskMembers = Callable[[SavedList, AllowList], Awaitable[SavedList | None]]
+"""Returns a later list, or a younger word about this one; None when nobody has any."""
 
 
 def keep_list(profile: Profile, swarm_id: SwarmId, held: Held) -> None:

@@ -36,6 +36,7 @@ from pals.net.links import Arrival, Links
 from pals.net.membership import first_roster
 from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
 from pals.net.report import serve_reports
+from pals.net.revival import ask_members
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts
@@ -206,7 +207,8 @@ async def open_node(options: NodeOptions) -> AsyncGenerator[Node]:
 @asynccontextmanager
 async def _open_node(options: NodeOptions, client: Backend) -> AsyncGenerator[Node]:
     allow_list = AllowList(max_stale_s=options.settings.max_stale_s)
-    held = await first_roster(client, options.swarm_id, allow_list, options.profile)
+    ask = partial(ask_members, options.profile, options.identity)
+    held = await first_roster(client, options.swarm_id, allow_list, options.profile, ask=ask)
     ledger = _make_ledger(options, allow_list, held)
 
     def allow(peer: PeerId) -> bool:

@@ -83,7 +83,7 @@ class RosterExchange:
             PeerUnreachable: It cannot be asked, or does not answer whole in time.
             InvalidRecord: It answers something else.
         """
-        return await self._ask(peer, ROSTER_PROTOCOL, self._read_roster, ROSTER_DEADLINE_S)
+        return await ask_roster(self._host, peer, self._source.news())
 
     async def ask_secret(self, peer: PeerId, epoch: int) -> bytes:
         """Return what a member gives as the sealed secret of ``epoch``; empty for nothing.
@@ -97,32 +97,11 @@ class RosterExchange:
             await stream.write(_EPOCH.pack(epoch))
             return await _read_part(stream, SEALED_BYTES)
 
-        return await self._ask(peer, SECRET_PROTOCOL, read, SECRET_DEADLINE_S)
+        return await _ask(self._host, peer, SECRET_PROTOCOL, read, SECRET_DEADLINE_S)
 
     def purge(self, now: float) -> None:
         """Forget who asked long ago."""
         self._rate.purge(now)
-
-    async def _ask(self, peer: PeerId, protocol: str, read: _Read[_T], deadline_s: float) -> _T:
-        with trio.move_on_after(deadline_s):
-            stream = await self._host.open_stream(peer, protocol)
-            try:
-                return await read(stream)
-            finally:
-                with trio.move_on_after(1.0, shield=True):
-                    await stream.reset()
-        raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s:g} s")
-
-    async def _read_roster(self, stream: Stream) -> tuple[News, tuple[bytes, ...]]:
-        request = encode_news(self._source.news())
-        await stream.write(len(request).to_bytes(4, "big") + request)
-        news = decode_news(await _read_part(stream, MAX_NEWS_BYTES))
-        entries: list[bytes] = []
-        while entry := await _read_part(stream, MAX_ENTRY_BYTES):
-            entries.append(entry)
-            if len(entries) > MAX_ENTRIES:
-                raise InvalidRecord(kind="list", problem=f"more than {MAX_ENTRIES} entries")
-        return news, tuple(entries)
 
     # --- answering -------------------------------------------------------------------
 
@@ -161,6 +140,42 @@ class RosterExchange:
             "secret of epoch %d for %s: %d bytes", epoch, short_id(stream.peer_id), len(sealed)
         )
         await _write_part(stream, sealed)
+
+
+# --- asking --------------------------------------------------------------------------
+
+
+async def ask_roster(host: Host, peer: PeerId, own: News) -> tuple[News, tuple[bytes, ...]]:
+    """Tell a member this machine's news; return its own, and the entries behind these.
+
+    Raises:
+        PeerUnreachable: It cannot be asked, or does not answer whole in time.
+        InvalidRecord: It answers something else.
+    """
+
+    async def read(stream: Stream) -> tuple[News, tuple[bytes, ...]]:
+        request = encode_news(own)
+        await stream.write(len(request).to_bytes(4, "big") + request)
+        news = decode_news(await _read_part(stream, MAX_NEWS_BYTES))
+        entries: list[bytes] = []
+        while entry := await _read_part(stream, MAX_ENTRY_BYTES):
+            entries.append(entry)
+            if len(entries) > MAX_ENTRIES:
+                raise InvalidRecord(kind="list", problem=f"more than {MAX_ENTRIES} entries")
+        return news, tuple(entries)
+
+    return await _ask(host, peer, ROSTER_PROTOCOL, read, ROSTER_DEADLINE_S)
+
+
+async def _ask(host: Host, peer: PeerId, protocol: str, read: _Read[_T], deadline_s: float) -> _T:
+    with trio.move_on_after(deadline_s):
+        stream = await host.open_stream(peer, protocol)
+        try:
+            return await read(stream)
+        finally:
+            with trio.move_on_after(1.0, shield=True):
+                await stream.reset()
+    raise PeerUnreachable(peer=peer, problem=f"no answer within {deadline_s:g} s")
 
 
 async def _write_part(stream: Stream, part: bytes) -> None:

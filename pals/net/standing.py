@@ -125,14 +125,22 @@ def _alarms(problem: PalsError | None) -> tuple[str, ...]:
     return (str(problem),) if isinstance(problem, RosterRefused | InvalidRecord) else ()
 
 
+def _way_out(entry: SwarmEntry, found: _Found) -> str:
+    if found.problem is None:
+        return (
+            "by this machine's clock nobody said lately that the list is the newest; set it right"
+        )
+    return f"start the backend at {entry.backend_url}, and check this machine's clock"
+
+
 def _next_step(entry: SwarmEntry, part: Part, found: _Found, waiting: int) -> str:
     roster, signs = found.roster, part in ("operator", "admin")
     if part == "removed":
         return "this machine was removed: run `pals swarm leave`, and ask for a new invite"
     if found.saved is None or roster is None or found.state in ("none", "expired"):
-        return f"members refuse each other: start the backend at {entry.backend_url}"
+        return f"members refuse each other: {_way_out(entry, found)}"
     if waiting and signs:
-        return f"{waiting} removals wait for the backend: run `pals swarm rotate` when it answers"
+        return f"removals wait for the backend ({waiting}): run `pals swarm rotate` when it answers"
     if found.problem is not None:
         return f"check the backend: {found.problem}"
     if entry.epoch < roster.epoch:

@@ -112,7 +112,8 @@ def open_word(
     if word.swarm_id != roster.swarm_id:
         raise _invalid("it is for another swarm")
     if word.at > now_unix + max_skew_s:
-        raise _invalid(f"its time lies {word.at - now_unix:.0f} s in the future")
+        ahead_s = word.at - now_unix
+        raise _invalid(f"its time lies {ahead_s:.0f} s ahead of this machine's clock")
     if word.signer not in roster.authorities:
         raise _invalid("its signer is no authority of the swarm")
     if not verify(word.signer, word.signature, _signed_part(word)):

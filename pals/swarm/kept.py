@@ -19,7 +19,7 @@ from pals.errors import InvalidConfig, InvalidInvite, ProfileMissing
 from pals.swarm.invite import Invite
 from pals.swarm.messages import RecordBytes
 from pals.swarm.records import MAX_EPOCH
-from pals.swarm.roster import MAX_MEMBERS
+from pals.swarm.roster import MAX_MEMBERS, Roster
 from pals.types import SwarmId
 
 _T = TypeVar("_T")
@@ -67,6 +67,14 @@ def kept_invites(profile: Profile, swarm_id: SwarmId) -> dict[bytes, Invite]:
             raise _damaged(path, str(error)) from None
         invites[invite.signing_key.public_key] = invite
     return invites
+
+
+def tidy_invites(profile: Profile, roster: Roster, now: float) -> None:
+    """Forget the texts of invites that let nobody in any more at ``now``, Unix seconds."""
+    for key, invite in kept_invites(profile, roster.swarm_id).items():
+        use = roster.invites.get(key)
+        if use is None or use.status(now) != "open":
+            drop_invite(profile, invite)
 
 
 def drop_invite(profile: Profile, invite: Invite) -> None:

@@ -43,6 +43,7 @@ MAX_ENTRIES = 2000
 MAX_APPOINTED = 8
 
 Authority = Literal["operator", "admin", "backend"]
+InviteStatus = Literal["open", "spent", "expired", "closed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,15 @@ class InviteUse:
     certificate: InviteCertificate
     peers: frozenset[PeerId] = frozenset()
     closed: bool = False
+
+    def status(self, now: float) -> InviteStatus:
+        """Return whether it lets anybody in at ``now``, Unix seconds, or why not."""
+        if self.closed:
+            return "closed"
+        if len(self.peers) >= self.certificate.max_uses:
+            return "spent"
+        not_after = self.certificate.not_after
+        return "expired" if not_after and now > not_after else "open"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

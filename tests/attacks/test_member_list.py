@@ -333,6 +333,7 @@ TROUBLES: dict[str, Callable[[FakeNetwork], None]] = {
         n.backend, "error", BackendRefused(url="http://127.0.0.1:1", status=500, problem="no")
     ),
     "away": lambda n: n.backend.go_away(),
+    "silent": lambda n: n.backend.fall_silent(),
     "empty list": lambda n: setattr(n.backend, "lie", []),
     "garbage": lambda n: setattr(n.backend, "lie", [b"garbage"]),
     "old list": lambda n: setattr(n.backend, "lie", n.chain.entries[:3]),

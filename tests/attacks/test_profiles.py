@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import re
 import sys
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from litestar.types import ASGIApp, Receive, Scope, Send
+from msgspec.structs import replace
 
 from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
+from pals.cli.app import run
 from pals.config import Profile, SwarmSecret
-from pals.errors import PalsError
-from pals.net.enrolment import create_invite, create_swarm, redeem_invite
-from pals.net.removal import remove_peer, rotate
+from pals.errors import PalsError, RosterRefused
+from pals.net.enrolment import create_invite, create_swarm, look_up, redeem_invite
+from pals.net.removal import Removal, remove_peer, rotate
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.swarm.invite import Invite
-from pals.types import SwarmId
+from pals.swarm.kept import keep_removals, load_removals
+from pals.types import PeerId, SwarmId, short_id
 from tests.integration.backends import running_app, running_backend
 from tests.integration.processes import Pals
 
@@ -34,75 +37,6 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 # --- M11: secrets in argv, environments, logs, files and core dumps ---------------------------
 
 
-class Watch:
-    """Looks at everything that one `Pals` starts, again and again."""
-
-    def __init__(self, pals: Pals) -> None:
-        self._pals = pals
-        self._ended = threading.Event()
-        self.command_lines: set[bytes] = set()
-        self.inherited: dict[int, bytes] = {}
-
-    def look(self) -> None:
-        for pid, command_line in self._pals.processes().items():
-            self.command_lines.add(command_line)
-            folder = Path("/proc", str(pid))
-            try:
-                parent = int(re.findall(r"PPid:\s+(\d+)", (folder / "status").read_text())[0])
-                environ = (folder / "environ").read_bytes()
-            except (OSError, IndexError):  # it ended meanwhile
-                continue
-            if parent in self._pals.processes():
-                self.inherited[pid] = environ
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        def repeat() -> None:
-            while not self._ended.wait(0.1):
-                self.look()
-
-        thread = threading.Thread(target=repeat)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            thread.join()
-
-
-@LINUX
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_m11_commands_show_no_secret_but_the_invite_that_was_asked_for(tmp_path: Path) -> None:
-    operator, joiner = tmp_path / "operator", tmp_path / "joiner"
-    pals = Pals({"PALS_CONFIG_DIR": str(operator), "NO_COLOR": "1"})
-    watch = Watch(pals)
-    said: list[str] = []
-    with watch.running(), pals.start("backend", "--port", "0", "--json") as backend:
-        url = str(backend.wait_for_event("ready")["url"])
-        watch.look()
-        names = ("--name", "home", "--model", "org/model", "--backend", url)
-        created = pals.run("swarm", "create", *names)
-        asked = pals.run("invite", "create", "--json")
-        invite = json.loads(asked.out)["invite"]
-        at = ("--config-dir", str(joiner))
-        login = pals.run("login", *at, PALS_INVITE=invite)
-        refused = pals.run("login", invite, *at)
-        listed = pals.run("peers", "list", *at)
-        said += [text for run in (created, login, refused, listed) for text in (run.out, run.err)]
-        said.append(asked.err)
-        statuses = (created.status, asked.status, login.status, listed.status)
-    assert statuses == (0, 0, 0, 0), said
-    assert refused.status != 0
-    secrets = secrets_of(Profile(operator), Profile(joiner), invite)
-    everything = "".join(said).encode() + b"".join(watch.inherited.values())
-    assert not [secret for secret in secrets if secret in everything]
-    lines = b"".join(line for line in watch.command_lines if invite.encode() not in line)
-    assert not [secret for secret in secrets if secret in lines]
-    assert len(watch.command_lines) >= 5
-    assert_files_are_private(tmp_path, secrets)
-
-
 @LINUX
 def test_m11_a_process_that_crashes_writes_no_memory_to_disk(tmp_path: Path) -> None:
     pals = Pals({"PALS_CONFIG_DIR": str(tmp_path), "NO_COLOR": "1"})
@@ -110,29 +44,6 @@ def test_m11_a_process_that_crashes_writes_no_memory_to_disk(tmp_path: Path) -> 
         backend.wait_for_event("ready")
         limits = Path(f"/proc/{backend.pid}/limits").read_text()
     assert re.search(r"Max core file size\s+0\s+0", limits)
-
-
-def secrets_of(operator: Profile, joiner: Profile, invite: str) -> list[bytes]:
-    entry, parsed = joiner.load_swarm(), Invite.parse(invite)
-    keys = [load_or_create_identity(profile).reveal_seed() for profile in (operator, joiner)]
-    raw = [parsed.secret.reveal(), parsed.auth, *keys]
-    texts = [invite, *invite.removeprefix("pp_inv_").split("."), entry.swarm_secret]
-    if entry.peer_credential:
-        texts.append(entry.peer_credential)
-    return [*raw, *(value.hex().encode() for value in raw), *(text.encode() for text in texts)]
-
-
-def assert_files_are_private(folder: Path, secrets: list[bytes]) -> None:
-    """Assert that whatever holds a secret is readable by its user alone."""
-    holding = [
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and any(secret in path.read_bytes() for secret in secrets)
-    ]
-    assert len(holding) >= 2
-    assert {oct(path.stat().st_mode & 0o777) for path in holding} == {"0o600"}
-    assert {oct(path.parent.stat().st_mode & 0o777) for path in holding} == {"0o700"}
-    assert not [path for path in holding if path.name.startswith("backend.db")]
 
 
 # --- M12: an error overwrites nothing ------------------------------------------------------------
@@ -256,3 +167,82 @@ async def test_m12_a_backend_that_only_says_that_it_took_a_record_moves_nobody_i
             await ATTEMPTS[attempt](operator)
         assert path.read_bytes() == before
     service.close()
+
+
+@dataclass(slots=True)
+class Kicking:
+    """An operator whose backend was away when it removed a member."""
+
+    operator: Profile
+    member: PeerId
+    service: BackendService
+
+    def move_to(self, url: str) -> None:
+        self.operator.save_swarm(replace(self.operator.load_swarm(), backend_url=url))
+
+    def kick(self) -> Removal:
+        return trio.run(partial(remove_peer, self.operator, self.member, now=NOW))
+
+    def waiting(self) -> tuple[bytes, ...]:
+        return load_removals(self.operator, SwarmId(bytes.fromhex(self.operator.swarm_ids()[0])))
+
+    def is_listed(self) -> bool:
+        return self.member in trio.run(look_up, self.operator).roster.members
+
+
+@pytest.fixture
+def kicking(tmp_path: Path) -> Iterator[Kicking]:
+    operator, member = Profile(tmp_path / "operator"), Profile(tmp_path / "member")
+    service = BackendService(sqlite_url(tmp_path / "backend.db"))
+    with running_backend(service) as url:
+        create = partial(create_swarm, name="home", model="org/m", backend_url=url, now=NOW)
+        trio.run(create, operator)
+        trio.run(redeem_invite, member, trio.run(partial(create_invite, operator, now=NOW)))
+        trio.run(look_up, operator)
+    found = Kicking(operator, load_or_create_identity(member).peer_id, service)
+    removal = found.kick()
+    assert (removal.is_listed, len(found.waiting())) == (False, 1)
+    yield found
+    service.close()
+
+
+def test_m12_a_kept_removal_that_a_backend_only_says_it_took_stays_kept_until_it_is_listed(
+    kicking: Kicking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, before = kicking.waiting(), kicking.operator.load_swarm()
+    at = ("--config-dir", str(kicking.operator.path))
+    with running_backend(kicking.service, wrap=pretending) as url:
+        kicking.move_to(url)
+        statuses = [
+            run(["peers", "kick", kicking.member, *at]),
+            run(["swarm", "rotate", *at]),
+            run(["status", *at]),
+        ]
+        said = capsys.readouterr().err
+        assert kicking.is_listed(), "the backend took it, and shows nothing here"
+    assert statuses == [3, 3, 0]
+    assert said.count("a record that the backend says it took is not on it") == 2
+    assert f"run `pals peers kick {short_id(kicking.member)}` again" in said
+    assert "removals wait for the backend (1): run `pals swarm rotate`" in said
+    assert kicking.waiting() == kept
+    after = kicking.operator.load_swarm()
+    assert (after.epoch, after.swarm_secret) == (before.epoch, before.swarm_secret)
+
+    with running_backend(kicking.service) as url:
+        kicking.move_to(url)
+        removal = kicking.kick()
+        assert (removal.is_listed, removal.is_rotated, removal.problem) == (True, True, None)
+        assert not kicking.is_listed()
+    assert kicking.waiting() == ()
+    assert kicking.operator.load_swarm().epoch == before.epoch + 1
+
+
+def test_m12_a_removal_that_a_backend_only_says_it_took_is_kept(kicking: Kicking) -> None:
+    """The first attempt of a kick already meets the backend that lies."""
+    keep_removals(kicking.operator, SwarmId(bytes.fromhex(kicking.operator.swarm_ids()[0])), ())
+    with running_backend(kicking.service, wrap=pretending) as url:
+        kicking.move_to(url)
+        removal = kicking.kick()
+    assert (removal.is_listed, removal.is_rotated) == (False, False)
+    assert isinstance(removal.problem, RosterRefused)
+    assert len(kicking.waiting()) == 1

@@ -130,7 +130,7 @@ class Pals:
     def __init__(self, variables: Mapping[str, str]) -> None:
         self.mark = uuid.uuid4().hex
         inherited = {k: v for k, v in os.environ.items() if k not in SECRET_VARIABLES}
-        self._environment = inherited | dict(variables) | {MARK_VARIABLE: self.mark}
+        self.environment = inherited | dict(variables) | {MARK_VARIABLE: self.mark}
 
     def run(self, *arguments: str | Path, stdin: str = "", **variables: str) -> Finished:
         """Run a command to its end."""
@@ -138,7 +138,7 @@ class Pals:
         done = subprocess.run(
             self._command(arguments),
             input=stdin,
-            env=self._environment | variables,
+            env=self.environment | variables,
             capture_output=True,
             text=True,
             timeout=DEADLINE_S,
@@ -155,7 +155,7 @@ class Pals:
         """Start a command as the leader of a process group."""
         process = subprocess.Popen(
             self._command(arguments),
-            env=self._environment | variables,
+            env=self.environment | variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

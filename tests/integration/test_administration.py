@@ -34,17 +34,13 @@ from pals.errors import (
     UnknownPeer,
 )
 from pals.net.administration import (
-    InviteLine,
     appoint,
-    find_invite,
     import_key,
-    kept_text,
-    list_invites,
     open_administrator,
     operator_pem,
-    revoke_invite,
 )
 from pals.net.enrolment import create_invite, create_swarm, leave_swarm, look_up, redeem_invite
+from pals.net.invites import InviteLine, find_invite, kept_text, list_invites, revoke_invite
 from pals.net.membership import MembershipClient
 from pals.net.moving import move_swarm
 from pals.net.removal import remove_peer, rotate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -31,15 +30,17 @@ from pals.errors import (
     UnknownPeer,
 )
 from pals.net import membership
+from pals.net.administration import load_operator
 from pals.net.enrolment import (
     create_invite,
     create_swarm,
     look_up,
     redeem_invite,
 )
-from pals.net.membership import MembershipClient, first_roster
+from pals.net.membership import MembershipClient, first_roster, load_saved, save_roster
 from pals.net.removal import remove_peer
 from pals.swarm.allowlist import MAX_STALE_S, AllowList
+from pals.swarm.freshness import sign_freshness
 from pals.swarm.hints import sign_hint
 from pals.swarm.identity import load_or_create_identity
 from pals.swarm.invite import Invite
@@ -399,13 +400,19 @@ async def test_nothing_is_served_without_a_list(operator: Profile, url: str) -> 
     await found(operator, url)
     swarm_id = SwarmId(bytes.fromhex(operator.load_swarm().swarm_id))
     gone = MembershipClient("http://127.0.0.1:1")
-    path = operator.roster_path(swarm_id.hex())
+    saved, signer = load_saved(operator, swarm_id), load_operator(operator, operator.load_swarm())
+    assert saved is not None
+    assert signer is not None
     now = time.time()
-    for saved_at in (now - MAX_STALE_S - 60, now + MAX_STALE_S + 60):
-        os.utime(path, (saved_at, saved_at))
+    for said_at in (now - MAX_STALE_S - 60, now + MAX_STALE_S + 60):
+        word = sign_freshness(signer, saved.roster, at=int(said_at))
+        save_roster(operator, swarm_id, saved.held.entries, word)
         with pytest.raises(RosterUnavailable):
             await first_roster(gone, swarm_id, AllowList(), operator)
-    path.unlink()
+    word = sign_freshness(signer, saved.roster, at=int(now))
+    save_roster(operator, swarm_id, saved.held.entries, word)
+    await first_roster(gone, swarm_id, AllowList(), operator)
+    operator.roster_path(swarm_id.hex()).unlink()
     with pytest.raises(RosterUnavailable):
         await first_roster(gone, swarm_id, AllowList(), operator)
 

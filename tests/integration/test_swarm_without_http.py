@@ -26,7 +26,7 @@ from pals.errors import (
     PeerUnreachable,
     PortInUse,
 )
-from pals.net.administration import find_invite, list_invites, open_administrator, revoke_invite
+from pals.net.administration import open_administrator
 from pals.net.backend import Backend
 from pals.net.backend_members import PROTOCOL as MEMBERS_PROTOCOL
 from pals.net.backends import open_backend
@@ -35,6 +35,7 @@ from pals.net.enrolment import create_invite, create_swarm, look_up, redeem_invi
 from pals.net.framed import read_message, write_message
 from pals.net.host import open_host
 from pals.net.hosted import load_door_addresses, own_backend_address
+from pals.net.invites import find_invite, list_invites, revoke_invite
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.redemption import PROTOCOL
 from pals.net.removal import remove_peer

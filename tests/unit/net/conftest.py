@@ -11,6 +11,7 @@ import trio.testing
 
 from pals.net import keeper as keeper_module
 from pals.net import membership as membership_module
+from pals.net import polling as polling_module
 from tests.unit.net.keepers import Clock
 
 
@@ -23,6 +24,6 @@ def clock(autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatc
 
     made = Clock()
     monkeypatch.setattr(trio.to_thread, "run_sync", run)
-    for module in (keeper_module, membership_module):
+    for module in (keeper_module, membership_module, polling_module):
         monkeypatch.setattr(module, "time", SimpleNamespace(time=made.time))
     return made

@@ -18,7 +18,7 @@ from pals.errors import BackendUnreachable, PalsError, PeerUnreachable
 from pals.net.backend import Backend, FetchedRecords
 from pals.net.host import Host, Stream, StreamHandler
 from pals.net.keeper import Keeper, Surroundings
-from pals.net.membership import keep_list
+from pals.net.membership import REQUEST_DEADLINE_S, keep_list
 from pals.swarm.allowlist import AllowList
 from pals.swarm.freshness import sign_freshness
 from pals.swarm.identity import Identity
@@ -54,6 +54,7 @@ class FakeBackend:
     lie: Sequence[bytes] | None = None
     word: bytes | None = None
     gives_word: bool = True
+    silence_s: float = 0.0
     asked_at: list[float] = field(default_factory=list)
     etags: list[str] = field(default_factory=list)
     url: str = "http://127.0.0.1:1"
@@ -62,7 +63,7 @@ class FakeBackend:
     async def fetch_records(self, swarm_id: SwarmId, *, etag: str = "") -> FetchedRecords:
         self.asked_at.append(trio.current_time())
         self.etags.append(etag)
-        await trio.sleep(DELAY_S)
+        await trio.sleep(DELAY_S + self.silence_s)
         if self.error is not None:
             raise self.error
         entries = tuple(self.chain.entries if self.lie is None else self.lie)
@@ -84,6 +85,11 @@ class FakeBackend:
 
     def go_away(self) -> None:
         self.error = BackendUnreachable(url=self.url, problem="refused")
+
+    def fall_silent(self) -> None:
+        """Take every request and answer none, for as long as a client waits."""
+        self.silence_s = REQUEST_DEADLINE_S
+        self.error = BackendUnreachable(url=self.url, problem="no answer")
 
 
 class FakeStream:

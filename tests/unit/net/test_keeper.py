@@ -13,8 +13,9 @@ from trio.testing import MockClock
 
 from pals.net import keeper as keeper_module
 from pals.net import membership
-from pals.net.keeper import MAX_BACKOFF_S, cut_when_expired
+from pals.net.keeper import cut_when_expired
 from pals.net.membership import load_saved
+from pals.net.polling import MAX_BACKOFF_S
 from pals.swarm.allowlist import AllowList
 from pals.swarm.freshness import sign_freshness
 from pals.swarm.records import digest
