@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 
@@ -60,10 +60,9 @@ cuts = st.builds(
 batches = st.lists(cuts, min_size=ROWS, max_size=ROWS)
 
 
-@pytest.mark.parametrize("size", [5, 300, 9000, 20_001])
-@pytest.mark.parametrize("count", [1, 20, 128])
+@pytest.mark.parametrize(("size", "count"), [(5, 5), (300, 128), (1300, 20), (20_001, 128)])
 def test_the_likeliest_tokens_are_those_of_a_stable_sort(size: int, count: int) -> None:
-    generator, count = np.random.default_rng(size), min(count, size)
+    generator = np.random.default_rng(size)
     values = np.round(4 * generator.standard_normal((3, size))).astype(np.float32)
     values[1] = generator.standard_normal(size)
 
@@ -74,6 +73,7 @@ def test_the_likeliest_tokens_are_those_of_a_stable_sort(size: int, count: int) 
     assert np.asarray(best).tolist() == np.take_along_axis(values, order, -1).tolist()
 
 
+@settings(max_examples=50)
 @given(batches, st.integers(0, 50), st.sampled_from([0.1, 1.0, 3.0]))
 def test_the_least_kept_is_that_of_a_sort(
     samplings: list[Sampling], seed: int, spread: float
@@ -127,6 +127,7 @@ def test_bits_of_negative_and_tiny_numbers_are_ordered() -> None:
         assert np.asarray(least).tolist() == [logits[0, -top_k]]
 
 
+@settings(max_examples=50)
 @given(batches, st.integers(0, 50), st.sampled_from([0.1, 1.0, 3.0]), st.booleans())
 def test_head_and_rest_are_together_what_the_row_keeps(
     samplings: list[Sampling], seed: int, spread: float, are_coarse: bool
@@ -217,11 +218,10 @@ def test_the_ends_of_the_noise_are_numbers(bits: int) -> None:
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(top_k=200), Sampling(top_k=100), Sampling(top_p=0.8),
-     Sampling(min_p=0.5)],
-)  # fmt: skip
+    [Sampling(), Sampling(top_k=200), Sampling(top_p=0.8), Sampling(top_k=100, min_p=0.5)],
+)
 def test_frequencies_follow_the_softmax_of_what_is_kept(sampling: Sampling, spread: float) -> None:
-    logits, count = make_logits(3, spread=spread, rows=1)[0], 4000
+    logits, count = make_logits(3, spread=spread, rows=1)[0], 1000
     draws = make_draws(
         np.tile(logits, (count, 1)), [replace(sampling, seed=seed) for seed in range(count)]
     )
@@ -232,7 +232,7 @@ def test_frequencies_follow_the_softmax_of_what_is_kept(sampling: Sampling, spre
     expected = np.exp(np.where(logits >= least, logits, -np.inf).astype(np.float64))
     expected *= count / expected.sum()
     found = np.bincount(tokens, minlength=VOCAB)
-    often = expected >= 5
+    often = expected >= 2
     squares = ((found - expected)[often] ** 2 / expected[often]).sum()
     # chi square: its mean is the number of its terms, its variance twice that
     assert squares < often.sum() + 4 * np.sqrt(2 * often.sum())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pals.engine.bank import Bank, build_bank, count_tokens, reset_slot, set_allowed
 from pals.engine.drawing import pick_likeliest
-from pals.engine.sampler import Sampled, sample
+from pals.engine.sampler import Sampled, sample, score_tokens
 from pals.engine.sampling_rows import RowSampling, build_sampling_rows, needs_slot
 from pals.types import Sampling
 from tests.unit.engine import sampling_reference as reference
@@ -153,9 +153,9 @@ def test_logprobs_are_those_of_the_model_before_bias_and_temperature() -> None:
 def test_a_vocabulary_of_few_tokens_names_all_of_them() -> None:
     logits = np.array([[0.0, 3.0, 1.0]], np.float32)
 
-    sampled, _ = run(logits, [Sampling(logprobs=20)])
+    sampled = jax.jit(score_tokens)(logits, np.array([1], np.int32), np.array([21], np.int32))
 
-    assert sampled.top_ids[0].tolist() == [1, 2, 0, *[-1] * 17]
+    assert np.asarray(sampled.top_ids)[0].tolist() == [1, 2, 0, *[-1] * 17]
 
 
 def test_a_large_vocabulary_is_searched_in_blocks() -> None:
