@@ -12,10 +12,11 @@ from pathlib import Path
 from multiaddr import Multiaddr
 
 from pals.cli.children import open_children
-from pals.config import NodeSettings, Profile, SwarmSecret
+from pals.config import Profile, SwarmSecret
 from pals.net import _libp2p
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import NodeOptions
+from pals.settings import NodeSettings
 from pals.swarm.identity import load_or_create_identity
 
 START_DEADLINE_S = 60.0

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pals import config
 from pals.cli import console
-from pals.config import NodeSettings, Profile, SwarmEntry
+from pals.config import Profile, SwarmEntry
 from pals.errors import PalsError
+from pals.settings import NodeSettings
 from pals.types import SwarmId
 
 if TYPE_CHECKING:

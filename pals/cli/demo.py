@@ -27,8 +27,9 @@ from pals.cli import console
 from pals.cli.children import Child, Children, open_children
 from pals.cli.interrupt import run_until_signal
 from pals.cli.options import Json
-from pals.config import DemoSettings, Profile
+from pals.config import Profile
 from pals.errors import InvalidConfig, MissingExtra
+from pals.settings import DemoSettings
 from pals.types import LayerRange, short_id, split_layers
 
 if TYPE_CHECKING:

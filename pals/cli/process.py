@@ -19,10 +19,11 @@ from cyclopts import Parameter, validators
 from pals import config
 from pals.cli import console
 from pals.cli.options import ConfigDir, SwarmName, Tokens, read_size
-from pals.config import Profile, Settings, ShardSettings, SwarmEntry, SwarmSecret
+from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.engine.memory import Memory
 from pals.errors import InvalidConfig
 from pals.net.nat.addresses import read_announced
+from pals.settings import Settings, ShardSettings
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.types import (
     Dtype,

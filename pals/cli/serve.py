@@ -31,7 +31,7 @@ from pals.cli.process import (
     node_options,
     replace_process,
 )
-from pals.config import Settings
+from pals.settings import Settings
 from pals.types import LayerRange
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from pals.config import NodeSettings, Profile, read_private, write_private
+from pals.config import Profile, read_private, write_private
 from pals.errors import InvalidConfig, ProfileMissing
 from pals.net.announce import useful_first
+from pals.settings import NodeSettings
 from pals.swarm.addresses import is_peer_address, peer_address_problem, peer_in_address
 from pals.swarm.identity import Identity, load_or_create_identity
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
+from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.errors import InvalidFrame, InvalidRecord, NotAMember, PalsError, SwarmSecretInvalid
 from pals.net.administration import load_operator
 from pals.net.backend import Backend
@@ -38,6 +38,7 @@ from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
 from pals.net.report import serve_reports
 from pals.net.revival import ask_members
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
+from pals.settings import NodeSettings
 from pals.swarm.allowlist import AllowList
 from pals.swarm.hints import Contacts
 from pals.swarm.identity import Identity

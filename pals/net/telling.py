@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import trio
 
-from pals.config import NodeSettings, Profile, SwarmEntry, SwarmSecret
+from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.errors import ProfileInUse
 from pals.net.node import Node, NodeOptions, open_node
+from pals.settings import NodeSettings
 from pals.swarm.identity import load_or_create_identity
 
 TELL_S = 10.0

@@ -22,11 +22,12 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
-from pals.config import NodeSettings, Profile, SwarmSecret
+from pals.config import Profile, SwarmSecret
 from pals.errors import PeerUnreachable
 from pals.net.enrolment import create_invite, create_swarm, look_up, redeem_invite
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.report import ListReport, ask_list
+from pals.settings import NodeSettings
 from pals.swarm.identity import load_or_create_identity
 from tests.attacks.clocks import DAY_S, SystemClock
 from tests.attacks.forks import Forks, Order, open_forks

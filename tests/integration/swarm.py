@@ -15,7 +15,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
-from pals.config import NodeSettings, Profile, SwarmSecret
+from pals.config import Profile, SwarmSecret
 from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
 from pals.driver.state import ClientSession, SampledToken, SessionEvent, SessionRequest
@@ -23,6 +23,7 @@ from pals.models.snapshot import Snapshot
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.node import Node, NodeOptions
 from pals.net.serving import Report, ServedShard, load_shard, run_shard, serve_role
+from pals.settings import NodeSettings
 from pals.swarm.identity import load_or_create_identity
 from pals.types import Dtype, EngineLimits, LayerRange, Sampling, ShardSpec
 from tests.checkpoints import make_llama_checkpoint

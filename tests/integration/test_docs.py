@@ -14,7 +14,7 @@ import pytest
 from benchmarks.__main__ import build_parser
 from pals import config
 from pals.cli.app import COMMANDS, run
-from pals.config import Settings
+from pals.settings import Settings
 from tests.integration.pages import PAGES, blocks, matches, snippets, steps
 from tests.integration.terminals import Terminals, assert_make_target
 

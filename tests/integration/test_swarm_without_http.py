@@ -18,7 +18,7 @@ from pals.backend.database import sqlite_url
 from pals.backend.limiter import BackendLimiter
 from pals.backend.service import BackendService
 from pals.cli.door import Doorway, door_beside
-from pals.config import NodeSettings, Profile, SwarmSecret
+from pals.config import Profile, SwarmSecret
 from pals.errors import (
     BackendRefused,
     BackendUnreachable,
@@ -39,6 +39,7 @@ from pals.net.invites import find_invite, list_invites, revoke_invite
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.redemption import PROTOCOL
 from pals.net.removal import remove_peer
+from pals.settings import NodeSettings
 from pals.swarm.addresses import host_in
 from pals.swarm.calls import (
     Failed,

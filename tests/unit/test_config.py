@@ -15,11 +15,8 @@ import pytest
 from pals import config
 from pals.config import (
     MAX_KNOWN_PEERS,
-    BackendSettings,
     KnownPeer,
-    NodeSettings,
     Profile,
-    Settings,
     SwarmEntry,
     SwarmSecret,
     load_settings,
@@ -37,6 +34,7 @@ from pals.errors import (
     ProfileMissing,
     SwarmSecretInvalid,
 )
+from pals.settings import BackendSettings, NodeSettings, Settings
 
 KEY = bytes(range(32))
 TEXT = base64.b64encode(KEY).decode()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pals.config import NodeSettings, Profile
+from pals.config import Profile
 from pals.errors import InvalidConfig, ProfileExposed
 from pals.net.backend_local import LocalBackend
 from pals.net.backends import hinted_peers, members_address, open_backend
@@ -19,6 +19,7 @@ from pals.net.hosted import (
     save_door_addresses,
 )
 from pals.net.membership import MembershipClient
+from pals.settings import NodeSettings
 from pals.swarm.hints import AddressHint
 from pals.swarm.identity import load_or_create_identity
 from tests.unit.swarm.chains import NOW, Chain, identity
