@@ -158,7 +158,8 @@ class _LayeredRun:
         leaves, caches, bank, x, tables, sampling = arguments
         tables = jax.device_put(tables)  # once for all layers
         ends = self._ends.take(leaves)
-        x = jax.device_put(x) if self._embed is None else self._embed(ends, x)
+        # The first layer is given x for good, which may be no view of the host's array then.
+        x = self._embed(ends, x) if self._embed else jax.device_put(x, may_alias=False)
         kept: list[LayerCache] = []
         for (step, part), cache in zip(self._layers, caches, strict=True):
             x, cache = step(part.take(leaves), cache, x, tables)
