@@ -18,6 +18,7 @@ from pals.config import Profile
 from pals.driver.sessions import SessionClient
 from pals.net.flow import SAMPLED_WINDOW_TOKENS
 from pals.net.shard_service import ShardService
+from tests.integration.net.harness import until
 from tests.integration.swarm import (
     DEADLINE_S,
     RunningShard,
@@ -73,7 +74,7 @@ async def test_a_driver_that_is_suspended_goes_on_later_and_nobody_waits_for_it(
                 tokens = [await read_token(driver) for _ in range(3)]
                 driver.send_signal(signal.SIGSTOP)
                 others = [await healthy_tokens(healthy, prompt) for prompt in PROMPTS[1:]]
-                assert [sessions_at(shard) for shard in shards] == [1, 1]
+                await until(lambda: [sessions_at(shard) for shard in shards] == [1, 1])
                 driver.send_signal(signal.SIGCONT)
                 tokens += [await read_token(driver) for _ in range(COUNT - 3)]
         nursery.cancel_scope.cancel()

@@ -15,6 +15,7 @@ from pals.types import EngineLimits, ShardSpec, parse_bytes
 from tests.unit.models.published import LLAMA3, PUBLISHED, shrink
 
 MIB = 1 << 20
+LIMITS = EngineLimits(max_sessions=5, max_context_tokens=2048)  # 10 MiB a layer
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[EngineLimits]:
         layers=tuple(range(80)), weights=1024 * MIB, kv_per_token=1024, workspace=100 * MIB
     )
     ends = EndsPlan(embedding=1024 * MIB, head=1024 * MIB, both=2048 * MIB)
-    plan = ModelPlan(kinds=(layers,), ends=ends, kv_tokens=10_240, num_programs=16)
+    plan = ModelPlan(kinds=(layers,), ends=ends, limits=LIMITS, num_programs=16)
 
     def plan_model(_: object, spec: ShardSpec) -> ModelPlan:
         assert spec.dtype == "bf16"
@@ -128,7 +129,7 @@ def test_programs_get_every_number(
          "--json"])  # fmt: skip
 
     document = json.loads(capsys.readouterr().out)
-    assert planned == [EngineLimits(max_sessions=2, max_context_tokens=32768)]
+    assert planned == [EngineLimits(max_sessions=2, max_context_tokens=32768, verify_tokens=1)]
     assert document["max_context_tokens"] == 32768
     assert document["layers"][0]["kv_bytes_per_1k_tokens"] == MIB
     assert document["total"]["weight_bytes"] == 82 << 30
@@ -160,8 +161,8 @@ def test_numbers_that_are_none_are_refused(
 def test_more_sessions_than_a_shard_takes_are_refused(
     model: str, capsys: pytest.CaptureFixture[str]
 ):
-    assert run(["models", "plan", model, "--sessions", "1000"]) == 2
-    assert "max_sessions is 1000" in capsys.readouterr().err
+    assert run(["models", "plan", model, "--sessions", "5000"]) == 2
+    assert "max_sessions is 5000" in capsys.readouterr().err
 
 
 def test_a_model_that_is_nowhere_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
