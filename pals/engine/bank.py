@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -47,9 +48,12 @@ class Bank(NamedTuple):
     biases: jax.Array
 
 
-def abstract_bank(vocab_size: int, slots: int = DEFAULT_BANK_SLOTS) -> Bank:
-    """Return the shapes of a bank."""
-    array, words = jax.ShapeDtypeStruct, _words(vocab_size)
+def abstract_bank(
+    vocab_size: int, slots: int = DEFAULT_BANK_SLOTS, *, mesh: Mesh | None = None
+) -> Bank:
+    """Return the shapes of a bank, whole on each device of ``mesh``."""
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    array, words = partial(jax.ShapeDtypeStruct, sharding=place), _words(vocab_size)
     shapes = (
         array((slots, vocab_size), jnp.uint16),
         array((slots, words), jnp.uint32),
@@ -65,9 +69,8 @@ def build_bank(
     vocab_size: int, slots: int = DEFAULT_BANK_SLOTS, *, mesh: Mesh | None = None
 ) -> Bank:
     """Return a bank whose rows all change nothing, whole on each device of ``mesh``."""
-    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    shapes = abstract_bank(vocab_size, slots)
-    zeros = Bank(*[jnp.zeros(array.shape, array.dtype, device=place) for array in shapes])
+    shapes = abstract_bank(vocab_size, slots, mesh=mesh)
+    zeros = Bank(*[jnp.zeros(a.shape, a.dtype, device=a.sharding) for a in shapes])
     return zeros._replace(allowed=~zeros.allowed)
 
 

@@ -37,7 +37,13 @@ def kv_bytes(limits: EngineLimits, format_: PageFormat) -> int:
 
 
 def abstract_cache(
-    config: ModelConfig, layers: LayerRange, *, num_pages: int, page_tokens: int, dtype: jnp.dtype
+    config: ModelConfig,
+    layers: LayerRange,
+    *,
+    num_pages: int,
+    page_tokens: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> AbstractCache:
     """Return the shapes of the cache, [K, P, p, W] for each array that a layer keeps.
 
@@ -47,22 +53,23 @@ def abstract_cache(
         num_pages: P, the scratch page included.
         page_tokens: p.
         dtype: In which the layers compute.
+        mesh: Devices, each of which has all of it; None for a single one.
     """
     stored = storage_dtype(dtype)
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return tuple(
         tuple(
-            jax.ShapeDtypeStruct((heads, num_pages, page_tokens, width), stored)
+            jax.ShapeDtypeStruct((heads, num_pages, page_tokens, width), stored, sharding=place)
             for heads, width in config.cache_shapes(layer)
         )
         for layer in range(layers.start, layers.stop)
     )
 
 
-def build_cache(shapes: AbstractCache, mesh: Mesh | None = None) -> Cache:
-    """Allocate zeros in the shapes of `abstract_cache`, whole on each device of ``mesh``."""
-    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+def build_cache(shapes: AbstractCache) -> Cache:
+    """Allocate zeros in the shapes and places of `abstract_cache`."""
     return tuple(
-        tuple(jnp.zeros(array.shape, array.dtype, device=place) for array in arrays)
+        tuple(jnp.zeros(array.shape, array.dtype, device=array.sharding) for array in arrays)
         for arrays in shapes
     )
 

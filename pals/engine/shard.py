@@ -362,7 +362,7 @@ class Shard:
     def reset(self) -> None:
         """Reserve an empty cache and bank: a step that failed took them along."""
         self._cache: Cache = ()  # frees what is left of the old one, which both may not fit
-        self._cache = build_cache(self._programs.cache, self._numerics.moe.mesh)
+        self._cache = build_cache(self._programs.cache)
         self._bank: Bank | None = None
         if self.is_tail:
             self._bank = build_bank(self.config.vocab_size, mesh=self._numerics.moe.mesh)

@@ -87,9 +87,11 @@ class Programs:
             num_pages=num_pages,
             page_tokens=limits.page_tokens,
             dtype=numerics.compute,
+            mesh=numerics.moe.mesh,
         )
         self._config = config
         self._dtype = numerics.compute
+        self._mesh = numerics.moe.mesh
         self._options = compiler_options(numerics.platform)
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
@@ -173,7 +175,7 @@ class Programs:
         return StepArguments(
             leaves=tuple(self.parameters.values()),
             cache=self.cache,
-            bank=abstract_bank(self._config.vocab_size) if self._is_tail else None,
+            bank=abstract_bank(self._config.vocab_size, mesh=self._mesh) if self._is_tail else None,
             inputs=jax.ShapeDtypeStruct(tokens, jnp.int32 if self._is_head else self._dtype),
             tables=_abstract_tables(program),
             sampling=abstract_rows(sampled_rows(shape)) if self._is_tail else None,

@@ -24,7 +24,9 @@ from pals.types import (
     SessionId,
 )
 
-LIMITS = EngineLimits(max_sessions=3, max_rows=4, max_context_tokens=300, max_chunk_tokens=32)
+LIMITS = EngineLimits(
+    max_sessions=3, max_rows=4, max_context_tokens=300, max_chunk_tokens=32, verify_tokens=4
+)
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

@@ -206,7 +206,7 @@ def made_plan(weights: list[int]) -> ModelPlan:
         for layer, size in enumerate(weights)
     )
     ends = EndsPlan(embedding=300 << 20, head=301 << 20, both=302 << 20)
-    return ModelPlan(kinds=kinds, ends=ends, kv_tokens=1 << 10, num_programs=4)
+    return ModelPlan(kinds=kinds, ends=ends, limits=EngineLimits(), num_programs=4)
 
 
 sizes = st.lists(st.integers(1, 4000), min_size=1, max_size=12)

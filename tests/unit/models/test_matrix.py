@@ -72,7 +72,7 @@ def test_a_linear_layer_computes_with_what_its_matrix_stands_for(numerics, rows,
     plain.weight[...] = jnp.asarray(fill(linear.weight, draw(OUT, IN), numerics))
     if bias:
         linear.bias[...] = plain.bias[...] = jnp.asarray(draw(OUT))
-    x = jnp.asarray(draw(1, rows, IN, seed=1) * 9)
+    x = jnp.asarray(draw(rows, IN, seed=1) * 9)
 
     assert_close(run(linear, x), run(plain, x))
 
@@ -90,7 +90,7 @@ def test_many_rows_may_be_rounded_to_int8_and_few_are_not():
     linears = [Linear(IN, OUT, bias=False, numerics=n) for n in (coarse, KINDS["int8"])]
     for linear in linears:
         fill(linear.weight, draw(OUT, IN), coarse)
-    few, many = (jnp.asarray(draw(1, rows, IN, seed=1) * 9) for rows in (FEW_ROWS, MANY))
+    few, many = (jnp.asarray(draw(rows, IN, seed=1) * 9) for rows in (FEW_ROWS, MANY))
 
     np.testing.assert_array_equal(*(run(linear, few) for linear in linears))
     rounded, exact = (np.asarray(run(linear, many)) for linear in linears)
@@ -136,7 +136,7 @@ def test_a_moe_layer_computes_with_what_its_matrices_stand_for(numerics, platfor
     ):
         held, wide = (find(module, name).weight for module in (moe, plain))
         wide[...] = jnp.asarray(fill(held, draw(*wide.shape, seed=seed) * 3, numerics))
-    x = jnp.asarray(draw(1, tokens, IN, seed=1) * 9)
+    x = jnp.asarray(draw(tokens, IN, seed=1) * 9)
 
     assert_close(run(moe, x), run(plain, x), share=5e-4)
 

@@ -41,20 +41,20 @@ def build_moe(config=CONFIG, *, layer=3, **options):
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
 
 
-def random_hidden_states(batch, tokens):
+def random_hidden_states(tokens):
     random = np.random.default_rng(1)
-    return jnp.asarray(random.standard_normal((batch, tokens, D)), jnp.float32)
+    return jnp.asarray(random.standard_normal((tokens, D)), jnp.float32)
 
 
 def test_the_hook_sees_the_choice_and_the_load_of_each_layer():
     recorder = Recorder()
     moe = build_moe(layer=3, trace=recorder)
-    x = random_hidden_states(2, 5)
+    x = random_hidden_states(10)
 
     jax.block_until_ready(run(moe, x))
     jax.effects_barrier()
 
-    expected = moe.gate(x.reshape(-1, D))
+    expected = moe.gate(x)
     [record] = recorder.records
     assert record.layer == 3
     np.testing.assert_array_equal(record.expert_ids, expected.expert_ids)
@@ -66,8 +66,8 @@ def test_the_hook_sees_the_choice_and_the_load_of_each_layer():
 def test_padding_leaves_no_trace_and_changes_no_other_token():
     recorder = Recorder()
     moe = build_moe(trace=recorder)
-    x = random_hidden_states(2, 3)
-    counted = jnp.array([[True, True, False], [True, False, False]])
+    x = random_hidden_states(6)
+    counted = jnp.array([True, True, False, True, False, False])
 
     padded = jax.block_until_ready(run(moe, x, counted))
     jax.effects_barrier()
@@ -79,12 +79,11 @@ def test_padding_leaves_no_trace_and_changes_no_other_token():
 
 
 def test_a_model_without_a_trace_compiles_to_a_program_without_one():
-    x = random_hidden_states(1, 4)
+    x = random_hidden_states(4)
 
     def plain(moe, x):
-        flat = x.reshape(-1, D)
         with jax.named_scope("moe"):
-            return moe.experts(flat, moe.gate(flat)).reshape(x.shape)
+            return moe.experts(x, moe.gate(x))
 
     def with_hook(moe, x):
         return moe(x)
@@ -106,7 +105,7 @@ def test_layers_without_a_trace_are_one_program():
 
 
 def test_a_hook_does_not_change_the_result():
-    x = random_hidden_states(2, 4)
+    x = random_hidden_states(8)
 
     np.testing.assert_array_equal(run(build_moe(trace=Recorder()), x), run(build_moe(), x))
 
@@ -116,7 +115,7 @@ def test_an_override_changes_how_many_experts_a_token_takes():
     override = RouterOverride(num_experts_per_tok=1)
     moe = build_moe(override=override, trace=recorder)
 
-    jax.block_until_ready(run(moe, random_hidden_states(1, 4)))
+    jax.block_until_ready(run(moe, random_hidden_states(4)))
     jax.effects_barrier()
 
     [record] = recorder.records
@@ -132,10 +131,9 @@ def test_an_override_that_the_model_cannot_fulfil_is_refused():
 def test_a_shared_expert_is_added_for_every_token():
     shared = MoEConfig(router=CONFIG.router, intermediate_size=12, shared_intermediate_size=20)
     moe = build_moe(shared)
-    x = random_hidden_states(1, 4)
-    flat = x.reshape(-1, D)
+    x = random_hidden_states(4)
 
     found = run(moe, x)
 
-    routed = moe.experts(flat, moe.gate(flat)).reshape(x.shape)
+    routed = moe.experts(x, moe.gate(x))
     np.testing.assert_allclose(found, routed + moe.shared_experts(x), atol=1e-4)

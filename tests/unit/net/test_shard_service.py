@@ -68,7 +68,9 @@ class Bench:
             local=LOCAL,
             layers=LayerRange(0, stop),
             num_layers=MODEL.num_layers,
-            limits=EngineLimits(max_sessions=2, max_context_tokens=32, max_chunk_tokens=16),
+            limits=EngineLimits(
+                max_sessions=2, max_context_tokens=32, max_chunk_tokens=16, verify_tokens=8
+            ),
             idle_s=60.0,
         )
         self.service = ShardService(cast("Links", self.links), table, MODEL, nursery)
