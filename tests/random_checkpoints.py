@@ -33,7 +33,9 @@ def tensor_shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor that a model of this config reads."""
     model = read_config(config)
     layers = LayerRange(0, model.num_layers)
-    programs = Programs(model, layers, numerics=Numerics.of("f32"), limits=EngineLimits())
+    programs = Programs(
+        model, layers, numerics=Numerics.of("f32"), limits=EngineLimits(), num_pages=2
+    )
     table = family_of(model).weights
     return {
         piece.source: piece.shape

@@ -91,11 +91,13 @@ class EndsPlan:
         head: Device bytes of weights at the tail: the final norm and the LM head.
         both: Device bytes of weights at a shard that is head and tail, which holds an
             embedding that is tied to the LM head once.
+        sampling: Device bytes of the temporaries at the tail, where it samples.
     """
 
     embedding: int
     head: int
     both: int
+    sampling: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +137,12 @@ class ModelPlan:
         return RangePlan(
             weights=sum(kind.weights for kind in kinds) + self._end_weights(layers),
             kv=self._kv_bytes(sum(kind.kv_per_token for kind in kinds)),
-            workspace=max(kind.workspace for kind in kinds),
+            workspace=max(self._sampling(layers), *(kind.workspace for kind in kinds)),
             runtime=RUNTIME_BASE_BYTES + PROGRAM_BYTES * len(layers) * self.num_programs,
         )
+
+    def _sampling(self, layers: LayerRange) -> int:
+        return self.ends.sampling if layers.stop == self.num_layers else 0
 
     def _kv_bytes(self, token_bytes: int) -> int:
         """Return the bytes of whole pages that a cache of ``token_bytes`` a token has."""
@@ -239,6 +244,7 @@ class _Planner:
             embedding=_end_size(head, "embed_tokens"),
             head=_end_size(tail, "norm", "lm_head"),
             both=_end_size(self.whole, "embed_tokens", "norm", "lm_head"),
+            sampling=tail.workspace_bytes(max(self.whole.all, key=_sampling_size)),
         )
 
     def _leaves_of_layers(self) -> list[_LayerLeaves]:
@@ -257,18 +263,12 @@ class _Planner:
     def _workspaces(self, kinds: Sequence[Sequence[int]]) -> list[int]:
         """Return for some equal layers at a time the temporaries of their largest program.
 
-        The program of most tokens is measured at the first of them, whose input is a
-        temporary where it is the head, as it is between two layers; that which samples most
-        at the last, which is the tail.
+        It is measured at the first of them, which samples only where it is the only one.
         """
         firsts = [self._programs(LayerRange(first, first + 1)) for first, *_ in kinds]
-        lasts = [self._programs(LayerRange(last, last + 1)) for *_, last in kinds]
         longest = max(self.whole.all, key=lambda program: program.tokens)
-        most = max(self.whole.all, key=_sampling_size)
         with ThreadPoolExecutor() as pool:  # XLA compiles without holding Python's lock
-            long = pool.map(partial(_workspace, longest), firsts)
-            many = pool.map(partial(_workspace, most), lasts)
-            return [max(both) for both in zip(long, many, strict=True)]
+            return list(pool.map(partial(_workspace, longest), firsts))
 
     def _programs(self, layers: LayerRange) -> Programs:
         return Programs(

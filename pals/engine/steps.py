@@ -98,7 +98,7 @@ class Programs:
         self._steps: StepBuilder = (
             LayeredSteps(config, layers, numerics, model)
             if numerics.platform == "cpu" and numerics.moe.mesh is None
-            else WholeSteps(model)
+            else WholeSteps(model, numerics.moe.mesh)
         )
         self._copy = jax.jit(copy_pages, donate_argnames="cache")
         self._compiled: dict[Program, Run] = {}

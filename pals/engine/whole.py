@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import jax
+from jax.sharding import Mesh
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
@@ -20,10 +23,12 @@ class WholeSteps:
 
     Args:
         model: Of the shard.
+        mesh: The devices that it is spread over; None for a single one.
     """
 
-    def __init__(self, model: AbstractModel[Decoder]) -> None:
+    def __init__(self, model: AbstractModel[Decoder], mesh: Mesh | None = None) -> None:
         self._model = model
+        self._mesh = mesh
         # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
         self._step = jax.jit(
             self._run_step, static_argnames="shape", donate_argnames=("cache", "bank")
@@ -42,7 +47,9 @@ class WholeSteps:
 
     def lower(self, arguments: StepArguments, shape: StepShape) -> jax.stages.Lowered:
         """Trace a step of such arguments."""
-        return self._step.lower(*arguments, shape=shape)
+        # Arrays that are made inside have to be on the same devices as those that come in.
+        with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            return self._step.lower(*arguments, shape=shape)
 
     def _run_step(
         self,

@@ -205,7 +205,7 @@ def made_plan(weights: list[int]) -> ModelPlan:
         LayerPlan(layers=(layer,), weights=size << 20, kv_per_token=1 << 10, workspace=1 << 20)
         for layer, size in enumerate(weights)
     )
-    ends = EndsPlan(embedding=300 << 20, head=301 << 20, both=302 << 20)
+    ends = EndsPlan(embedding=300 << 20, head=301 << 20, both=302 << 20, sampling=1 << 20)
     return ModelPlan(kinds=kinds, ends=ends, limits=EngineLimits(), num_programs=4)
 
 
