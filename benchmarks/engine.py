@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CalledProcessError
 
 from benchmarks.bandwidth import ReadLimit
 from benchmarks.engine_child import CACHE
@@ -80,7 +81,7 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
 
     Raises:
         BrokenPipeError: A system ended.
-        CalledProcessError: llama.cpp failed.
+        CalledProcessError: llama.cpp ran once, and then failed.
     """
     effort = QUICK_EFFORT if quick else FULL_EFFORT
     threads = os.cpu_count() or 1
@@ -129,8 +130,7 @@ class Contest:
 
     def measure(self) -> list[Result]:
         """Let the systems take turns and return the lines."""
-        for system in self._systems.values():
-            system()  # warms it up, and the files of its model
+        self._warm_up()
         rates: defaultdict[str, list[Rates]] = defaultdict(list)
         limits: list[float] = []
         for _ in range(self._effort.rounds):
@@ -139,6 +139,15 @@ class Contest:
                 time.sleep(SETTLE_S)
                 rates[name].append(system())
         return list(summarise(self._subject(), rates, limits, self._ready.weight_bytes))
+
+    def _warm_up(self) -> None:
+        """Let each system run once, and leave llama.cpp out where it cannot."""
+        for name, system in list(self._systems.items()):
+            try:
+                system()
+            except CalledProcessError as error:
+                print(f"{name} fails and is left out: {error}", file=sys.stderr)
+                del self._systems[name]
 
     def _subject(self) -> Subject:
         return Subject(

@@ -7,6 +7,7 @@ and in a folder that git ignores. Nothing of it is a part of Pals.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -37,6 +38,9 @@ OPTIONS = {
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_APP": "OFF",
 }
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""Flags for x86-64: where the processor has AMX, Q8_0 dies of an illegal instruction."""
+
 RUN_DEADLINE_S = 600.0
 SERVER_DEADLINE_S = 10.0
 POLL_S = 0.05
@@ -208,7 +212,10 @@ def build(jobs: int) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)  # it remembers where the sources were
     with tempfile.TemporaryDirectory(prefix="pals-llama-cpp-") as name:
         sources = _download(Path(name))
-        options = [f"-D{option}={value}" for option, value in OPTIONS.items()]
+        chosen = dict(OPTIONS)
+        if platform.machine() == "x86_64":
+            chosen |= {"CMAKE_C_FLAGS": WITHOUT_AMX, "CMAKE_CXX_FLAGS": WITHOUT_AMX}
+        options = [f"-D{option}={value}" for option, value in chosen.items()]
         subprocess.run(["cmake", "-S", sources, "-B", FOLDER, *options], check=True)
         targets = ["--target", *PROGRAMS]
         subprocess.run(["cmake", "--build", FOLDER, *targets, "-j", str(jobs)], check=True)

@@ -7,15 +7,16 @@ shards). A rival that is not here is said to be missing.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.llama_cpp import LlamaCpp, find_llama_cpp
-from benchmarks.random_models import SMOLLM2_135M, GgufKind, open_gguf
+from benchmarks.random_models import FOLDER, SMOLLM2_135M, GgufKind, open_checkpoint, open_gguf
 from benchmarks.results import Result, Subject
 
 NAME = "rivals"
@@ -23,6 +24,11 @@ SERVERS = 3
 PROMPT_TOKENS = 128
 PREFILL_TOKENS = 512
 STEPS = 32
+PROGRESSPALS = FOLDER.parent / "progresspals" / "bin" / "python"
+"""It asks for other versions of what Pals needs, so it cannot be in Pals's environment."""
+
+CHILD = Path(__file__).with_name("progresspals_child.py")
+PROGRESSPALS_DEADLINE_S = 900.0
 KINDS: tuple[GgufKind, ...] = ("BF16", "Q8_0")
 
 
@@ -65,8 +71,8 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
         CalledProcessError: A rival failed.
     """
     effort = QUICK if quick else FULL
-    if find_spec("progresspals") is None:
-        print("ProgressPals is missing: `pip install progresspals`", file=sys.stderr)
+    if (result := measure_progresspals(effort.rounds)) is not None:
+        report(result)
     llama_cpp = find_llama_cpp(threads=1)
     if llama_cpp is None:
         return
@@ -75,6 +81,30 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
         samples = take_turns(llama_cpp, open_gguf(SMOLLM2_135M, kind), effort)
         for result in summarise(kind, samples, load):
             report(result)
+
+
+def measure_progresspals(rounds: int) -> Result | None:
+    """Return the speed of one session over three servers, or None and say what is missing."""
+    if not PROGRESSPALS.exists():
+        print(
+            f"ProgressPals is missing: install it in an environment of its own, {PROGRESSPALS}",
+            file=sys.stderr,
+        )
+        return None
+    load, shape = os.getloadavg()[0], SMOLLM2_135M
+    open_checkpoint(shape)
+    numbers = (shape.num_layers, SERVERS, STEPS, rounds + 1)
+    done = subprocess.run(
+        [PROGRESSPALS, CHILD, shape.folder, *map(str, numbers)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        timeout=PROGRESSPALS_DEADLINE_S,
+    )
+    rates = json.loads(done.stdout)[1:]  # the first answer warms up
+    setting = {"model": shape.name, "dtype": "BF16", "device": "cpu", "threads": 1, "sessions": 1}
+    subject = Subject(benchmark=NAME, system="ProgressPals", setting=setting, load=load)
+    return subject.summarise("total_tokens_per_s", "tokens/s", rates)
 
 
 def take_turns(llama_cpp: LlamaCpp, model: Path, effort: Effort) -> Samples:

@@ -157,6 +157,23 @@ def test_a_rival_that_is_not_built_is_said_to_be_missing(
     assert "llama.cpp is missing: `make rivals` builds it" in capsys.readouterr().err
 
 
+def test_progresspals_is_measured_by_the_python_that_has_it(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    python = tmp_path / "python"
+    monkeypatch.setattr(rivals, "PROGRESSPALS", python)
+    monkeypatch.setattr(rivals, "SMOLLM2_135M", TINY)
+    monkeypatch.setattr(random_models, "FOLDER", tmp_path)
+    assert rivals.measure_progresspals(2) is None
+    assert "ProgressPals is missing" in capsys.readouterr().err
+
+    python.write_text('#!/bin/sh\n[ "$4 $5 $6" = "3 32 3" ] && echo "[1.0, 4.0, 6.0]"\n')
+    python.chmod(0o755)
+    result = rivals.measure_progresspals(2)
+    assert result is not None
+    assert (result.system, result.value, result.n) == ("ProgressPals", 5.0, 2)
+
+
 def test_servers_are_compared_with_one_process():
     samples = rivals.Samples(prefill=[300.0], alone=[{1: 20.0}], split=[{1: 15.0}])
     results = list(rivals.summarise("BF16", samples, load=0.5))
