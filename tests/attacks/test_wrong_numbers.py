@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from pals.engine.worker import StepResult
 
 from pals.driver.sessions import SessionClient
+from pals.engine.work import StepOutput, StepResult
 from pals.net.control import Control, Failed
 from pals.net.ring import ShardSession
 from pals.net.shard_service import ShardService
@@ -61,12 +61,15 @@ class Liar:
         result: StepResult,
         sessions: Sequence[ShardSession | None],
     ) -> None:
-        if self.peer is None and result.items[0].is_decode == (self.begins == "answer"):
+        is_prompt = result.rows[0].kind == "prefill"
+        if self.peer is None and is_prompt == (self.begins == "prompt"):
             self.peer = sender
         if sender == self.peer:
-            outputs = result.outputs.copy()
-            outputs[-1, -1] = self.wrong
-            result = replace(result, outputs=outputs)
+            assert result.output is not None
+            assert result.output.hidden is not None
+            hidden = result.output.hidden.copy()
+            hidden[-1, -1] = self.wrong
+            result = replace(result, output=StepOutput(hidden=hidden, sampled=None))
         honest(shape, result, sessions)
 
 
