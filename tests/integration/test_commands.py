@@ -502,9 +502,7 @@ def test_secrets_show_neither_in_the_process_list_nor_in_logs(pals: Pals, swarm:
     assert answer.status_code == 200, answer.text
     assert b"serve" in command_lines
     assert "loading layers" in logs[0].err
-    assert "prompt tokens from" in logs[1].err, (
-        "without a log the search below proves nothing"
-    )
+    assert "prompt tokens from" in logs[1].err, "without a log the search below proves nothing"
     written = login.out + login.err + "".join(log.out + log.err for log in logs)
     secrets = (entry.swarm_secret, entry.peer_credential, invite, API_KEY, "canary prompt")
     for secret in secrets:
