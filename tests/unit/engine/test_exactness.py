@@ -18,7 +18,7 @@ from pals.models.snapshot import Snapshot
 from pals.types import EngineLimits, LayerRange, Sampling
 from tests.checkpoints import make_llama_checkpoint
 from tests.random_checkpoints import make_random_checkpoint
-from tests.unit.engine.chains import generate
+from tests.unit.engine.chains import counting_compilations, generate
 from tests.unit.engine.schedules import Ask, Schedule
 from tests.unit.models.published import PUBLISHED, shrink
 
@@ -149,3 +149,26 @@ def test_any_family_gives_each_session_what_it_gets_alone(family: str, tmp_path,
     ]
 
     check(shard, many, BatchRules(admission_wait_s=100.0))
+
+
+@pytest.mark.timeout(300)
+def test_nothing_is_compiled_while_two_hundred_sessions_come_and_go(shard: Shard) -> None:
+    shard.warmup()
+    random = np.random.default_rng(5)
+    many = [
+        Ask(
+            prompt=TEXT[: random.integers(1, 60)],
+            count=int(random.integers(1, 5)),
+            sampling=replace(HOT, seed=number) if number % 3 else Sampling(),
+            arrives=number,
+            draft=3 if number % 5 == 0 else 1,
+        )
+        for number in range(200)
+    ]
+    schedule = Schedule(shard, BatchRules(admission_wait_s=100.0))
+
+    with counting_compilations() as compilations:
+        schedule.run(many)
+
+    assert compilations == []
+    assert {step.program.kind for step in schedule.steps} == {"decode", "verify", "chunk", "mixed"}
