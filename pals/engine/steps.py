@@ -93,6 +93,7 @@ class Programs:
         self._dtype = numerics.compute
         self._mesh = numerics.moe.mesh
         self._options = compiler_options(numerics.platform)
+        self._first = len(self.all) * layers.start // config.num_layers
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
         self._steps: StepBuilder = (
@@ -133,12 +134,16 @@ class Programs:
     def compile_all(self) -> Iterator[tuple[Program, CompiledProgram]]:
         """Compile every program, some at a time; yields each in its turn.
 
+        Shards of a model that start together on one machine begin with different ones: layers
+        of one kind are the same program, which the others then find in the cache on disk.
+
         Tracing holds Python's lock; XLA holds none while it compiles, reads what was compiled,
         or computes.
         """
         pool = ThreadPoolExecutor(COMPILERS, "pals-compile")
         try:
-            building = [(program, pool.submit(self.compile, program)) for program in self.all]
+            order = (*self.all[self._first :], *self.all[: self._first])
+            building = [(program, pool.submit(self.compile, program)) for program in order]
             for program, built in building:
                 yield program, built.result()
         finally:
