@@ -155,6 +155,7 @@ def play_models(stage: Stage) -> None:
     for verb in ("pull", "remove", "verify"):
         stage.run(f"models {verb}", "nobody/no-model", status=None)
     stage.run("models import", stage.folder / "absent.gguf", status=2)
+    stage.run("warmup", "nobody/no-model", "--layers", "0:2", status=None)
 
 
 def play_refusals(stage: Stage) -> None:

@@ -241,6 +241,9 @@ async def test_a_removed_member_is_cut_off_within_one_poll(
                 await answer.all_tokens()
             for shard in (shards[0], shards[2]):
                 await until(lambda s=shard: removed.peer_id not in s.node.host.connected_peers())
+                # what it has not seen closed yet would count as a connection
+                peer = shard.node.peer_id
+                await until(lambda p=peer: p not in removed.host.connected_peers())
             for shard in (shards[0], shards[2]):
                 with pytest.raises(PeerUnreachable):
                     await removed.host.connect(shard.node.peer_id, shard.node.host.addresses())
