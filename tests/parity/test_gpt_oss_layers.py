@@ -70,4 +70,4 @@ def test_experts_are_clamped_where_transformers_clamps(parts: Parts):
 
     found = loud.ours.layers[0].mlp(loud.tokens)
 
-    np.testing.assert_allclose(found, loud.call(mlp), rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(found, loud.call(mlp)[0], rtol=2e-5, atol=2e-4)
