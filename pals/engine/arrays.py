@@ -74,9 +74,13 @@ class StepArrays:
         self._lengths[program.rows :] = min(program.chunk_tokens, context_tokens)
 
 
-def tokens_of(firsts: Sequence[int], rows: Sequence[StepRow]) -> Int32:
-    """Return where each token of some rows stands, row after row."""
-    if all(row.tokens == 1 for row in rows):
-        return np.array(firsts, np.int32)
-    parts = [np.arange(first, first + row.tokens) for first, row in zip(firsts, rows, strict=True)]
+def tokens_of(firsts: Sequence[int], rows: Sequence[StepRow]) -> Int32 | slice:
+    """Return where each token of some rows stands, row after row.
+
+    Rows without padding between them are a slice, which copies nothing.
+    """
+    ends = [first + row.tokens for first, row in zip(firsts, rows, strict=True)]
+    if firsts[0] == 0 and ends[:-1] == firsts[1:]:
+        return slice(0, ends[-1])
+    parts = [np.arange(first, end) for first, end in zip(firsts, ends, strict=True)]
     return np.concatenate(parts).astype(np.int32)

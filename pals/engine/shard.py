@@ -114,7 +114,8 @@ class Shard:
         self._leaves: Leaves = loaded.leaves
         self.layer_hashes = loaded.layer_hashes
         self._seconds: dict[Program, float] = {}
-        self._arrays = {p: StepArrays(p, self._empty_token()) for p in programs.all}
+        self._empty_token = self._build_empty_token()
+        self._arrays = {p: StepArrays(p, self._empty_token) for p in programs.all}
         self.reset()
 
     @classmethod
@@ -173,11 +174,6 @@ class Shard:
     def programs(self) -> tuple[Program, ...]:
         """All programs that its steps may be."""
         return self._programs.all
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the cache, the scratch page included."""
-        return self.kv_bytes // self.page_format.page_bytes
 
     def memory_bytes(self) -> MemoryUse:
         """Return the device bytes of weights and cache."""
@@ -297,7 +293,7 @@ class Shard:
         Raises:
             InvalidStep: Their shape or dtype is another, or a token id is out of range.
         """
-        empty = self._empty_token()
+        empty = self._empty_token
         if inputs.dtype != empty.dtype or inputs.ndim == 0 or inputs.shape[1:] != empty.shape:
             raise InvalidStep(
                 problem=f"inputs are {inputs.dtype} {list(inputs.shape)} instead of "
@@ -368,7 +364,7 @@ class Shard:
             self._bank = build_bank(self.config.vocab_size, mesh=self._numerics.moe.mesh)
         self._slots = BankSlots()
 
-    def _empty_token(self) -> Array:
+    def _build_empty_token(self) -> Array:
         """Return one token of inputs."""
         if self.is_head:
             return np.zeros((), np.int32)
