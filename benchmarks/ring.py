@@ -207,6 +207,7 @@ async def open_ring(
         manifest=snapshot.manifest,
         num_layers=snapshot.config.num_layers,
         max_position_embeddings=snapshot.config.max_position_embeddings,
+        hidden_size=snapshot.config.hidden_size,
     )
     threads = max(1, (os.cpu_count() or 1) // count)
     layers = split_layers(served.num_layers, count)

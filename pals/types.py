@@ -127,6 +127,7 @@ class Sampling:
             batch.
         logprobs: How many likeliest tokens to name beside each token's own log-probability,
             0 to 20; None where nobody asks for either.
+        pooling: Nothing is sampled: the mean of the prompt's last hidden states is wanted.
     """
 
     temperature: float = 0.0
@@ -139,6 +140,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    pooling: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,6 +221,7 @@ def _served_model(snapshot: Snapshot) -> ServedModel:
         manifest=snapshot.manifest,
         num_layers=snapshot.config.num_layers,
         max_position_embeddings=snapshot.config.max_position_embeddings,
+        hidden_size=snapshot.config.hidden_size,
     )
 
 

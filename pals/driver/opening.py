@@ -112,7 +112,8 @@ class ChainOpener:
         """
         session = attempt.owner
         is_new = session.current is None
-        names = self._prefixes.name(session.history())
+        # What is held already is not computed, and could not be pooled.
+        names = b"" if session.request.sampling.pooling else self._prefixes.name(session.history())
         is_ahead = is_new and not self._prefixes.are_likely_held(names, attempt.chain)
         self._attempts[attempt.session] = attempt
         try:

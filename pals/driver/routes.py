@@ -31,12 +31,14 @@ class ServedModel:
         manifest: SHA-256 of its files; a chain of other files is never used.
         num_layers: Its decoder layers.
         max_position_embeddings: Tokens that the model itself allows in a session.
+        hidden_size: Of the model, which is the size of its embeddings.
     """
 
     model_id: str
     manifest: bytes
     num_layers: int
     max_position_embeddings: int
+    hidden_size: int
 
 
 class RouteTable:

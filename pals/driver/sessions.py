@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from pals.driver.interface import HopReport
@@ -20,9 +21,16 @@ from pals.driver.opening import ChainOpener, send_control
 from pals.driver.questions import Questions, build_reports
 from pals.driver.recovery import Patience
 from pals.driver.routes import RouteTable, ServedModel
-from pals.driver.state import Attempt, ClientSession, SampledToken, SessionRequest, Sink
+from pals.driver.state import (
+    Attempt,
+    ClientSession,
+    SampledToken,
+    SessionEvent,
+    SessionRequest,
+    Sink,
+)
 from pals.driver.supervisor import Supervisor
-from pals.errors import DeadlineExceeded, InvalidFrame, QueueFull, ShardLost
+from pals.errors import DeadlineExceeded, InvalidFrame, PalsError, QueueFull, ShardLost
 from pals.net.control import (
     Control,
     Draining,
@@ -38,7 +46,7 @@ from pals.net.flow import window_tokens
 from pals.net.host import ungrouped_errors
 from pals.net.links import Arrival
 from pals.net.node import Node, NodeOptions, open_node
-from pals.net.scores import Score, unpack_scores
+from pals.net.scores import unpack_scores
 from pals.net.wire import (
     FLAG_LAST,
     Frame,
@@ -46,6 +54,7 @@ from pals.net.wire import (
     Kind,
     Lane,
     Row,
+    pooled_shape,
     sampled_shape,
     scored_shape,
     tokens_shape,
@@ -68,7 +77,7 @@ class SessionClient:
         patience: How long to wait for peers and tokens.
     """
 
-    input_kinds = frozenset((Kind.SAMPLED, Kind.SCORED))
+    input_kinds = frozenset((Kind.SAMPLED, Kind.SCORED, Kind.POOLED))
 
     def __init__(
         self,
@@ -85,6 +94,7 @@ class SessionClient:
         self._questions = Questions(lambda peer: send_control(node.links, peer, StatsRequest()))
         self._sampled = sampled_shape(model.manifest, model.num_layers)
         self._scored = scored_shape(model.manifest, model.num_layers)
+        self._pooled = pooled_shape(model.manifest, model.num_layers, model.hidden_size)
         self._opener = ChainOpener(
             node.links,
             routes,
@@ -135,6 +145,29 @@ class SessionClient:
         await self._start(session, self._supervisor.begin_fork(session, parent))
         return session
 
+    async def embed(self, prompt: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """Return the mean of a prompt's last hidden states after the final norm, ``[D]``.
+
+        Raises:
+            PalsError: As `open` does, or the session failed on the way.
+        """
+        send, receive = trio.open_memory_channel[SessionEvent](2)
+        request = SessionRequest(
+            prompt=prompt,
+            max_new_tokens=1,
+            stop_token_ids=(),
+            sampling=Sampling(pooling=True),
+        )
+        session = await self.open(request, send.send_nowait)
+        try:
+            event = await receive.receive()
+        finally:
+            self.close(session)
+        if isinstance(event, PalsError):
+            raise event
+        assert event.pooled is not None
+        return event.pooled
+
     async def _start(self, session: ClientSession, begin: Awaitable[None]) -> None:
         try:
             await begin
@@ -159,7 +192,7 @@ class SessionClient:
     # --- role ------------------------------------------------------------------------
 
     def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
-        return (self._sampled, self._scored) if lane is Lane.DECODE else ()
+        return (self._sampled, self._scored, self._pooled) if lane is Lane.DECODE else ()
 
     def on_control(self, peer: PeerId, message: Control) -> None:
         """Take an answer of a shard; messages about sessions that are over are ignored."""
@@ -182,15 +215,19 @@ class SessionClient:
             InvalidFrame: They are not from the session's tail, or out of order.
         """
         rows = arrival.frame.rows
+        is_pooled = arrival.frame.shape.kind is Kind.POOLED
         tokens = _read_tokens(peer, arrival.frame)
         if len(tokens) != len(rows):
             raise InvalidFrame(peer=peer, problem="rows of more than one sampled token")
         for row, token in zip(rows, tokens, strict=True):
             attempt = self._opener.find(row.session)
-            if attempt is not None:  # else it is what the tail overshoots after a close
-                self._take_token(peer, attempt, row, token)
+            if attempt is None:
+                continue  # it is what the tail overshoots after a close
+            if attempt.owner.request.sampling.pooling is not is_pooled:
+                raise InvalidFrame(peer=peer, problem="a token where a mean was asked for, or not")
+            self._take_token(peer, attempt, row, token)
 
-    def _take_token(self, peer: PeerId, attempt: Attempt, row: Row, token: Score) -> None:
+    def _take_token(self, peer: PeerId, attempt: Attempt, row: Row, token: SampledToken) -> None:
         if peer != attempt.chain.tail.peer or row.position != attempt.next_position:
             problem = f"a token for position {row.position}, expected {attempt.next_position}"
             raise InvalidFrame(peer=peer, problem=problem)
@@ -200,8 +237,8 @@ class SessionClient:
         attempt.next_position += 1
         is_end = attempt.next_position == attempt.owner.context_tokens
         last = bool(row.flags & FLAG_LAST) or is_end
-        sampled = SampledToken(token.token, last, token.logprob, token.top[:wanted])
-        self._supervisor.take_token(attempt, sampled)
+        taken = replace(token, last=last, top=token.top[:wanted])
+        self._supervisor.take_token(attempt, taken)
 
     def needs(self, peer: PeerId) -> bool:
         """Return whether a session is open that goes by way of ``peer``."""
@@ -253,11 +290,20 @@ def _new_session(request: SessionRequest, sink: Sink) -> ClientSession:
     return session
 
 
-def _read_tokens(peer: PeerId, frame: Frame) -> list[Score]:
-    """Return the tokens of a sampled or scored frame, of all its rows."""
-    if frame.shape.kind is Kind.SCORED:
-        return unpack_scores(peer, frame.payload)
-    return [Score(token, None, ()) for token in np.frombuffer(frame.payload, "<i4").tolist()]
+def _read_tokens(peer: PeerId, frame: Frame) -> list[SampledToken]:
+    """Return what a tail sent, of all rows of a frame; whether it is the last is not said."""
+    match frame.shape.kind:
+        case Kind.SCORED:
+            scores = unpack_scores(peer, frame.payload)
+            return [SampledToken(s.token, False, s.logprob, s.top) for s in scores]
+        case Kind.POOLED:
+            means = np.frombuffer(frame.payload, "<f4").reshape(-1, frame.shape.width)
+            if not np.isfinite(means).all():
+                raise InvalidFrame(peer=peer, problem="an embedding that is not of numbers")
+            return [SampledToken(0, True, pooled=mean) for mean in means.astype(np.float32)]
+        case _:
+            ids = np.frombuffer(frame.payload, "<i4").tolist()
+            return [SampledToken(token, False) for token in ids]
 
 
 def _lost(attempt: Attempt, peer: PeerId, problem: str) -> ShardLost:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from pals.driver.recovery import StepClock
@@ -47,12 +48,14 @@ class SampledToken:
         last: The tail has stopped by itself, or the answer is as long as it may be.
         logprob: Of the token, where the request asks for it.
         top: Ids and log-probabilities of the likeliest tokens, as many as it asks for.
+        pooled: ``float32[D]``, what came instead of a token where the request pools.
     """
 
     token: int
     last: bool
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    pooled: npt.NDArray[np.float32] | None = None
 
 
 NOT_ASKED = -1

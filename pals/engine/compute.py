@@ -240,6 +240,9 @@ class ComputeThread:
             self._fail(planned, failure, started_s)
             return
         finished_s = self._clock()
+        if output.pooled is not None:
+            with self._lock:
+                output = self._core.pool(planned, output)
         # Whoever waits for the outputs need not wait for the bookkeeping.
         result = self._build_result(planned, output, started_s, finished_s)
         self._deliver(Delivery(events=(), result=result))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pals.engine.batch import Admitted, Refused, SessionRequest, Step, StepRow
 from pals.engine.batcher import Batcher
@@ -22,6 +23,7 @@ from pals.engine.work import (
     RefusedRow,
     RowResult,
     RowSampling,
+    StepOutput,
 )
 from pals.errors import InvalidStep, PalsError, QueueFull
 from pals.types import Sampling, SessionId
@@ -40,6 +42,7 @@ class Member:
         row_sampling: Once the sampler has made room for it.
         inputs: That wait, in the order in which they run.
         taken: Tokens of the first of them that have run.
+        pooled: The sum of the prompt's last hidden states so far, where that is asked for.
     """
 
     session: SessionId
@@ -50,6 +53,12 @@ class Member:
     row_sampling: RowSampling | None = None
     inputs: deque[InputRow] = field(default_factory=deque[InputRow])
     taken: int = 0
+    pooled: npt.NDArray[np.float32] | None = None
+
+    @property
+    def pools(self) -> bool:
+        """Whether the prompt is pooled instead of answered."""
+        return self.sampling is not None and self.sampling.pooling
 
 
 class SamplingChanges(NamedTuple):
@@ -237,6 +246,18 @@ class Compute:
         """Take that a step has run, and how long it took."""
         self.batcher.finish(planned.step, seconds)
 
+    def pool(self, planned: Planned, output: StepOutput) -> StepOutput:
+        """Return the output of a step with the sum of all chunks of its prompt so far."""
+        if output.pooled is None:
+            return output
+        row = planned.rows[-1]
+        member = self._members.get(row.session)
+        if member is None or member.owner is not row.owner:
+            return output  # it is over
+        before = 0.0 if member.pooled is None else member.pooled
+        member.pooled = before + output.pooled
+        return output._replace(pooled=member.pooled)
+
     def fail(self, error: PalsError) -> tuple[OwnedEvent, ...]:
         """End every session that runs: a step failed, and took cache and bank along.
 
@@ -318,8 +339,8 @@ class Compute:
 
 
 def _samples(row: StepRow, member: Member) -> bool:
-    """Return whether a row makes tokens at the tail; chunks but for a prompt's last do not."""
-    return row.kind != "prefill" or row.end >= member.prompt_tokens
+    """Return whether a row makes something at the tail; chunks within a prompt do not."""
+    return row.kind != "prefill" or row.end >= member.prompt_tokens or member.pools
 
 
 def _count_outputs(row: StepRow, *, is_tail: bool, samples: bool) -> int:

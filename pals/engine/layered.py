@@ -20,7 +20,14 @@ from jax.stages import Compiled
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
 from pals.engine.sampler import sample
-from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, tail_logits
+from pals.engine.stepping import (
+    Leaves,
+    Run,
+    StepArguments,
+    StepOutcome,
+    pool_chunk,
+    tail_logits,
+)
 from pals.engine.work import Sampled
 from pals.models.build import AbstractModel, ParameterPath, abstract_ends, abstract_layer
 from pals.models.config import ModelConfig
@@ -117,7 +124,7 @@ class LayeredSteps:
     ) -> _Tail:
         ends = self._ends.take(arguments.leaves)
         lowered = self._logits.lower(ends, hidden, arguments.tables, shape=shape)
-        logits, positions = lowered.out_info
+        logits, positions, _ = lowered.out_info
         key = (logits.shape[0], str(options))
         if key not in self._samplers:
             sampler = self._sample.lower(logits, arguments.sampling, positions, arguments.bank)
@@ -144,13 +151,14 @@ class LayeredSteps:
 
     def _run_logits(
         self, leaves: Leaves, x: jax.Array, tables: Tables, *, shape: StepShape
-    ) -> tuple[jax.Array, jax.Array]:
-        return tail_logits(self._ends_model.merge(leaves), x, tables, shape)
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        model = self._ends_model.merge(leaves)
+        return *tail_logits(model, x, tables, shape), pool_chunk(model, x, tables, shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tail:
-    """What makes logits of hidden states, and what samples them."""
+    """What makes logits of hidden states, and the sum of a chunk's; and what samples them."""
 
     logits: Compiled
     sampler: Compiled
@@ -163,9 +171,9 @@ class _Tail:
 
     def __call__(
         self, ends: Leaves, bank: Bank | None, x: jax.Array, tables: Tables, sampling: jax.Array
-    ) -> tuple[Sampled, Bank]:
-        logits, positions = self.logits(ends, x, tables)
-        return self.sampler(logits, sampling, positions, bank)
+    ) -> tuple[Sampled, Bank, jax.Array | None]:
+        logits, positions, pooled = self.logits(ends, x, tables)
+        return *self.sampler(logits, sampling, positions, bank), pooled
 
 
 class _LayeredRun:
@@ -195,9 +203,9 @@ class _LayeredRun:
             x, cache = step(part.take(leaves), cache, x, tables)
             kept.append(cache)
         if self._tail is None:
-            return StepOutcome(x, tuple(kept), bank)
-        sampled, bank = self._tail(ends, bank, x, tables, sampling)
-        return StepOutcome(sampled, tuple(kept), bank)
+            return StepOutcome(x, tuple(kept), bank, None)
+        sampled, bank, pooled = self._tail(ends, bank, x, tables, sampling)
+        return StepOutcome(sampled, tuple(kept), bank, pooled)
 
 
 def _part(

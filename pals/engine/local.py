@@ -72,15 +72,10 @@ class LocalChain:
             InvalidStep: A token id or a length is out of range.
             CapacityError: The shards have no room for prompt and answer.
         """
-        session, history = SessionId(os.urandom(16)), list(prompt_ids)
-        request = SessionRequest(
-            session=session,
-            peer=DRIVER,
-            prompt_tokens=len(history),
-            max_tokens=len(history) + max_new_tokens,
-            names=hash_blocks(self._salt, history),
-        )
-        prompt = _token_ids(history)
+        history = list(prompt_ids)
+        names = hash_blocks(self._salt, history)
+        request = _new_request(len(history), max_new_tokens, names)
+        session, prompt = request.session, _token_ids(history)
         self._stages[0].shard.check_inputs(prompt)
         try:
             held = [stage.open(request, sampling, prompt) for stage in self._stages]
@@ -97,13 +92,40 @@ class LocalChain:
             for stage in self._stages:
                 stage.close(session, names)
 
+    def embed(self, prompt_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the mean of a prompt's last hidden states after the final norm, ``[D]``.
+
+        Raises:
+            InvalidStep: A token id or the length is out of range.
+            CapacityError: The shards have no room for the prompt.
+        """
+        prompt = _token_ids(prompt_ids)
+        # No names: what is held already is not computed, and could not be pooled.
+        request = _new_request(len(prompt), 1, ())
+        self._stages[0].shard.check_inputs(prompt)
+        try:
+            for stage in self._stages:
+                stage.open(request, Sampling(pooling=True), prompt)
+            pooled = self._run_all(request.session, "prefill", 0, prompt).pooled
+        finally:
+            for stage in self._stages:
+                stage.close(request.session, ())
+        assert pooled is not None
+        return pooled / np.float32(len(prompt))
+
     def _forward(self, session: SessionId, kind: RowKind, position: int, inputs: Array) -> int:
+        sampled = self._run_all(session, kind, position, inputs).sampled
+        assert sampled is not None
+        return int(sampled.ids[-1])
+
+    def _run_all(
+        self, session: SessionId, kind: RowKind, position: int, inputs: Array
+    ) -> StepOutput:
+        """Run tokens through every shard, and return the last output of the last one."""
         for stage in self._stages[:-1]:
             hidden = [output.hidden for output in stage.run(session, kind, position, inputs)]
             inputs = np.concatenate([part for part in hidden if part is not None])
-        last = self._stages[-1].run(session, kind, position, inputs)[-1]
-        assert last.sampled is not None
-        return int(last.sampled.ids[-1])
+        return self._stages[-1].run(session, kind, position, inputs)[-1]
 
 
 class _Stage:
@@ -188,7 +210,7 @@ class _Stage:
             self.shard.reset()
             raise
         self._core.finish(planned, time.perf_counter() - started)
-        return output
+        return self._core.pool(planned, output)
 
     def _note(self, event: Event) -> None:
         match event:
@@ -215,6 +237,18 @@ def check_whole(shards: Sequence[LocalShard]) -> None:
             problem=f"their layers are {layers}",
             advice="name all layers of the model once, in order",
         )
+
+
+def _new_request(
+    prompt_tokens: int, max_new_tokens: int, names: tuple[bytes, ...]
+) -> SessionRequest:
+    return SessionRequest(
+        session=SessionId(os.urandom(16)),
+        peer=DRIVER,
+        prompt_tokens=prompt_tokens,
+        max_tokens=prompt_tokens + max_new_tokens,
+        names=names,
+    )
 
 
 def _token_ids(tokens: Sequence[int]) -> npt.NDArray[np.int32]:

@@ -318,7 +318,7 @@ class Shard:
             step: From `Batcher.plan`.
             inputs: Of each of `Step.all_rows`, as `check_inputs` takes them.
             samplings: Of each of them, how the tail samples; None for a chunk that is not
-                the last one of its prompt, and at every other shard.
+                the last one of its prompt unless that is pooled, and at every other shard.
         """
         arrays = self._arrays[step.program]
         firsts = arrays.fill(step, inputs)
@@ -331,7 +331,8 @@ class Shard:
         places, padded = _place_samplings(step, firsts, samplings)
         sampled = self._call(step.program, arrays, padded)
         assert isinstance(sampled, Sampled)
-        return StepOutput(hidden=None, sampled=_take(sampled, places))
+        pooled = np.asarray(self._pooled) if _pools(samplings[-1]) else None
+        return StepOutput(hidden=None, sampled=_take(sampled, places), pooled=pooled)
 
     def _call(
         self, program: Program, arrays: StepArrays, samplings: Sequence[RowSampling | None]
@@ -342,7 +343,8 @@ class Shard:
         arguments = StepArguments(
             self._leaves, self._cache, self._bank, arrays.inputs, arrays.tables, rows
         )
-        output, self._cache, self._bank = self._programs.get(program)(arguments)
+        run = self._programs.get(program)
+        output, self._cache, self._bank, self._pooled = run(arguments)
         return jax.tree.map(np.asarray, output)
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:
@@ -363,6 +365,7 @@ class Shard:
         if self.is_tail:
             self._bank = build_bank(self.config.vocab_size, mesh=self._numerics.moe.mesh)
         self._slots = BankSlots()
+        self._pooled: jax.Array | None = None
 
     def _build_empty_token(self) -> Array:
         """Return one token of inputs."""
@@ -374,6 +377,10 @@ class Shard:
 def _take(sampled: Sampled, places: npt.NDArray[np.int32]) -> Sampled:
     ids, logprobs, top_ids, top_logprobs = sampled
     return Sampled(ids[places], logprobs[places], top_ids[places], top_logprobs[places])
+
+
+def _pools(row: RowSampling | None) -> bool:
+    return row is not None and row.sampling.pooling
 
 
 def _place_samplings(

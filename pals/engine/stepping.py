@@ -48,11 +48,13 @@ class StepOutcome(NamedTuple):
         output: Hidden states [M, D], or at the tail what was sampled.
         cache: With the step's tokens.
         bank: With what was sampled.
+        pooled: At the tail, of a step with a chunk: `pool_chunk` of it.
     """
 
     output: jax.Array | Sampled
     cache: Cache
     bank: Bank | None
+    pooled: jax.Array | None
 
 
 class Run(Protocol):
@@ -101,6 +103,22 @@ def tail_logits(
     """Return of each token that is sampled the logits [S, V], and where it will stand [S]."""
     logits = model.forward_logits(take_sampled(x, shape, tables))
     return logits, sampled_positions(shape, tables)
+
+
+def pool_chunk(model: Decoder, x: jax.Array, tables: Tables, shape: StepShape) -> jax.Array | None:
+    """Return the sum [D] of the chunk's hidden states after the final norm, in float32.
+
+    Args:
+        model: With the final norm.
+        x: Hidden states [M, D] of a step.
+        tables: Where its rows stand.
+        shape: How its tokens are divided into rows.
+    """
+    if not shape.chunk_tokens:
+        return None
+    states = model.normalise(x[shape.short_tokens :]).astype(jnp.float32)
+    counted = jnp.arange(shape.chunk_tokens) < tables.lengths[-1]
+    return jnp.where(counted[:, None], states, 0).sum(axis=0)
 
 
 def sampled_rows(shape: StepShape) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
-from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, sample_step
+from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, pool_chunk, sample_step
 from pals.models.build import AbstractModel
 from pals.models.decoder import Cache, Decoder
 from pals.models.paged import StepShape, Tables
@@ -65,7 +65,7 @@ class WholeSteps:
         model = self._model.merge(leaves)
         x, cache = model(inputs, cache, shape, tables)
         if sampling is None:
-            return StepOutcome(x, cache, bank)
+            return StepOutcome(x, cache, bank, None)
         assert bank is not None
         sampled, bank = sample_step(model, bank, x, tables, sampling, shape)
-        return StepOutcome(sampled, cache, bank)
+        return StepOutcome(sampled, cache, bank, pool_chunk(model, x, tables, shape))

@@ -59,10 +59,13 @@ class StepOutput(NamedTuple):
     Attributes:
         hidden: ``[t, D]`` of all real tokens, in the order of `Step.all_rows`; None at the tail.
         sampled: At the tail.
+        pooled: At the tail, ``float32[D]``: the sum of the hidden states after the final norm
+            of a prompt whose session pools, up to the end of the chunk.
     """
 
     hidden: Array | None
     sampled: Sampled | None
+    pooled: npt.NDArray[np.float32] | None = None
 
 
 class StepRunner(Protocol):
@@ -162,7 +165,8 @@ class RowResult:
         tokens: How many ran.
         first: Where its outputs begin: in `StepOutput.hidden`, or at the tail in `Sampled`.
         outputs: How many it has: ``tokens``; at the tail 1 for each token of a short row and
-            for the chunk that ends a prompt, and 0 for every other chunk.
+            for the chunk that ends a prompt, or is of one that is pooled, and 0 for every
+            other chunk.
         arrived_s: When the frame of its first token came.
         codec_s: What opening that took.
     """

@@ -99,12 +99,18 @@ class Decoder(nnx.Module):
     def forward_logits(self, x: jax.Array) -> jax.Array:
         """Turn the last layer's hidden states [M, D] into float32 logits [M, V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        if self.norm is None or head is None:
+        if head is None:
             raise ValueError("only the tail of a model has logits")
         with jax.named_scope("lm_head"):
-            logits = head.attend(self.norm(x))
+            logits = head.attend(self.normalise(x))
             cap = self.config.final_logit_softcap
             return logits if cap is None else softcap(logits, cap)
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """Return the last layer's hidden states [M, D] after the final norm."""
+        if self.norm is None:
+            raise ValueError("only the tail of a model has the final norm")
+        return self.norm(x)
 
 
 def model_norm(config: ModelConfig, numerics: Numerics) -> RMSNorm:

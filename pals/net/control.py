@@ -71,6 +71,7 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = ()
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS)] | None = None
+    pooling: bool = False
     history: _History = b""
     answered: Annotated[int, msgspec.Meta(ge=0, le=MAX_HISTORY_TOKENS)] = 0
 

@@ -29,7 +29,7 @@ def window_tokens(shape: FrameShape) -> int:
 
     Token ids into the head are never held back: a whole prompt of them fits the window.
     """
-    if shape.kind in (Kind.SAMPLED, Kind.SCORED):
+    if shape.kind in (Kind.SAMPLED, Kind.SCORED, Kind.POOLED):
         return SAMPLED_WINDOW_TOKENS
     return max(2 * MAX_ROW_TOKENS, PREFILL_WINDOW_BYTES // shape.token_bytes)
 

@@ -157,6 +157,18 @@ class Outbound:
             )
             self._send_batch(peer, shape, batch, words)
 
+    def send_pooled(self, shape: FrameShape, session: ShardSession, mean: Array) -> None:
+        """Send the mean of the hidden states of a session's prompt to its driver.
+
+        Args:
+            shape: Of the frame.
+            session: Whose it is.
+            mean: ``float32[D]``.
+        """
+        rows = Rows((session.session,), (session.prompt_tokens,), (1,), (FLAG_LAST,))
+        outgoing = Outgoing(shape, rows, (buffer_of(mean.astype("<f4")),))
+        self._send(session.driver, Lane.DECODE, outgoing, [session])
+
     def _send_batch(
         self, peer: PeerId, shape: FrameShape, batch: _TokenBatch, payload: Array
     ) -> None:

@@ -114,7 +114,13 @@ class ShardService:
         self._timings = StepTimings()
         self._flows: dict[ShardSession, SessionFlow[InputRow]] = {}
         self._tail = TailOutput(
-            self._outbound, table, self._flows, self._timings, model.manifest, model.num_layers
+            self._outbound,
+            table,
+            self._flows,
+            self._timings,
+            model.manifest,
+            model.num_layers,
+            model.hidden_size,
         )
         self._openings: dict[ShardSession, trio.CancelScope] = {}
         self._early: EarlyRows[_Came] = EarlyRows()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pals.engine.work import InputRow, RowResult, StepResult
+from pals.engine.work import InputRow, RowResult, StepOutput, StepResult
 from pals.net.flow import SessionFlow
 from pals.net.outbound import Outbound, Tokens
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.timings import StepTimings
-from pals.net.wire import sampled_shape, scored_shape, tokens_shape
+from pals.net.wire import pooled_shape, sampled_shape, scored_shape, tokens_shape
 from pals.types import PeerId
 
 
@@ -23,6 +23,7 @@ class TailOutput:
         timings: Told where a session pauses.
         manifest: Of the model.
         num_layers: Of the model.
+        hidden_size: Of the model.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class TailOutput:
         timings: StepTimings,
         manifest: bytes,
         num_layers: int,
+        hidden_size: int,
     ) -> None:
         self._outbound = outbound
         self._table = table
@@ -40,6 +42,7 @@ class TailOutput:
         self._timings = timings
         self._sampled = sampled_shape(manifest, num_layers)
         self._scored = scored_shape(manifest, num_layers)
+        self._pooled = pooled_shape(manifest, num_layers, hidden_size)
         self._to_head = tokens_shape(manifest)
 
     def send(self, result: StepResult, sessions: Sequence[ShardSession | None]) -> None:
@@ -60,6 +63,9 @@ class TailOutput:
         for row, session in zip(result.rows, sessions, strict=True):
             if session is None or not row.outputs:
                 continue  # a chunk that is not its prompt's last
+            if session.sampler.pooling:
+                self._send_pooled(session, row, result.output)
+                continue
             tokens = ids[row.first : row.first + row.outputs]
             is_last = self._go_round(session, row, tokens, to_heads)
             first_at = row.end + 1 - row.outputs
@@ -72,6 +78,14 @@ class TailOutput:
         self._outbound.send_tokens(self._to_head, to_heads)
         self._outbound.send_tokens(self._sampled, to_drivers)
         self._outbound.send_scores(self._scored, scored, sampled)
+
+    def _send_pooled(self, session: ShardSession, row: RowResult, output: StepOutput) -> None:
+        """Send the mean of a prompt's hidden states to its driver, once all of them are there."""
+        if row.end < session.prompt_tokens or output.pooled is None:
+            return
+        self._table.take_sample(session, row.end, 0)
+        mean = output.pooled / session.prompt_tokens
+        self._outbound.send_pooled(self._pooled, session, mean)
 
     def send_held(self, session: ShardSession) -> None:
         """Let the token of a session that paused go round, if there is room for it now."""

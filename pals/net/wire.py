@@ -70,6 +70,8 @@ class Kind(IntEnum):
     """A message of the link itself about its keys; there is no row table."""
     SCORED = 5
     """Sampled token ids with log-probabilities, on their way to the driver."""
+    POOLED = 6
+    """Means of the hidden states of whole prompts, on their way to the driver."""
 
 
 class WireDtype(IntEnum):
@@ -124,8 +126,8 @@ class FrameShape:
         boundary: The first layer that the payload enters: 0 for token ids, the
             receiving shard's ``start`` for hidden states, ``num_layers`` for sampled ids.
         manifest: The model's manifest, 32 bytes; zeros for control frames.
-        width: Elements of one token: ``D`` for hidden states, 1 for ids, 42 for scored ones,
-            0 for control.
+        width: Elements of one token: ``D`` for hidden states and means, 1 for ids, 42 for
+            scored ones, 0 for control.
         codec: How the elements are written.
         token_bytes: Bytes of one token on the wire.
         raw_token_bytes: Bytes of one token's elements once they are decoded.
@@ -194,6 +196,17 @@ def scored_shape(manifest: bytes, num_layers: int) -> FrameShape:
         boundary=num_layers,
         manifest=manifest,
         width=SCORED_WIDTH,
+    )
+
+
+def pooled_shape(manifest: bytes, num_layers: int, hidden_size: int) -> FrameShape:
+    """Return the shape of what a tail sends to a driver that wants embeddings."""
+    return FrameShape(
+        kind=Kind.POOLED,
+        dtype=WireDtype.F32,
+        boundary=num_layers,
+        manifest=manifest,
+        width=hidden_size,
     )
 
 

@@ -170,6 +170,7 @@ def served_model(swarm: TestSwarm) -> ServedModel:
         manifest=snapshot.manifest,
         num_layers=snapshot.config.num_layers,
         max_position_embeddings=snapshot.config.max_position_embeddings,
+        hidden_size=snapshot.config.hidden_size,
     )
 
 

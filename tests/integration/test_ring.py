@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 
 from pals.driver.sessions import open_sessions
+from pals.engine.local import LocalChain
 from pals.errors import ContextTooLong, NoChain, PeerUnreachable, SessionRefused
 from pals.models.snapshot import Snapshot
 from pals.net.removal import remove_peer
@@ -75,6 +77,22 @@ async def test_sampled_text_depends_on_the_seed_and_not_on_the_split(
 
     assert three[0] == three[1] == one
     assert three[0] != three[2]
+
+
+async def test_an_embedding_is_that_of_the_whole_model(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    async with make_swarm(tmp_path) as swarm:
+        await start_chain(nursery, swarm, "0:2", "2:5", "5:6")
+        async with open_client(swarm) as client:
+            again = [await client.embed(tuple(PROMPTS[1])) for _ in range(2)]
+            short = await client.embed((5,))
+        nursery.cancel_scope.cancel()
+
+    snapshot = Snapshot.open(swarm.checkpoint, "whole")
+    whole = LocalChain(load_chain(snapshot, [0], limits=LIMITS))
+    for found, prompt in [(again[0], PROMPTS[1]), (again[1], PROMPTS[1]), (short, [5])]:
+        np.testing.assert_allclose(found, whole.embed(prompt), atol=1e-4)
 
 
 async def test_a_chain_with_a_hole_is_refused_by_the_names_of_its_layers(

@@ -17,6 +17,7 @@ import pytest
 from pals.config import CACHE_DIR_VARIABLE
 from pals.engine.buckets import BatchLimits
 from pals.engine.cache import lone_cache
+from pals.engine.local import LocalChain
 from pals.models.build import AbstractModel
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache, Decoder
@@ -70,6 +71,14 @@ class Reference:
 
         with torch.no_grad():
             return self.model(torch.tensor([tokens])).logits[0].float().numpy()
+
+    def embedding(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return the mean [D] of transformers' last hidden states, after the final norm."""
+        import torch
+
+        with torch.no_grad():
+            output = self.model(torch.tensor([tokens]), output_hidden_states=True)
+        return output.hidden_states[-1][0].float().numpy().mean(axis=0)
 
     def answer(self, prompt: Sequence[int]) -> list[int]:
         """Return transformers' greedy answer."""
@@ -212,7 +221,7 @@ class ParityMatrix:
         for cuts in splits(reference.num_layers):
             assert Chain(reference.snapshot, cuts).answer(PROMPT) == expected, f"cuts {cuts}"
 
-    def test_greedy_tokens_of_the_engine_equal_those_of_transformers(
+    def test_greedy_tokens_and_embeddings_of_the_engine_equal_those_of_transformers(
         self, first_reference: Reference
     ):
         snapshot, cut = first_reference.snapshot, first_reference.num_layers - 1
@@ -221,3 +230,5 @@ class ParityMatrix:
         found = generate(chain, PROMPT, slot=1, count=NEW_TOKENS, chunk=25)
 
         assert found == first_reference.answer(PROMPT)
+        embedded = LocalChain(chain).embed(PROMPT)
+        np.testing.assert_allclose(embedded, first_reference.embedding(PROMPT), atol=ATOL)

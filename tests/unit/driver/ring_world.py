@@ -37,6 +37,7 @@ MODEL = ServedModel(
     manifest=b"m" * 32,
     num_layers=SHARDS,
     max_position_embeddings=LIMITS.max_context_tokens,
+    hidden_size=8,
 )
 
 

@@ -23,7 +23,11 @@ from tests.unit.text.tokenizers_for_tests import save_byte_level
 
 WAIT_S = 10.0
 MODEL = ServedModel(
-    model_id="test/tiny", manifest=bytes(32), num_layers=4, max_position_embeddings=64
+    model_id="test/tiny",
+    manifest=bytes(32),
+    num_layers=4,
+    max_position_embeddings=64,
+    hidden_size=8,
 )
 
 

@@ -50,6 +50,7 @@ from pals.net.wire import (
     Row,
     Rows,
     buffer_of,
+    pooled_shape,
     sampled_shape,
     scored_shape,
 )
@@ -58,7 +59,9 @@ from pals.types import LayerRange, PeerId, Sampling, SessionId
 pytestmark = pytest.mark.trio
 
 MANIFEST = b"m" * 32
-MODEL = ServedModel(model_id="test/m", manifest=MANIFEST, num_layers=4, max_position_embeddings=64)
+MODEL = ServedModel(
+    model_id="test/m", manifest=MANIFEST, num_layers=4, max_position_embeddings=64, hidden_size=8
+)
 A, B, C, D = (PeerId(f"12D3KooW{name}-abcdefgh") for name in "ABCD")
 
 
@@ -202,6 +205,12 @@ class Bench:
         frame = Frame(Lane.DECODE, sampled_shape(MANIFEST, 4), rows, payload)
         self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
 
+    def pool(self, peer: PeerId, session: SessionId, mean: Sequence[float]) -> None:
+        payload = memoryview(np.array(mean, "<f4").tobytes())
+        rows = Rows.of(Row(session, 2, 1, FLAG_LAST))
+        frame = Frame(Lane.DECODE, pooled_shape(MANIFEST, 4, 8), rows, payload)
+        self.client.on_rows(peer, Arrival(frame, 0.0, 0.0))
+
     def score(self, peer: PeerId, session: SessionId, position: int) -> None:
         ids, logprobs = np.array([[7, 8, 9]]), np.array([[-0.5, -1.0, -1.5]], np.float32)
         words = pack_scores(ids[:, 0], logprobs[:, 0], ids, logprobs)
@@ -278,6 +287,43 @@ async def test_tokens_of_the_other_kind_than_asked_for_are_refused(
     with pytest.raises(InvalidFrame):
         give(A, session.attempt.session, 2)
     assert bench.events == []
+
+
+async def test_an_embedding_is_what_the_tail_made_of_the_whole_prompt(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
+    found: list[object] = []
+
+    async def embed() -> None:
+        found.append(await bench.client.embed((1, 2)))
+
+    nursery.start_soon(embed)
+    await trio.testing.wait_all_tasks_blocked()
+    (tail,) = [message for peer, message in bench.links.asked if peer == B]
+    assert tail.sampler is not None
+    assert tail.sampler.pooling
+    assert not tail.names, "what is held already would not be pooled"
+    bench.pool(B, SessionId(tail.session), [1.0] * 8)
+    await trio.testing.wait_all_tasks_blocked()
+
+    np.testing.assert_array_equal(found, [[1.0] * 8])
+    assert sorted(bench.links.closed) == [A, B]
+
+
+async def test_an_embedding_is_taken_where_one_was_asked_for_and_of_numbers(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
+    answer = await bench.open()
+    pooled = await bench.open(sampling=Sampling(pooling=True))
+
+    with pytest.raises(InvalidFrame, match="asked for"):
+        bench.pool(A, answer.attempt.session, [1.0] * 8)
+    with pytest.raises(InvalidFrame, match="asked for"):
+        bench.sample(A, pooled.attempt.session, 2)
+    with pytest.raises(InvalidFrame, match="not of numbers"):
+        bench.pool(A, pooled.attempt.session, [float("nan")] * 8)
 
 
 async def test_only_the_tail_is_told_how_to_sample_and_what_penalties_count(

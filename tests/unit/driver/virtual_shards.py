@@ -55,7 +55,11 @@ from pals.types import LayerRange, PeerId, Sampling, SessionId
 MANIFEST = b"m" * 32
 NUM_LAYERS = 6
 MODEL = ServedModel(
-    model_id="test/m", manifest=MANIFEST, num_layers=NUM_LAYERS, max_position_embeddings=512
+    model_id="test/m",
+    manifest=MANIFEST,
+    num_layers=NUM_LAYERS,
+    max_position_embeddings=512,
+    hidden_size=8,
 )
 RANGES = {"head": "0:2", "middle": "2:4", "tail": "4:6"}
 STOP_TOKEN = 0

@@ -37,6 +37,7 @@ from pals.net.wire import (
     pack_header,
     pack_rows,
     parse_body,
+    pooled_shape,
     sampled_shape,
     scored_shape,
     tokens_shape,
@@ -54,7 +55,8 @@ SAMPLED = sampled_shape(MANIFEST, 30)
 INT8 = replace(HIDDEN, codec=Codec.INT8)
 WIDE = hidden_shape(MANIFEST, 10, "f32", 8192)
 SCORED = scored_shape(MANIFEST, 30)
-SHAPES = [CONTROL_SHAPE, TOKENS, HIDDEN, SAMPLED, SCORED]
+POOLED = pooled_shape(MANIFEST, 30, WIDTH)
+SHAPES = [CONTROL_SHAPE, TOKENS, HIDDEN, SAMPLED, SCORED, POOLED]
 ONE_ROW_BYTES = ROW_BYTES + HIDDEN.token_bytes
 
 
@@ -126,6 +128,7 @@ def test_numbers_of_the_wire_are_pinned() -> None:
         ("SAMPLED", 3),
         ("KEY", 4),
         ("SCORED", 5),
+        ("POOLED", 6),
     ]
     assert [(x.name, x.value) for x in Codec] == [("RAW", 0), ("INT8", 1)]
     assert [(x.name, x.value) for x in Lane] == [("CONTROL", 0), ("DECODE", 1), ("PREFILL", 2)]
@@ -144,6 +147,7 @@ def test_numbers_of_the_wire_are_pinned() -> None:
         (TOKENS, 4, 0),
         (SAMPLED, 4, 30),
         (HIDDEN, 8, 10),
+        (POOLED, 16, 30),
         (hidden_shape(MANIFEST, 10, "f32", WIDTH), 16, 10),
         (KEY_SHAPE, 0, 0),
         (INT8, 4 + 2, 10),
