@@ -23,6 +23,7 @@ BENCHMARKS = {
     "transport": "benchmarks.transport",
     "engine": "benchmarks.engine",
     "moe": "benchmarks.moe",
+    "near_ties": "benchmarks.near_ties",
     "batching": "benchmarks.batching",
     "resident": "benchmarks.resident",
     "rivals": "benchmarks.rivals",
