@@ -143,6 +143,27 @@ class Sampling:
     pooling: bool = False
 
 
+GrammarKind = Literal["json_object", "json_schema", "lark", "tokens"]
+
+MAX_GRAMMAR_BYTES = 64 << 10
+"""The most that the source of a grammar may have in UTF-8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an answer may consist of.
+
+    Attributes:
+        kind: ``json_object`` is any JSON object; ``tokens`` prescribes how an answer begins.
+        source: The JSON text of a schema; a grammar in llguidance's dialect of Lark; for
+            ``tokens`` a JSON list of ids, after which the answer is free; for ``json_object``
+            empty.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """What one shard reserves and compiles for.

@@ -17,7 +17,7 @@ from pals.errors import PalsError
 from pals.net.control import MAX_DEADLINE_S, MAX_HISTORY_TOKENS, Hop, Open, Sampler
 from pals.net.flow import AckPolicy
 from pals.net.route import Chain
-from pals.types import LayerRange, PeerId, Sampling, SessionId
+from pals.types import Grammar, LayerRange, PeerId, Sampling, SessionId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class SessionRequest:
         stop_token_ids: Ids after which the tail stops.
         sampling: How the tail samples.
         deadline_s: Seconds within which somebody wants the answer; None for any time.
+        grammar: What the answer may consist of; None for anything.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class SessionRequest:
     stop_token_ids: tuple[int, ...]
     sampling: Sampling
     deadline_s: float | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

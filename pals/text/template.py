@@ -49,9 +49,7 @@ class ChatTemplate:
             CorruptModel: A file is too large or does not parse.
             TemplateError: There is no template, or it does not compile.
         """
-        source = load_text(folder / "chat_template.jinja", maximum=MAX_TEMPLATE_BYTES)
-        if source is None:
-            source = _configured_template(folder / "tokenizer_config.json")
+        source = load_template(folder)
         if source is None:
             raise TemplateError(problem=f"there is none in {folder}")
         return cls(source, load_special_tokens(folder), child)
@@ -93,6 +91,16 @@ class ChatTemplate:
     def close(self) -> None:
         """End the child process now; a later render starts another."""
         self._child.close()
+
+
+def load_template(folder: Path) -> str | None:
+    """Return chat_template.jinja, or else ``chat_template`` of tokenizer_config.json.
+
+    Raises:
+        CorruptModel: A file is too large or does not parse.
+    """
+    source = load_text(folder / "chat_template.jinja", maximum=MAX_TEMPLATE_BYTES)
+    return _configured_template(folder / "tokenizer_config.json") if source is None else source
 
 
 def _failed(problem: str) -> TemplateError:
