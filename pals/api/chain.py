@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from litestar import get
 from litestar.handlers import HTTPRouteHandler
 
 from pals.driver.interface import Driver, HopReport
+from pals.errors import UnknownModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +21,14 @@ class ChainReport:
     hops: Sequence[HopReport]
 
 
-def chain_route(driver: Driver) -> HTTPRouteHandler:
-    """Return the handler of ``GET /pals/chain``."""
+def chain_route(drivers: Mapping[str, Driver]) -> HTTPRouteHandler:
+    """Return the handler of ``GET /pals/chain``; ``?model=`` names one of several."""
 
     @get("/pals/chain")
-    async def read_chain() -> ChainReport:
+    async def read_chain(model: str | None = None) -> ChainReport:
+        driver = next(iter(drivers.values())) if model is None else drivers.get(model)
+        if driver is None:
+            raise UnknownModel(model=str(model)[:200], served="`, `".join(drivers), param="model")
         return ChainReport(schema=1, model=driver.model_id, hops=await driver.report())
 
     return read_chain

@@ -163,7 +163,7 @@ def _serve(
         client = network.start()
         driver = _build_driver(network, client, served, snapshot)
         gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
-        app = build_openai_app(driver, gate=gate)
+        app = build_openai_app({driver.model_id: driver}, gate=gate)
         server = HttpServer(
             app,
             listener,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import msgspec
 from litestar import Litestar, Request, Response, get, post
@@ -44,10 +44,19 @@ CLIENT_CLOSED_REQUEST = 499
 ApiRequest = Request[None, None, State]
 
 
-def build_openai_app(driver: Driver, *, gate: GateSettings) -> Litestar:
-    """Return the ASGI application that serves ``driver`` behind ``gate``."""
+Drivers = Mapping[str, Driver]
+"""The models that are served, by their ids; the first is the one meant where none is named."""
+
+
+def build_openai_app(drivers: Drivers, *, gate: GateSettings) -> Litestar:
+    """Return the ASGI application that serves ``drivers`` behind ``gate``."""
     app = Litestar(
-        route_handlers=[*_model_routes(driver), _chat_route(driver), chain_route(driver), health],
+        route_handlers=[
+            *_model_routes(drivers),
+            _chat_route(drivers),
+            chain_route(drivers),
+            health,
+        ],
         exception_handlers={Exception: _answer_error},
         request_max_body_size=MAX_BODY_BYTES,
         openapi_config=None,
@@ -64,26 +73,27 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-def _model_routes(driver: Driver) -> Sequence[HTTPRouteHandler]:
-    model = Model(id=driver.model_id, created=driver.created)
+def _model_routes(drivers: Drivers) -> Sequence[HTTPRouteHandler]:
+    def describe(driver: Driver) -> Model:
+        return Model(id=driver.model_id, created=driver.created)
 
     @get("/v1/models")
     async def list_models() -> ModelList:
-        return ModelList(data=[model])
+        return ModelList(data=[describe(driver) for driver in drivers.values()])
 
     @get("/v1/models/{model_id:path}")
     async def get_model(request: ApiRequest) -> Model:
-        _check_model(str(request.path_params["model_id"]).removeprefix("/"), driver)
-        return model
+        name = str(request.path_params["model_id"]).removeprefix("/")
+        return describe(find_driver(drivers, name))
 
     return list_models, get_model
 
 
-def _chat_route(driver: Driver) -> HTTPRouteHandler:
+def _chat_route(drivers: Drivers) -> HTTPRouteHandler:
     @post("/v1/chat/completions", status_code=200)
     async def create_chat_completion(request: ApiRequest) -> Response[bytes] | Stream:
         chat = parse_request(await request.body())
-        _check_model(chat.model, driver)
+        driver = find_driver(drivers, chat.model)
         if chat.stream:
             return await unless_disconnected(request.receive, _start_stream(driver, chat))
         answer = await unless_disconnected(request.receive, _whole_answer(driver, chat))
@@ -92,9 +102,16 @@ def _chat_route(driver: Driver) -> HTTPRouteHandler:
     return create_chat_completion
 
 
-def _check_model(name: str, driver: Driver) -> None:
-    if name != driver.model_id:
-        raise UnknownModel(model=name[:200], served=driver.model_id, param="model")
+def find_driver(drivers: Drivers, name: str) -> Driver:
+    """Return the driver of the model that a request names.
+
+    Raises:
+        UnknownModel: It is not served here.
+    """
+    driver = drivers.get(name)
+    if driver is None:
+        raise UnknownModel(model=name[:200], served="`, `".join(drivers), param="model")
+    return driver
 
 
 async def _whole_answer(driver: Driver, chat: ChatRequest) -> ChatCompletion:

@@ -15,14 +15,14 @@ from pals.driver.interface import Driver
 
 @contextmanager
 def running(
-    driver: Driver, *, api_key: str | None = None, limits: ConnectionLimits | None = None
+    *drivers: Driver, api_key: str | None = None, limits: ConnectionLimits | None = None
 ) -> Iterator[str]:
-    """Serve ``driver`` on a free port and give its address."""
+    """Serve ``drivers`` on a free port and give its address."""
     listener = listen("127.0.0.1", 0, api_key=api_key)
     gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
     ready = threading.Event()
     server = HttpServer(
-        build_openai_app(driver, gate=gate),
+        build_openai_app({driver.model_id: driver for driver in drivers}, gate=gate),
         listener,
         on_ready=lambda _: ready.set(),
         limits=limits,

@@ -284,3 +284,27 @@ def test_the_chain_is_reported_with_its_timings(url: str) -> None:
         "codec_ms": 0.2,
         "wire_ms": 0.3,
     }
+
+
+def test_several_models_are_listed_and_each_answers_for_itself() -> None:
+    drivers = {"test/one": FakeDriver(["one"]), "test/two": FakeDriver(["two"])}
+    for name, driver in drivers.items():
+        driver.model_id = name
+    with running(*drivers.values()) as url:
+        listed = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        answers = [
+            httpx.post(url + CHAT_PATH, json=CHAT | {"model": name}).json() for name in drivers
+        ]
+        chains = [
+            httpx.get(f"{url}/pals/chain", params=query).json()["model"]
+            for query in ({}, {"model": "test/two"})
+        ]
+        absent = httpx.get(f"{url}/pals/chain", params={"model": "test/three"})
+
+    assert listed == list(drivers)
+    assert [answer["model"] for answer in answers] == list(drivers)
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert texts == ["one", "two"]
+    assert chains == ["test/one", "test/two"]
+    assert absent.status_code == 404
+    assert "`test/one`, `test/two`" in absent.text

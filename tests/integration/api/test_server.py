@@ -21,7 +21,8 @@ from tests.fakes import FakeDriver
 
 listener = listen("127.0.0.1", 0, api_key=None)
 gate = GateSettings.for_bind(listener.host, listener.port)
-app = build_openai_app(FakeDriver(), gate=gate)
+driver = FakeDriver()
+app = build_openai_app({driver.model_id: driver}, gate=gate)
 HttpServer(app, listener, on_ready=lambda url: print(url, flush=True)).run()
 """
 ENDLESS = PROGRAM.replace("FakeDriver()", 'FakeDriver(["a"], end=None)')
