@@ -3,6 +3,7 @@
 A profile is one folder (mode 0700)::
 
     identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
+    api.keys                  names and hashes of the endpoint's API keys, 0600: `pals.api.keys`
     node.lock                 held by the process that runs with this identity
     enrolment.lock            held by the process that enters a swarm, or changes one
     hosted.db, redeem.key, redeem.addresses  a backend inside the profile: `pals.net.hosted`
@@ -187,15 +188,15 @@ def create_private(path: Path, data: bytes) -> None:
     _write_whole(path, data, os.link)
 
 
-def _make_private_folder(folder: Path) -> None:
+def make_private_folder(folder: Path) -> None:
     """Make a folder and what it lies in, each for this user alone; leave what is there."""
     if not folder.is_dir():
-        _make_private_folder(folder.parent)
+        make_private_folder(folder.parent)
         folder.mkdir(exist_ok=True, mode=PRIVATE_FOLDER)
 
 
 def _write_whole(path: Path, data: bytes, place: Callable[[str, Path], None]) -> None:
-    _make_private_folder(path.parent)
+    make_private_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -290,7 +291,7 @@ class Profile:
 
     def create_folder(self) -> None:
         """Make the folder with mode 0700, or check the one that is there."""
-        _make_private_folder(self.path)
+        make_private_folder(self.path)
         self.check_folder()
 
     def check_folder(self) -> None:

@@ -13,6 +13,8 @@ from pals.errors import InvalidConfig
 from pals.types import Dtype, EngineLimits, GroupSize, PrefillCodec, Quantization, parse_bytes
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+_Places = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+_PlacesOrNone = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _StaleSeconds = Annotated[float, msgspec.Meta(ge=300, le=30 * 86400)]
 _SecondsOrNone = Annotated[float, msgspec.Meta(ge=0, le=86400)]
@@ -26,10 +28,15 @@ class BackendSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ServeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the OpenAI endpoint listens."""
+    """Where the OpenAI endpoint listens, to whom, and how much at once."""
 
     host: str = "127.0.0.1"
     port: _Port = 8080
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    api_key_file: str = ""
+    max_running: _Places = 64
+    max_waiting: _PlacesOrNone = 64
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,8 +14,9 @@ from litestar import Litestar, Request, Response, get, post, put
 from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
 
-from pals.api.gate import JSON_TYPE, Gate, GateSettings
-from pals.api.observed import Observed
+from pals.api.gate import JSON_TYPE, GateSettings
+from pals.api.guard import guard
+from pals.api.observed import Seen
 from pals.api.problems import problem_headers, problem_json, problem_of
 from pals.backend import metrics as backend_metrics
 from pals.backend.limiter import BackendLimiter
@@ -85,9 +86,13 @@ def build_membership_app(
         openapi_config=None,
         logging_config=None,
     )
-    # Litestar's own middleware runs after routing; a refused request must not get that far.
-    app.asgi_handler = Observed(Gate(app.asgi_handler, gate), around.metrics)
-    return app
+
+    def observe(seen: Seen) -> None:
+        around.metrics.observe(
+            transport="http", route=seen.route, status=seen.status, seconds=seen.seconds
+        )
+
+    return guard(app, gate, observe=observe)
 
 
 def _backend_routes(

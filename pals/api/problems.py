@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import logging
 import traceback
+from typing import TYPE_CHECKING
 
 import msgspec
 from litestar.exceptions import HTTPException
 
 from pals.errors import InvalidRequest, MethodNotAllowed, NoSuchRoute, PalsError
 
+if TYPE_CHECKING:
+    from litestar.types import Send
+
 RETRY_AFTER_S = 1
+JSON_TYPE = "application/json"
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,11 +27,13 @@ def problem_of(method: str, path: str, error: Exception) -> PalsError:
     """Return the error that a failed request is answered with, and log what nobody expects."""
     if isinstance(error, PalsError):
         return error
-    match error.status_code if isinstance(error, HTTPException) else None:
+    refused = error if isinstance(error, HTTPException) else None
+    match refused.status_code if refused else None:
         case 404:
             return NoSuchRoute(method=method, path=path[:200])
         case 405:
-            return MethodNotAllowed(method=method, path=path[:200])
+            allowed = (refused.headers or {}).get("allow", "") if refused else ""
+            return MethodNotAllowed(method=method, path=path[:200], allowed=allowed)
         case status if status is not None and status < 500:
             return InvalidRequest(problem="the request is malformed")
         case _:
@@ -60,8 +67,28 @@ def problem_headers(error: PalsError) -> dict[str, str]:
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.retryable:
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        headers["retry-after"] = str(error.fields.get("retry_after_s", RETRY_AFTER_S))
+    if allowed := error.fields.get("allowed"):
+        headers["allow"] = str(allowed)
     return headers
+
+
+async def send_problem(send: Send, error: PalsError) -> None:
+    """Answer an ASGI request with an error."""
+    body = problem_json(error)
+    headers = {
+        **problem_headers(error),
+        "content-type": JSON_TYPE,
+        "content-length": str(len(body)),
+    }
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.http_status,
+            "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _problem_type(status: int) -> str:

@@ -8,11 +8,20 @@ half requests would close a server to everybody, without credentials.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import logging
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import ClassVar, cast
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+from pals.api.clients import LOOPBACK, network_of
+from pals.api.heads import MAX_HEAD_BYTES, check_head
+from pals.api.problems import JSON_TYPE, problem_json
+from pals.errors import InvalidRequest, PalsError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +52,27 @@ def guarded_protocol(limits: ConnectionLimits) -> type[GuardedProtocol]:
     return type("LimitedProtocol", (GuardedProtocol,), {"limits": limits})
 
 
+class StrictConnection(h11.Connection):
+    """h11's connection, whose requests have heads as `check_head` wants them.
+
+    Attributes:
+        refusal: Why the last head was refused.
+    """
+
+    refusal: PalsError | None = None
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE:
+            try:
+                check_head(self.trailing_data[0])
+            except PalsError as error:
+                self.refusal = error
+                raise h11.RemoteProtocolError(str(error), error.http_status) from error
+        return super().next_event()
+
+
 class GuardedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol within `ConnectionLimits`.
+    """uvicorn's HTTP/1.1 protocol within `ConnectionLimits`, with `StrictConnection`.
 
     Attributes:
         network: Whose connection it is, as far as an address tells.
@@ -56,6 +84,7 @@ class GuardedProtocol(H11Protocol):
     network: str = ""
     waiting_since: float = 0.0
 
+    _is_refused: bool = False
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
@@ -63,19 +92,44 @@ class GuardedProtocol(H11Protocol):
         self, transport: asyncio.Transport
     ) -> None:
         super().connection_made(transport)
+        self.conn: h11.Connection = StrictConnection(
+            h11.SERVER, self.config.h11_max_incomplete_event_size or MAX_HEAD_BYTES
+        )
         # Each unsent byte then pauses writing, and `write_s` runs until all are taken.
         transport.set_write_buffer_limits(high=0)
-        self.network = _network_of(self.client[0] if self.client else "")
+        self.network = network_of(self.client[0] if self.client else "")
         self.waiting_since = self.loop.time()
         self._start_head_timer()
         self._make_room()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         if not self.in_request:
             self._start_head_timer()
         super().data_received(data)
         if self.in_request:
             self._stop_head_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP with the error object, and hear no more of the client.
+
+        uvicorn calls it for whatever h11 refuses. What still comes is thrown away until the
+        head's deadline: to hang up on it could take the answer back.
+        """
+        self._is_refused = True
+        refusal = _refusal_of(self.conn)
+        if self.in_request:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        self.transport.write(_last_answer(refusal))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._start_head_timer()
+        _log.info("request refused", extra={"fields": {"status": refusal.http_status}})
 
     def on_response_complete(self) -> None:
         self.waiting_since = self.loop.time()
@@ -108,7 +162,7 @@ class GuardedProtocol(H11Protocol):
         """
         everyone = cast("list[GuardedProtocol]", list(self.connections))
         neighbours = [other for other in everyone if other.network == self.network]
-        local = self.network == _LOOPBACK
+        local = self.network == LOOPBACK
         if len(neighbours) > (self.limits.per_loopback if local else self.limits.per_address):
             _close_longest_waiting(neighbours)
         elif len(everyone) > self.limits.total:
@@ -129,9 +183,6 @@ class GuardedProtocol(H11Protocol):
             self._write_timer = None
 
 
-_LOOPBACK = "loopback"
-
-
 def _close_longest_waiting(connections: list[GuardedProtocol]) -> None:
     oldest = min((c for c in connections if not c.in_request), key=lambda c: c.waiting_since)
     # The transport tells of its end later; until then it would be counted still.
@@ -139,16 +190,16 @@ def _close_longest_waiting(connections: list[GuardedProtocol]) -> None:
     oldest.transport.abort()
 
 
-def _network_of(host: str) -> str:
-    """Return what one client can be expected to own: an IPv4 address, an IPv6 /64."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv6Address):
-        address = address.ipv4_mapped or address
-    if address.is_loopback:
-        return _LOOPBACK
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+def _refusal_of(connection: h11.Connection) -> PalsError:
+    refusal = connection.refusal if isinstance(connection, StrictConnection) else None
+    return refusal or InvalidRequest(problem="this is no HTTP request")
+
+
+def _last_answer(refusal: PalsError) -> bytes:
+    """Return a whole answer, after which the connection ends."""
+    body = problem_json(refusal)
+    head = (
+        f"HTTP/1.1 {refusal.http_status} {HTTPStatus(refusal.http_status).phrase}\r\n"
+        f"content-type: {JSON_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body

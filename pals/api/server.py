@@ -17,11 +17,11 @@ from types import FrameType
 import uvicorn
 from litestar.types import ASGIApp
 
+from pals.api.heads import MAX_HEAD_BYTES
 from pals.api.protocol import ConnectionLimits, guarded_protocol
 from pals.errors import PortInUse, PublicBindWithoutKey
 
 BACKLOG = 128
-MAX_HEAD_BYTES = 16 << 10
 KEEP_ALIVE_S = 30
 GRACEFUL_SHUTDOWN_S = 3
 
@@ -46,20 +46,20 @@ class Listener:
         return f"http://{name}:{self.port}"
 
 
-def listen(host: str, port: int, *, api_key: str | None) -> Listener:
+def listen(host: str, port: int, *, has_keys: bool) -> Listener:
     """Bind and listen; port 0 takes a free one.
 
     Raises:
-        PublicBindWithoutKey: Other machines could reach it and there is no API key.
+        PublicBindWithoutKey: Other machines could reach it and no API key is asked for.
         PortInUse: The address cannot be resolved or bound.
     """
     try:
         family, address = _resolve(host, port)
     except (OSError, ValueError) as error:
-        if api_key is None:
+        if not has_keys:
             raise PublicBindWithoutKey(host=host) from error
         raise PortInUse(host=host, port=port, problem=str(error)) from error
-    if api_key is None and not _is_loopback(address[0]):
+    if not has_keys and not _is_loopback(address[0]):
         raise PublicBindWithoutKey(host=host)
     return _bind(family, address)
 
@@ -77,13 +77,13 @@ def listen_anywhere(host: str, port: int) -> Listener:
     return _bind(family, address)
 
 
-def check_public_bind(host: str, api_key: str | None) -> None:
-    """Refuse a bind that other machines can reach, unless there is an API key.
+def check_public_bind(host: str, *, has_keys: bool) -> None:
+    """Refuse a bind that other machines can reach, unless it asks for a key.
 
     Raises:
         PublicBindWithoutKey: ``host``, however it is spelled, is not loopback.
     """
-    if api_key is not None:
+    if has_keys:
         return
     try:
         _, address = _resolve(host, 0)

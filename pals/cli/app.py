@@ -30,6 +30,7 @@ GROUPS = {
     "swarm": "Make and look at the private groups of machines.",
     "invite": "Let other machines in, or no longer.",
     "peers": "See and remove members.",
+    "keys": "Give programs and people keys to the endpoint of this machine.",
     "models": "See, download and import models on this machine.",
 }
 
@@ -56,6 +57,9 @@ COMMANDS = {
     "shard": ("pals.cli.shard:shard", "Serve a slice of a model's layers to the swarm."),
     "warmup": ("pals.cli.warmup:warmup", "Compile what a shard runs, ahead of time."),
     "serve": ("pals.cli.serve:serve", "Serve an OpenAI-compatible endpoint on this machine."),
+    "keys create": ("pals.cli.keys:create", "Make a key and print it once."),
+    "keys list": ("pals.cli.keys:list_keys", "List the keys, without the keys themselves."),
+    "keys revoke": ("pals.cli.keys:revoke", "End a key, also at a running endpoint."),
     "backend": ("pals.cli.backend:backend", "Run the membership backend."),
     "models list": ("pals.cli.models:list_models", "List the models on this machine."),
     "models show": ("pals.cli.models:show", "Show a model: its layers, files and licence."),

@@ -18,7 +18,7 @@ from rich.text import Text
 from pals.errors import PalsError
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_INVITE = re.compile(r"pp_inv_[\w.-]+")
+_SECRET = re.compile(r"(pp_inv_|sk-pals-)[\w.-]+")
 _LITERAL = re.compile(r"`[^`]*`")
 
 
@@ -85,7 +85,7 @@ def _to_stderr(text: Text) -> None:
 
 
 def _with_literals(text: str) -> Text:
-    styled = Text(_without_invites(_printable(text)))
+    styled = Text(_without_secrets(_printable(text)))
     styled.highlight_regex(_LITERAL, "cyan")
     return styled
 
@@ -94,9 +94,9 @@ def _printable(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def _without_invites(text: str) -> str:
-    """Mask invites: a mistyped command line is echoed, and terminals keep their output."""
-    return _INVITE.sub("pp_inv_…", text)
+def _without_secrets(text: str) -> str:
+    """Mask invites and keys: a mistyped command line is echoed, and terminals keep their output."""
+    return _SECRET.sub(r"\1…", text)
 
 
 def _discard_stdout() -> None:

@@ -6,15 +6,19 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import msgspec
 from cyclopts import Parameter, validators
 
 from pals import config
+from pals.api.admission import Admission
 from pals.api.gate import GateSettings
+from pals.api.keys import open_keys
 from pals.api.openai.app import build_openai_app
 from pals.api.server import HttpServer, Listener, check_public_bind, listen
+from pals.api.waiting_line import LineLimits
 from pals.cli import console
 from pals.cli.interrupt import exiting_on_termination
 from pals.cli.options import Json
@@ -53,6 +57,7 @@ def serve(
     host: str | None = None,
     port: Annotated[int | None, Parameter(validator=validators.Number(gte=0, lte=65535))] = None,
     api_key: str | None = None,
+    api_key_file: Path | None = None,
     layers: str | None = None,
     wait_for_peers: Annotated[float | None, Parameter(validator=validators.Number(gte=0))] = None,
     shard_options: ShardOptions = NO_SHARD_OPTIONS,
@@ -66,6 +71,8 @@ def serve(
         host: Address to listen on; anything but loopback needs an API key.
         port: Port to listen on; 0 takes a free one.
         api_key: Key that clients must send; `PALS_API_KEY` keeps it out of the process list.
+        api_key_file: File of more keys, as `pals keys create` makes them; the profile's, if it
+            has one, when left out.
         layers: Also serve this range of layers to the swarm, such as `0:10`; `auto` chooses
             as many as fit, those that nobody serves first.
         wait_for_peers: Seconds that an answer waits for a peer when nobody serves the next
@@ -85,7 +92,9 @@ def serve(
         host=host or settings.serve.host,
         port=settings.serve.port if port is None else port,
     )
-    check_public_bind(bind.host, key)
+    key_file = api_key_file or (Path(bind.api_key_file) if bind.api_key_file else None)
+    keys = open_keys(key, key_file, options.profile.path)
+    check_public_bind(bind.host, has_keys=keys is not None)
     member = load_member(
         options.profile, options.swarm, keep={} if key is None else {config.API_KEY_VARIABLE: key}
     )
@@ -93,9 +102,12 @@ def serve(
     also = None
     if layers is not None:
         also = shard_options.make_role(model, layer_range, settings.shard, json=json)
-    listener = listen(bind.host, bind.port, api_key=key)
+    listener = listen(bind.host, bind.port, has_keys=keys is not None)
+    gate = GateSettings.for_bind(
+        listener.host, listener.port, keys=keys, hosts=bind.hosts, origins=bind.origins
+    )
     with exiting_on_termination(), member.profile.lock(), listener.socket:
-        _serve(member, settings, model, listener, key, also=also, json=json)
+        _serve(member, settings, model, listener, gate, also=also, json=json)
 
 
 def _with_patience(settings: Settings, wait_for_peers_s: float | None) -> Settings:
@@ -132,7 +144,7 @@ def _serve(
     settings: Settings,
     model: str,
     listener: Listener,
-    api_key: str | None,
+    gate: GateSettings,
     *,
     also: ServedRole | None,
     json: bool,
@@ -150,20 +162,27 @@ def _serve(
         for server in servers:
             server.stop()
 
+    places = settings.serve
+    admission = Admission(LineLimits(running=places.max_running, waiting=places.max_waiting))
     network = TrioThread(
         partial(open_sessions, node_options(member, settings), served, serve=shard),
         on_crash=stop_servers,
     )
 
     def leave() -> None:
+        admission.leave()
         if shard is not None:
             shard.leave(network)
 
     try:
         client = network.start()
         driver = _build_driver(network, client, served, snapshot)
+<<<<<<< HEAD
         gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
         app = build_openai_app({driver.model_id: driver}, gate=gate)
+=======
+        app = build_openai_app(driver, gate=gate, admission=admission)
+>>>>>>> gate
         server = HttpServer(
             app,
             listener,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pals.errors.base import UserError
+from pals.errors.base import CapacityError, UserError
 
 
 class InvalidRequest(UserError):
@@ -49,7 +49,7 @@ class HostRefused(InvalidRequest):
 
     code = "misdirected_request"
     message = "this endpoint does not answer for that host name"
-    hint_template = "use the address it printed when it started"
+    hint_template = "use the address it printed when it started, or name it in `[serve] hosts`"
     http_status = 421
 
 
@@ -58,6 +58,7 @@ class OriginRefused(InvalidRequest):
 
     code = "origin_refused"
     message = "requests from web pages of other sites are refused"
+    hint_template = "whoever runs the endpoint can name the site in `[serve] origins`"
     http_status = 403
 
 
@@ -76,6 +77,14 @@ class BodyTooLarge(InvalidRequest):
     code = "body_too_large"
     message = "the request body is larger than {limit_bytes} bytes"
     http_status = 413
+
+
+class HeadTooLarge(InvalidRequest):
+    """The head of a request over a limit."""
+
+    code = "head_too_large"
+    message = "the head of the request has more than {limit_bytes} bytes or {limit_headers} headers"
+    http_status = 431
 
 
 class ReceiveTimeout(InvalidRequest):
@@ -100,3 +109,20 @@ class MethodNotAllowed(InvalidRequest):
     code = "method_not_allowed"
     message = "{method} is not allowed on {path}"
     http_status = 405
+
+
+class RateLimitExceeded(CapacityError):
+    """A request for which there is no place, neither to run nor to wait."""
+
+    code = "rate_limit_exceeded"
+    message = "too many requests: {running} run and {waiting} wait"
+    hint_template = "try it again in {retry_after_s} s"
+
+
+class EndpointLeaving(CapacityError):
+    """A request to an endpoint that is about to stop."""
+
+    code = "service_unavailable"
+    message = "this endpoint is about to stop"
+    hint_template = "try it again once it has started anew"
+    http_status = 503

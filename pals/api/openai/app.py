@@ -13,8 +13,10 @@ from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
 from litestar.response import Stream
 
+from pals.api.admission import Admission
 from pals.api.chain import chain_route
-from pals.api.gate import JSON_TYPE, MAX_BODY_BYTES, Gate, GateSettings
+from pals.api.gate import JSON_TYPE, MAX_BODY_BYTES, GateSettings
+from pals.api.guard import guard
 from pals.api.openai.parse import conversation, generate_params, parse_request
 from pals.api.openai.schema import (
     AnswerMessage,
@@ -44,12 +46,19 @@ CLIENT_CLOSED_REQUEST = 499
 ApiRequest = Request[None, None, State]
 
 
+<<<<<<< HEAD
 Drivers = Mapping[str, Driver]
 """The models that are served, by their ids; the first is the one meant where none is named."""
 
 
 def build_openai_app(drivers: Drivers, *, gate: GateSettings) -> Litestar:
     """Return the ASGI application that serves ``drivers`` behind ``gate``."""
+=======
+def build_openai_app(
+    driver: Driver, *, gate: GateSettings, admission: Admission | None = None
+) -> Litestar:
+    """Return the ASGI application that serves ``driver`` behind ``gate``."""
+>>>>>>> gate
     app = Litestar(
         route_handlers=[
             *_model_routes(drivers),
@@ -62,9 +71,7 @@ def build_openai_app(drivers: Drivers, *, gate: GateSettings) -> Litestar:
         openapi_config=None,
         logging_config=None,
     )
-    # Litestar's own middleware runs after routing; a refused request must not get that far.
-    app.asgi_handler = Gate(app.asgi_handler, gate)
-    return app
+    return guard(app, gate, admission=admission or Admission())
 
 
 @get(["/health", "/healthz"])

@@ -19,7 +19,7 @@ from pals.api.openai import build_openai_app
 from pals.api.server import HttpServer, listen
 from tests.fakes import FakeDriver
 
-listener = listen("127.0.0.1", 0, api_key=None)
+listener = listen("127.0.0.1", 0, has_keys=False)
 gate = GateSettings.for_bind(listener.host, listener.port)
 driver = FakeDriver()
 app = build_openai_app({driver.model_id: driver}, gate=gate)

@@ -7,11 +7,15 @@ import pytest
 from pals.api.server import check_public_bind, listen
 from pals.errors import PortInUse, PublicBindWithoutKey
 
-KEY = "a key of enough length"
 PUBLIC = [
     "0.0.0.0",
     "0",
     "0x0",
+    "0x00000000",
+    "000.000.000.000",
+    "134744072",
+    "010.0.0.1",
+    "0xC0A80001",
     "",
     "*",
     "::",
@@ -19,6 +23,8 @@ PUBLIC = [
     "0:0:0:0:0:0:0:0",
     "::ffff:0.0.0.0",
     "::ffff:127.0.0.1",
+    "[::ffff:0.0.0.0]",
+    "::ffff:10.0.0.1",
     "10.0.0.1",
     "192.168.1.2",
     "8.8.8.8",
@@ -33,19 +39,32 @@ PUBLIC = [
 @pytest.mark.parametrize("host", PUBLIC)
 def test_a_bind_that_is_not_loopback_needs_a_key(host: str) -> None:
     with pytest.raises(PublicBindWithoutKey):
-        check_public_bind(host, None)
+        check_public_bind(host, has_keys=False)
     with pytest.raises(PublicBindWithoutKey):
-        listen(host, 0, api_key=None)
+        listen(host, 0, has_keys=False)
 
 
 @pytest.mark.parametrize("host", PUBLIC)
 def test_a_key_allows_any_bind(host: str) -> None:
-    check_public_bind(host, KEY)
+    check_public_bind(host, has_keys=True)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "127.8.8.8", "::1", "[::1]", "localhost"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1",
+        "127.1",
+        "127.8.8.8",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "::1",
+        "[::1]",
+        "localhost",
+    ],
+)
 def test_loopback_in_every_spelling_needs_no_key(host: str) -> None:
-    check_public_bind(host, None)
+    check_public_bind(host, has_keys=False)
 
 
 def test_a_name_that_resolves_elsewhere_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,11 +72,11 @@ def test_a_name_that_resolves_elsewhere_is_public(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
     with pytest.raises(PublicBindWithoutKey):
-        check_public_bind("localhost", None)
+        check_public_bind("localhost", has_keys=False)
 
 
 def test_port_0_takes_a_free_port_and_says_which() -> None:
-    listener = listen("127.0.0.1", 0, api_key=None)
+    listener = listen("127.0.0.1", 0, has_keys=False)
 
     with listener.socket:
         assert listener.url == f"http://127.0.0.1:{listener.port}"
@@ -65,9 +84,9 @@ def test_port_0_takes_a_free_port_and_says_which() -> None:
 
 
 def test_a_taken_port_is_refused_before_anything_starts() -> None:
-    first = listen("127.0.0.1", 0, api_key=None)
+    first = listen("127.0.0.1", 0, has_keys=False)
 
     with first.socket, pytest.raises(PortInUse) as caught:
-        listen("127.0.0.1", first.port, api_key=None)
+        listen("127.0.0.1", first.port, has_keys=False)
 
     assert caught.value.fields["port"] == first.port

@@ -170,7 +170,7 @@ def test_every_spelling_of_a_key_leaves_the_command_line_and_does_not_return(
 def test_key_in_the_environment_starts_nothing_again_but_for_the_secret(
     profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_command, "check_public_bind", lambda host, key: None)
+    monkeypatch.setattr(serve_command, "check_public_bind", lambda host, has_keys: None)
     monkeypatch.setattr(sys, "argv", ["pals", "serve"])
     monkeypatch.setenv("PALS_API_KEY", KEY)
     with pytest.raises(Replaced) as caught:
