@@ -32,13 +32,14 @@ from pals.api.openai.stream import (
     ChunkWriter,
     ClientGone,
     closing,
+    content_of,
     primed,
     unless_disconnected,
     usage_of,
     with_heartbeats,
 )
 from pals.api.problems import problem_headers, problem_json, problem_of
-from pals.driver.interface import Completion, Driver, TextDelta
+from pals.driver.interface import Completion, Delta, Driver
 from pals.errors import UnknownModel
 
 CLIENT_CLOSED_REQUEST = 499
@@ -125,7 +126,7 @@ async def _whole_answer(driver: Driver, chat: ChatRequest) -> ChatCompletion:
     completion = await driver.chat(conversation(chat), generate_params(chat))
     async with closing(completion):
         deltas = [delta async for delta in completion]
-    text = "".join(delta.text for delta in deltas)
+    text = "".join(map(content_of, deltas))
     reason = next((d.finish_reason for d in deltas if d.finish_reason is not None), "stop")
     return ChatCompletion(
         id=_completion_id(),
@@ -150,7 +151,7 @@ async def _start_stream(driver: Driver, chat: ChatRequest) -> Stream:
 
 
 def _stream_response(
-    driver: Driver, completion: Completion, deltas: AsyncIterator[TextDelta], *, include_usage: bool
+    driver: Driver, completion: Completion, deltas: AsyncIterator[Delta], *, include_usage: bool
 ) -> Stream:
     head = Chunk(id=_completion_id(), created=int(time.time()), model=driver.model_id, choices=[])
     writer = ChunkWriter(completion, head, include_usage=include_usage)

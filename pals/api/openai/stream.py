@@ -14,8 +14,10 @@ from litestar.types import Receive
 
 from pals.api.openai.schema import Chunk, ChunkChoice, Delta, Usage
 from pals.api.problems import problem_json
-from pals.driver.interface import Completion, TextDelta
+from pals.driver.interface import Completion
+from pals.driver.interface import Delta as AnswerDelta
 from pals.errors import PalsError
+from pals.text.answers.pieces import Content
 
 HEARTBEAT_S = 15.0
 CLOSE_DEADLINE_S = 5.0
@@ -62,7 +64,9 @@ async def closing(completion: Completion) -> AsyncGenerator[Completion]:
             await completion.aclose()
 
 
-async def primed(deltas: AsyncIterator[TextDelta], *, wait_s: float) -> AsyncIterator[TextDelta]:
+async def primed(
+    deltas: AsyncIterator[AnswerDelta], *, wait_s: float
+) -> AsyncIterator[AnswerDelta]:
     """Wait for the first delta, but no longer than ``wait_s``, and return all of them.
 
     A failure until then is raised here, where the response still can have a status.
@@ -79,8 +83,8 @@ async def primed(deltas: AsyncIterator[TextDelta], *, wait_s: float) -> AsyncIte
 
 
 async def _chain(
-    first: asyncio.Future[TextDelta | None], deltas: AsyncIterator[TextDelta]
-) -> AsyncIterator[TextDelta]:
+    first: asyncio.Future[AnswerDelta | None], deltas: AsyncIterator[AnswerDelta]
+) -> AsyncIterator[AnswerDelta]:
     delta = await first
     while delta is not None:
         yield delta
@@ -95,7 +99,7 @@ class ChunkWriter:
         self._include_usage = include_usage
         self._head = msgspec.structs.replace(head, usage=None) if include_usage else head
 
-    async def events(self, deltas: AsyncIterator[TextDelta]) -> AsyncGenerator[bytes]:
+    async def events(self, deltas: AsyncIterator[AnswerDelta]) -> AsyncGenerator[bytes]:
         """Yield the events of a completion, an error in its place among them.
 
         The role comes with the first text, so that nothing is sent before a token is.
@@ -121,8 +125,9 @@ class ChunkWriter:
                 yield self._usage_chunk()
             yield _event(b"[DONE]")
 
-    def _text_chunks(self, delta: TextDelta) -> list[bytes]:
-        chunks = [self._chunk(Delta(content=delta.text))] if delta.text else []
+    def _text_chunks(self, delta: AnswerDelta) -> list[bytes]:
+        text = content_of(delta)
+        chunks = [self._chunk(Delta(content=text))] if text else []
         if delta.finish_reason is not None:
             chunks.append(self._chunk(Delta(), delta.finish_reason))
         return chunks
@@ -134,6 +139,11 @@ class ChunkWriter:
     def _usage_chunk(self) -> bytes:
         usage = usage_of(self._completion)
         return _event(msgspec.json.encode(msgspec.structs.replace(self._head, usage=usage)))
+
+
+def content_of(delta: AnswerDelta) -> str:
+    """Return the text for the reader in a delta."""
+    return "".join(piece.text for piece in delta.pieces if isinstance(piece, Content))
 
 
 def usage_of(completion: Completion) -> Usage:

@@ -158,7 +158,7 @@ def test_a_refusal_of_the_driver_has_its_status(
 def test_a_failure_before_the_first_token_has_its_status(
     url: str, driver: FakeDriver, stream: bool
 ) -> None:
-    driver.pieces = ()
+    driver.script = ()
     driver.end = ShardLost(peer="p", layers="0:2", problem="gone")
 
     response = httpx.post(url + CHAT_PATH, json=CHAT | {"stream": stream})
