@@ -177,12 +177,7 @@ def _serve(
     try:
         client = network.start()
         driver = _build_driver(network, client, served, snapshot)
-<<<<<<< HEAD
-        gate = GateSettings.for_bind(listener.host, listener.port, api_key=api_key)
-        app = build_openai_app({driver.model_id: driver}, gate=gate)
-=======
-        app = build_openai_app(driver, gate=gate, admission=admission)
->>>>>>> gate
+        app = build_openai_app({driver.model_id: driver}, gate=gate, admission=admission)
         server = HttpServer(
             app,
             listener,
@@ -251,6 +246,7 @@ def _build_driver(
     snapshot: Snapshot,
 ) -> LocalDriver:
     from pals.driver.local import LocalDriver
+    from pals.text.answers.format import AnswerFormat
     from pals.text.child import TextChild
     from pals.text.template import ChatTemplate
     from pals.text.tokenizer import Tokenizer
@@ -264,6 +260,8 @@ def _build_driver(
         tokenizer,
         ChatTemplate.load(snapshot.path, child),
         eos_token_ids=tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids),
+        vocab_size=snapshot.config.vocab_size,
+        answers=AnswerFormat.detect(snapshot.path, tokenizer),
     )
 
 

@@ -75,6 +75,8 @@ class GenerateParams:
         best_of: Make so many and keep the ``n`` likeliest; None makes ``n``.
         grammar: What the answer may consist of.
         tools: What a conversation's answer may call.
+        reasoning_effort: How long the model is to think, ``none`` to ``xhigh``, where its
+            chat template knows of that.
         echo: The answers to a prompt begin with the prompt, scored if ``logprobs`` is given.
     """
 
@@ -94,6 +96,7 @@ class GenerateParams:
     best_of: int | None = None
     grammar: Grammar | None = None
     tools: ToolUse | None = None
+    reasoning_effort: str | None = None
     echo: bool = False
 
 
@@ -120,10 +123,12 @@ class TokenScore(TopScore):
     Attributes:
         scored: False for the first token of a prompt, which follows upon nothing;
             ``logprob`` says nothing then.
+        hidden: It is a special token, which the text does not show.
         top: As many as were asked for.
     """
 
     scored: bool = True
+    hidden: bool = False
     top: tuple[TopScore, ...] = ()
 
 

@@ -33,7 +33,6 @@ from pals.driver.turns import turn_of
 from pals.errors import InvalidRequest, UnsupportedParameter
 from pals.text.answers.format import AnswerFormat, PlainParser
 from pals.text.answers.pieces import Content
-from pals.text.answers.tools import ToolUse
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from pals.types import Grammar, Sampling
@@ -99,7 +98,7 @@ class LocalDriver:
     async def chat(self, messages: Sequence[Message], params: GenerateParams) -> Completion:
         """Start answers; see `pals.driver.interface.Driver.chat` for what it raises."""
         asked_at, use = time.perf_counter(), params.tools
-        prompt = await asyncio.to_thread(self._render, messages, use)
+        prompt = await asyncio.to_thread(self._render, messages, params)
         grammar = self._grammar(params, prompt.tail)
         reading = self._reading(params, kept_tokens=self._answers.kept_tokens)
         readers = [
@@ -133,9 +132,12 @@ class LocalDriver:
 
     # --- prompts ---------------------------------------------------------------------
 
-    def _render(self, messages: Sequence[Message], use: ToolUse | None) -> _Rendered:
-        turns = self._answers.template_messages([turn_of(m) for m in messages], use)
-        text = self._template.render(turns, tools=self._answers.template_tools(use))
+    def _render(self, messages: Sequence[Message], params: GenerateParams) -> _Rendered:
+        text = self._template.render(
+            self._answers.template_messages([turn_of(m) for m in messages], params.tools),
+            tools=self._answers.template_tools(params.tools),
+            reasoning_effort=params.reasoning_effort,
+        )
         tokens = tuple(self._tokenizer.encode_prompt(text))
         return _Rendered(tokens=tokens, tail=text[-TAIL_CHARACTERS:])
 

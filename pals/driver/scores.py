@@ -20,6 +20,7 @@ class TokenScorer:
             token=sampled.token,
             raw=self._tokenizer.shown_bytes(sampled.token),
             logprob=sampled.logprob,
+            hidden=self._tokenizer.is_skipped(sampled.token),
             top=tuple(
                 TopScore(token=token, raw=self._tokenizer.shown_bytes(token), logprob=logprob)
                 for token, logprob in sampled.top
@@ -28,5 +29,10 @@ class TokenScorer:
 
     def unscored(self, token: int) -> TokenScore:
         """Return what stands for the first token of a prompt."""
-        raw = self._tokenizer.shown_bytes(token)
-        return TokenScore(token=token, raw=raw, logprob=0.0, scored=False)
+        return TokenScore(
+            token=token,
+            raw=self._tokenizer.shown_bytes(token),
+            logprob=0.0,
+            scored=False,
+            hidden=self._tokenizer.is_skipped(token),
+        )
