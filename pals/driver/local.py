@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pals.driver.answers import AnswerReader, Reading
 from pals.driver.best import BestOf
@@ -30,7 +31,7 @@ from pals.driver.sessions import SessionClient
 from pals.driver.shard_times import ShardTimes
 from pals.driver.state import SessionRequest
 from pals.driver.turns import turn_of
-from pals.errors import InvalidRequest, UnsupportedParameter
+from pals.errors import InvalidRequest
 from pals.text.answers.format import AnswerFormat, PlainParser
 from pals.text.answers.pieces import Content
 from pals.text.template import ChatTemplate
@@ -41,6 +42,7 @@ TAIL_CHARACTERS = 256
 """Of a rendered prompt, for the parser: a template may have opened the reasoning."""
 CONTEXT_TOKENS = 8
 """Of a prompt that an answer's text goes on with."""
+EMBEDDINGS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ class LocalDriver:
     async def complete(self, prompt: Prompt, params: GenerateParams) -> Completion:
         """Start answers; see `pals.driver.interface.Driver.complete` for what it raises."""
         asked_at = time.perf_counter()
-        tokens = await asyncio.to_thread(self._tokens_of, prompt)
+        tokens = await asyncio.to_thread(self._tokens_of, prompt, "prompt")
         before = await self._echo(prompt, tokens, params)
         if params.max_tokens == 0:
             return PromptOnly(_ended(before, params.n), prompt_tokens=len(tokens))
@@ -122,9 +124,20 @@ class LocalDriver:
         return await self._start(request, params, readers, before=before, asked_at=asked_at)
 
     async def embed(self, inputs: Sequence[Prompt]) -> list[Embedding]:
-        """Refuse; the chains of this version give no hidden states."""
-        del inputs
-        raise UnsupportedParameter(param="model", problem="it gives no embeddings here")
+        """Return embeddings; see `pals.driver.interface.Driver.embed` for what it raises."""
+        tokens = [await asyncio.to_thread(self._tokens_of, text, "input") for text in inputs]
+        room = asyncio.Semaphore(EMBEDDINGS_AT_ONCE)
+        tasks = [asyncio.create_task(self._embed(each, room)) for each in tokens]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _embed(self, tokens: tuple[int, ...], room: asyncio.Semaphore) -> Embedding:
+        async with room:
+            vector = await self._network.call(partial(self._client.embed, tokens))
+        return Embedding(vector=vector, tokens=len(tokens))
 
     async def report(self) -> list[HopReport]:
         """Return how the shards of the last used chain did lately, head first."""
@@ -141,11 +154,11 @@ class LocalDriver:
         tokens = tuple(self._tokenizer.encode_prompt(text))
         return _Rendered(tokens=tokens, tail=text[-TAIL_CHARACTERS:])
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+    def _tokens_of(self, prompt: Prompt, param: str) -> tuple[int, ...]:
         text = isinstance(prompt, str)
         tokens = tuple(self._tokenizer.encode_prompt(prompt)) if text else prompt
         if not tokens:
-            raise InvalidRequest(problem="`prompt` has no tokens", param="prompt")
+            raise InvalidRequest(problem=f"`{param}` has no tokens", param=param)
         return tokens
 
     async def _echo(
