@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from litestar import get
+from litestar import Request, get
+from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
 
 from pals.driver.interface import Driver, HopReport
 from pals.errors import UnknownModel
+
+ApiRequest = Request[None, None, State]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +28,11 @@ def chain_route(drivers: Mapping[str, Driver]) -> HTTPRouteHandler:
     """Return the handler of ``GET /pals/chain``; ``?model=`` names one of several."""
 
     @get("/pals/chain")
-    async def read_chain(model: str | None = None) -> ChainReport:
-        driver = next(iter(drivers.values())) if model is None else drivers.get(model)
+    async def read_chain(request: ApiRequest) -> ChainReport:
+        model = request.query_params.get("model", next(iter(drivers)))
+        driver = drivers.get(model)
         if driver is None:
-            raise UnknownModel(model=str(model)[:200], served="`, `".join(drivers), param="model")
+            raise UnknownModel(model=model[:200], served="`, `".join(drivers), param="model")
         return ChainReport(schema=1, model=driver.model_id, hops=await driver.report())
 
     return read_chain

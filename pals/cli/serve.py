@@ -246,6 +246,7 @@ def _build_driver(
     snapshot: Snapshot,
 ) -> LocalDriver:
     from pals.driver.local import LocalDriver
+    from pals.text.answers.format import AnswerFormat
     from pals.text.child import TextChild
     from pals.text.template import ChatTemplate
     from pals.text.tokenizer import Tokenizer
@@ -259,6 +260,8 @@ def _build_driver(
         tokenizer,
         ChatTemplate.load(snapshot.path, child),
         eos_token_ids=tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids),
+        vocab_size=snapshot.config.vocab_size,
+        answers=AnswerFormat.detect(snapshot.path, tokenizer),
     )
 
 

@@ -1,35 +1,68 @@
-"""The driver of one process: messages in, text out, over sessions on the trio thread."""
+"""The driver of one process: prompts in, pieces out, over sessions on the trio thread."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
-from pals.driver.bridge import TrioThread, post_to
-from pals.driver.interface import FinishReason, GenerateParams, HopReport, Message, TextDelta
+from pals.driver.answers import AnswerReader, Reading
+from pals.driver.best import BestOf
+from pals.driver.bridge import TrioThread
+from pals.driver.choices import ChoiceSessions
+from pals.driver.completion import LocalCompletion, PromptOnly
+from pals.driver.interface import (
+    Completion,
+    Delta,
+    Embedding,
+    GenerateParams,
+    HopReport,
+    Message,
+    Prompt,
+    TokenScore,
+)
 from pals.driver.routes import ServedModel
+from pals.driver.scores import TokenScorer
+from pals.driver.scoring import read_scores, scoring_request
 from pals.driver.sessions import SessionClient
-from pals.driver.state import ClientSession, SampledToken, SessionEvent, SessionRequest
-from pals.errors import PalsError
-from pals.text.detokenize import StreamDetokenizer
-from pals.text.stop import StopStrings
+from pals.driver.shard_times import ShardTimes
+from pals.driver.state import SessionRequest
+from pals.driver.turns import turn_of
+from pals.errors import InvalidRequest
+from pals.text.answers.format import AnswerFormat, PlainParser
+from pals.text.answers.pieces import Content
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
-from pals.types import Sampling, short_id
+from pals.types import Grammar, Sampling
+
+TAIL_CHARACTERS = 256
+"""Of a rendered prompt, for the parser: a template may have opened the reasoning."""
+CONTEXT_TOKENS = 8
+"""Of a prompt that an answer's text goes on with."""
+EMBEDDINGS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rendered:
+    tokens: tuple[int, ...]
+    tail: str
 
 
 class LocalDriver:
-    """Answers conversations; implements `pals.driver.interface.Driver`.
+    """Answers conversations and prompts; implements `pals.driver.interface.Driver`.
 
     Args:
         network: The trio thread on which the sessions live.
+        client: Opens them.
         model: The model it drives.
         tokenizer: The model's tokenizer.
         template: The model's chat template.
         eos_token_ids: Ids that end an answer.
+        vocab_size: Rows of the model's embedding; by default the tokenizer's.
+        answers: How the model's family writes its answers.
     """
 
     def __init__(
@@ -41,6 +74,8 @@ class LocalDriver:
         template: ChatTemplate,
         *,
         eos_token_ids: Iterable[int],
+        vocab_size: int | None = None,
+        answers: AnswerFormat | None = None,
     ) -> None:
         self._network = network
         self._client = client
@@ -48,129 +83,198 @@ class LocalDriver:
         self._tokenizer = tokenizer
         self._template = template
         self._eos_token_ids = tuple(sorted(eos_token_ids))
+        self._answers = answers or AnswerFormat()
+        self._scorer = TokenScorer(tokenizer)
+        self._times = ShardTimes(self.report)
+        self.vocab_size = vocab_size or tokenizer.vocab_size
         self.created = int(time.time())
 
     @property
     def model_id(self) -> str:
         return self._model.model_id
 
-    async def chat(self, messages: Sequence[Message], params: GenerateParams) -> LocalCompletion:
-        """Start a completion; see `pals.driver.interface.Driver.chat` for what it raises."""
-        prompt = await asyncio.to_thread(self._encode, messages)
-        request = SessionRequest(
-            prompt=prompt,
-            max_new_tokens=params.max_tokens,
-            stop_token_ids=self._eos_token_ids,
-            sampling=Sampling(
-                temperature=params.temperature,
-                top_p=params.top_p,
-                seed=secrets.randbits(64) if params.seed is None else params.seed % (1 << 64),
-            ),
-        )
-        events: asyncio.Queue[SessionEvent] = asyncio.Queue()
-        sink = partial(_put_soon, asyncio.get_running_loop(), events)
-        session = await self._network.call(
-            partial(self._client.open, request, sink), on_lost=self._client.close
-        )
-        return LocalCompletion(
-            self._network,
-            self._client,
-            session,
-            events,
-            text=_TextStream(self._tokenizer, params.stop, self._eos_token_ids),
-            prompt_tokens=len(prompt),
-        )
+    @property
+    def context_tokens(self) -> int:
+        return self._model.max_position_embeddings
+
+    async def chat(self, messages: Sequence[Message], params: GenerateParams) -> Completion:
+        """Start answers; see `pals.driver.interface.Driver.chat` for what it raises."""
+        asked_at, use = time.perf_counter(), params.tools
+        prompt = await asyncio.to_thread(self._render, messages, params)
+        grammar = self._grammar(params, prompt.tail)
+        reading = self._reading(params, kept_tokens=self._answers.kept_tokens)
+        readers = [
+            AnswerReader(i, reading, self._answers.parser(use, prompt_tail=prompt.tail))
+            for i in range(_made(params))
+        ]
+        request = self._request(prompt.tokens, params, grammar)
+        return await self._start(request, params, readers, asked_at=asked_at)
+
+    async def complete(self, prompt: Prompt, params: GenerateParams) -> Completion:
+        """Start answers; see `pals.driver.interface.Driver.complete` for what it raises."""
+        asked_at = time.perf_counter()
+        tokens = await asyncio.to_thread(self._tokens_of, prompt, "prompt")
+        before = await self._echo(prompt, tokens, params)
+        if params.max_tokens == 0:
+            return PromptOnly(_ended(before, params.n), prompt_tokens=len(tokens))
+        context = [t for t in tokens if not self._tokenizer.is_skipped(t)][-CONTEXT_TOKENS:]
+        reading = self._reading(params, context=tuple(context))
+        readers = [AnswerReader(i, reading, PlainParser()) for i in range(_made(params))]
+        request = self._request(tokens, params, params.grammar)
+        return await self._start(request, params, readers, before=before, asked_at=asked_at)
+
+    async def embed(self, inputs: Sequence[Prompt]) -> list[Embedding]:
+        """Return embeddings; see `pals.driver.interface.Driver.embed` for what it raises."""
+        tokens = [await asyncio.to_thread(self._tokens_of, text, "input") for text in inputs]
+        room = asyncio.Semaphore(EMBEDDINGS_AT_ONCE)
+        tasks = [asyncio.create_task(self._embed(each, room)) for each in tokens]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _embed(self, tokens: tuple[int, ...], room: asyncio.Semaphore) -> Embedding:
+        async with room:
+            vector = await self._network.call(partial(self._client.embed, tokens))
+        return Embedding(vector=vector, tokens=len(tokens))
 
     async def report(self) -> list[HopReport]:
         """Return how the shards of the last used chain did lately, head first."""
         return await self._network.call(self._client.report)
 
-    def _encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        text = self._template.render(turns)
-        return tuple(self._tokenizer.encode_prompt(text))
+    # --- prompts ---------------------------------------------------------------------
 
+    def _render(self, messages: Sequence[Message], params: GenerateParams) -> _Rendered:
+        text = self._template.render(
+            self._answers.template_messages([turn_of(m) for m in messages], params.tools),
+            tools=self._answers.template_tools(params.tools),
+            reasoning_effort=params.reasoning_effort,
+        )
+        tokens = tuple(self._tokenizer.encode_prompt(text))
+        return _Rendered(tokens=tokens, tail=text[-TAIL_CHARACTERS:])
 
-def _put_soon(
-    loop: asyncio.AbstractEventLoop, events: asyncio.Queue[SessionEvent], event: SessionEvent
-) -> None:
-    post_to(loop, partial(events.put_nowait, event))
+    def _tokens_of(self, prompt: Prompt, param: str) -> tuple[int, ...]:
+        text = isinstance(prompt, str)
+        tokens = tuple(self._tokenizer.encode_prompt(prompt)) if text else prompt
+        if not tokens:
+            raise InvalidRequest(problem=f"`{param}` has no tokens", param=param)
+        return tokens
 
+    async def _echo(
+        self, prompt: Prompt, tokens: tuple[int, ...], params: GenerateParams
+    ) -> list[Delta]:
+        """Return what each answer begins with; nothing where no echo is asked for."""
+        if not params.echo:
+            return []
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(tokens)
+        scores: tuple[TokenScore, ...] = ()
+        if params.logprobs is not None:
+            scores = await self._score(tokens, params.logprobs)
+        piece = (Content(text),) if text else ()
+        return [Delta(choice=i, pieces=piece, scores=scores) for i in range(_made(params))]
 
-class _TextStream:
-    """Turns sampled tokens into text that may be shown, and knows when it ends."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, stops: Sequence[str], eos_token_ids: Sequence[int]
-    ) -> None:
-        self._detokenizer = StreamDetokenizer(tokenizer)
-        self._stops = StopStrings(stops)
-        self._eos = frozenset(eos_token_ids)
-
-    def push(self, token: int, *, last: bool) -> TextDelta:
-        """Add one token; a delta with a finish reason is the last one."""
-        if token in self._eos:
-            return self._finish("", "stop")
-        text, hit = self._stops.push(self._detokenizer.push(token))
-        if hit:
-            return TextDelta(text=text, finish_reason="stop")
-        return self._finish(text, "length") if last else TextDelta(text=text)
-
-    def _finish(self, text: str, reason: FinishReason) -> TextDelta:
-        """Release what was held back: it is no part of a stop string after all."""
-        more, hit = self._stops.push(self._detokenizer.finish())
-        if hit:
-            return TextDelta(text=text + more, finish_reason="stop")
-        return TextDelta(text=text + more + self._stops.finish(), finish_reason=reason)
-
-
-class LocalCompletion:
-    """One running completion; implements `pals.driver.interface.Completion`."""
-
-    def __init__(
-        self,
-        network: TrioThread[SessionClient],
-        client: SessionClient,
-        session: ClientSession,
-        events: asyncio.Queue[SessionEvent],
-        *,
-        text: _TextStream,
-        prompt_tokens: int,
-    ) -> None:
-        self._network = network
-        self._client = client
-        self._session = session
-        self._events = events
-        self._text = text
-        self._completion_tokens = 0
-        self.prompt_tokens = prompt_tokens
-
-    @property
-    def completion_tokens(self) -> int:
-        return self._completion_tokens
-
-    @property
-    def route(self) -> tuple[str, ...]:
-        hops = self._session.chain.hops
-        return tuple(f"{short_id(hop.peer)}[{hop.layers}]" for hop in hops)
-
-    async def __aiter__(self) -> AsyncIterator[TextDelta]:
+    async def _score(self, tokens: tuple[int, ...], logprobs: int) -> tuple[TokenScore, ...]:
+        first = self._scorer.unscored(tokens[0])
+        if len(tokens) == 1:
+            return (first,)
+        request = scoring_request(tokens, logprobs)
+        sessions = ChoiceSessions(self._network, self._client, request, ())
         try:
-            while True:
-                delta = await self._next()
-                yield delta
-                if delta.finish_reason is not None:
-                    return
+            await sessions.open()
+            return (first, *await read_scores(sessions, tokens, self._scorer))
         finally:
-            await self.aclose()
+            sessions.close_all()
 
-    async def aclose(self) -> None:
-        self._network.post(partial(self._client.close, self._session))
+    def _grammar(self, params: GenerateParams, prompt_tail: str) -> Grammar | None:
+        """Return what an answer in a conversation may consist of, reasoning and calls included."""
+        if params.grammar is not None:
+            return self._answers.after_reasoning(params.grammar, prompt_tail=prompt_tail)
+        if params.tools is not None:
+            return self._answers.grammar(params.tools, prompt_tail=prompt_tail)
+        return None
 
-    async def _next(self) -> TextDelta:
-        event = await self._events.get()
-        if isinstance(event, PalsError):
-            raise event
-        assert isinstance(event, SampledToken)
-        self._completion_tokens += 1
-        return self._text.push(event.token, last=event.last)
+    # --- answers ---------------------------------------------------------------------
+
+    def _reading(
+        self,
+        params: GenerateParams,
+        *,
+        kept_tokens: frozenset[int] = frozenset(),
+        context: tuple[int, ...] = (),
+    ) -> Reading:
+        return Reading(
+            tokenizer=self._tokenizer,
+            end_tokens=frozenset(self._eos_token_ids),
+            kept_tokens=kept_tokens,
+            stop=params.stop,
+            scored=_is_scored(params),
+            context=context,
+        )
+
+    def _request(
+        self, prompt: tuple[int, ...], params: GenerateParams, grammar: Grammar | None
+    ) -> SessionRequest:
+        return SessionRequest(
+            prompt=prompt,
+            max_new_tokens=params.max_tokens,
+            stop_token_ids=self._eos_token_ids,
+            sampling=_sampling(params, 0),
+            grammar=grammar,
+        )
+
+    async def _start(
+        self,
+        request: SessionRequest,
+        params: GenerateParams,
+        readers: Sequence[AnswerReader],
+        *,
+        before: Sequence[Delta] = (),
+        asked_at: float,
+    ) -> Completion:
+        others = [_sampling(params, choice) for choice in range(1, len(readers))]
+        sessions = ChoiceSessions(self._network, self._client, request, others)
+        await sessions.open()
+        self._times.refresh()
+        completion = LocalCompletion(
+            sessions,
+            readers,
+            before=before,
+            prompt_tokens=len(request.prompt),
+            asked_at=asked_at,
+            shard_times=self._times.known,
+        )
+        if len(readers) == params.n:
+            return completion
+        return BestOf(completion, n=params.n, scored=params.logprobs is not None)
+
+
+def _made(params: GenerateParams) -> int:
+    return params.n if params.best_of is None else max(params.n, params.best_of)
+
+
+def _is_scored(params: GenerateParams) -> bool:
+    return params.logprobs is not None or _made(params) > params.n
+
+
+def _sampling(params: GenerateParams, choice: int) -> Sampling:
+    """Return how one of the answers is sampled: they differ by their seeds."""
+    seed = secrets.randbits(64) if params.seed is None else params.seed + choice
+    return Sampling(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=seed % (1 << 64),
+        logprobs=(params.logprobs or 0) if _is_scored(params) else None,
+    )
+
+
+def _ended(before: Sequence[Delta], n: int) -> list[Delta]:
+    """Return answers that end where they begin."""
+    empty = [Delta(choice=i) for i in range(n)]
+    return [replace(delta, finish_reason="length") for delta in (before or empty)[:n]]

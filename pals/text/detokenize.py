@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Sequence
 from typing import Protocol
 
 from pals.text.tokenizer import Tokenizer
@@ -20,9 +21,17 @@ class StreamDetokenizer:
     not UTF-8 as a whole is given up piece by piece.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: The model's.
+            context: Tokens that it goes on with, whose own text is out already.
+        """
         byte_level = tokenizer.is_byte_level
         self._stream: _Stream = _ByteStream(tokenizer) if byte_level else _WindowStream(tokenizer)
+        for token in context:
+            self._stream.push(token)
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that no later token can change."""

@@ -60,6 +60,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        reasoning_effort: str | None = None,
     ) -> str:
         """Return the prompt text of a conversation, as transformers renders it.
 
@@ -67,6 +68,8 @@ class ChatTemplate:
             messages: Objects with ``role`` and ``content``, in order.
             add_generation_prompt: End with the opening of the assistant's turn.
             tools: OpenAI tool objects for templates that know them.
+            reasoning_effort: ``none``, ``low`` or the like, for templates that know it or
+                whether to think at all; None for what the template does by itself.
 
         Raises:
             TemplateError: The template refuses the messages, fails, or exceeds its time,
@@ -79,6 +82,7 @@ class ChatTemplate:
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            **_effort(reasoning_effort),
         }
         try:
             request = msgspec.json.encode(variables)
@@ -101,6 +105,14 @@ def load_template(folder: Path) -> str | None:
     """
     source = load_text(folder / "chat_template.jinja", maximum=MAX_TEMPLATE_BYTES)
     return _configured_template(folder / "tokenizer_config.json") if source is None else source
+
+
+def _effort(reasoning_effort: str | None) -> dict[str, object]:
+    """Return the variables by which templates of the families know of an effort."""
+    if reasoning_effort is None:
+        return {}
+    thinks = reasoning_effort != "none"
+    return {"reasoning_effort": reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
 
 
 def _failed(problem: str) -> TemplateError:

@@ -167,13 +167,26 @@ class Tokenizer:
         # an added token that holds characters outside of the byte alphabet, such as a space
         return token.encode()
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        """Return the bytes by which a token is shown by itself, a special one by its name."""
+        name = self._token(token_id)
+        if self.is_skipped(token_id):
+            return name.encode()
+        if self.is_byte_level:
+            return self.token_bytes(token_id)
+        if self.is_byte_token(token_id):
+            return bytes([int(name[3:5], 16)])
+        # A decoder may drop the space that leads its first token, so that it gets one before.
+        before = self.decode([token_id])
+        return self.decode([token_id, token_id])[len(before) :].encode()
+
     def is_skipped(self, token_id: int) -> bool:
         """Return whether `decode` leaves a token out: it is special, or unknown."""
         return token_id in self.special_ids or not self._token(token_id)
 
-    def special_names(self) -> dict[str, int]:
-        """Return the ids of the special tokens by their names."""
-        return {self._token(i): i for i in sorted(self.special_ids)}
+    def added_tokens(self) -> dict[str, int]:
+        """Return the ids of the tokens beside the vocabulary, special or not, by their names."""
+        return {str(token): i for i, token in self._inner.get_added_tokens_decoder().items()}
 
     def is_byte_token(self, token_id: int) -> bool:
         """Return whether a token is one byte (``<0x0A>``) of a SentencePiece vocabulary."""

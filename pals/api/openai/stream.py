@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from typing import Protocol, TypeVar
 
 import anyio
 import msgspec
 from litestar.types import Receive
 
-from pals.api.openai.schema import Chunk, ChunkChoice, Delta, Usage
+from pals.api.openai.running import Running, usage_of
+from pals.api.openai.schema.shared import Usage
 from pals.api.problems import problem_json
-from pals.driver.interface import Completion, TextDelta
+from pals.driver.interface import Delta
 from pals.errors import PalsError
 
 HEARTBEAT_S = 15.0
-CLOSE_DEADLINE_S = 5.0
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -26,6 +25,16 @@ _T = TypeVar("_T")
 
 class ClientGone(Exception):
     """The client disconnected before its answer was ready; there is nobody to tell."""
+
+
+class ChunkForm(Protocol):
+    """Writes the chunks of one stream."""
+
+    def chunks(self, delta: Delta) -> Sequence[msgspec.Struct]: ...
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct | None:
+        """Return the last chunk, where the request asks for it."""
+        ...
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[object, None, _T]) -> _T:
@@ -52,17 +61,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-@asynccontextmanager
-async def closing(completion: Completion) -> AsyncGenerator[Completion]:
-    """Free the completion's sessions at the end, also when the request is cancelled."""
-    try:
-        yield completion
-    finally:
-        with anyio.move_on_after(CLOSE_DEADLINE_S, shield=True):
-            await completion.aclose()
-
-
-async def primed(deltas: AsyncIterator[TextDelta], *, wait_s: float) -> AsyncIterator[TextDelta]:
+async def primed(deltas: AsyncIterator[Delta], *, wait_s: float) -> AsyncIterator[Delta]:
     """Wait for the first delta, but no longer than ``wait_s``, and return all of them.
 
     A failure until then is raised here, where the response still can have a status.
@@ -79,67 +78,35 @@ async def primed(deltas: AsyncIterator[TextDelta], *, wait_s: float) -> AsyncIte
 
 
 async def _chain(
-    first: asyncio.Future[TextDelta | None], deltas: AsyncIterator[TextDelta]
-) -> AsyncIterator[TextDelta]:
+    first: asyncio.Future[Delta | None], deltas: AsyncIterator[Delta]
+) -> AsyncIterator[Delta]:
     delta = await first
     while delta is not None:
         yield delta
         delta = await anext(deltas, None)
 
 
-class ChunkWriter:
-    """Writes the chunks of one stream, which share their head."""
-
-    def __init__(self, completion: Completion, head: Chunk, *, include_usage: bool) -> None:
-        self._completion = completion
-        self._include_usage = include_usage
-        self._head = msgspec.structs.replace(head, usage=None) if include_usage else head
-
-    async def events(self, deltas: AsyncIterator[TextDelta]) -> AsyncGenerator[bytes]:
-        """Yield the events of a completion, an error in its place among them.
-
-        The role comes with the first text, so that nothing is sent before a token is.
-        """
-        async with closing(self._completion):
-            role = True
-            try:
-                async for delta in deltas:
-                    if role:
-                        yield self._chunk(Delta(role="assistant", content=""))
-                        role = False
-                    for chunk in self._text_chunks(delta):
-                        yield chunk
-            except PalsError as error:
-                yield _event(problem_json(error))
-                return
-            # The status line is long gone: an event is the only place left for a failure.
-            except Exception as error:
-                _LOG.error("stream failed: %s", type(error).__name__)
-                yield _event(problem_json(PalsError()))
-                return
-            if self._include_usage:
-                yield self._usage_chunk()
-            yield _event(b"[DONE]")
-
-    def _text_chunks(self, delta: TextDelta) -> list[bytes]:
-        chunks = [self._chunk(Delta(content=delta.text))] if delta.text else []
-        if delta.finish_reason is not None:
-            chunks.append(self._chunk(Delta(), delta.finish_reason))
-        return chunks
-
-    def _chunk(self, delta: Delta, finish_reason: str | None = None) -> bytes:
-        choice = ChunkChoice(delta=delta, finish_reason=finish_reason)
-        return _event(msgspec.json.encode(msgspec.structs.replace(self._head, choices=[choice])))
-
-    def _usage_chunk(self) -> bytes:
-        usage = usage_of(self._completion)
-        return _event(msgspec.json.encode(msgspec.structs.replace(self._head, usage=usage)))
-
-
-def usage_of(completion: Completion) -> Usage:
-    """Return the tokens a completion has taken so far."""
-    prompt, answer = completion.prompt_tokens, completion.completion_tokens
-    return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)
+async def events(
+    running: Running, deltas: AsyncIterator[Delta], form: ChunkForm
+) -> AsyncGenerator[bytes]:
+    """Yield the events of a completion, an error in its place among them."""
+    async with running as completion:
+        try:
+            async for delta in deltas:
+                for chunk in form.chunks(delta):
+                    yield _event(msgspec.json.encode(chunk))
+        except PalsError as error:
+            yield _event(problem_json(error))
+            return
+        # The status line is long gone: an event is the only place left for a failure.
+        except Exception as error:
+            _LOG.error("stream failed: %s", type(error).__name__)
+            yield _event(problem_json(PalsError()))
+            return
+        last = form.usage_chunk(usage_of(completion))
+        if last is not None:
+            yield _event(msgspec.json.encode(last))
+        yield _event(b"[DONE]")
 
 
 async def with_heartbeats(

@@ -17,6 +17,13 @@ from tests.integration.api.servers import running
 
 CHAT = {"model": "test/tiny", "messages": [{"role": "user", "content": "hi"}]}
 CHAT_PATH = "/v1/chat/completions"
+USAGE = {
+    "prompt_tokens": 7,
+    "completion_tokens": 3,
+    "total_tokens": 10,
+    "prompt_tokens_details": {"cached_tokens": 4},
+    "completion_tokens_details": {"reasoning_tokens": 0},
+}
 
 
 @pytest.fixture
@@ -72,7 +79,7 @@ def test_a_whole_completion_has_openai_s_shape(url: str, driver: FakeDriver) -> 
                 "logprobs": None,
             }
         ],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        "usage": USAGE,
     }
     params = GenerateParams(max_tokens=9, temperature=0.0, seed=1, stop=(".",))
     assert driver.calls == [((Message(role="user", content="hi"),), params)]
@@ -110,7 +117,7 @@ def test_usage_comes_as_the_last_chunk_when_asked_for(url: str) -> None:
     *chunks, last, _ = [json.loads(e) if e != "[DONE]" else e for e in events(response.text)]
     assert all(c["usage"] is None for c in chunks)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    assert last["usage"] == USAGE
 
 
 def test_the_openai_client_reads_a_stream(client: OpenAI) -> None:
@@ -126,10 +133,10 @@ def test_the_openai_client_reads_a_stream(client: OpenAI) -> None:
 def test_the_openai_client_raises_its_own_errors(client: OpenAI) -> None:
     with pytest.raises(BadRequestError) as caught:
         client.chat.completions.create(
-            model="test/tiny", messages=[{"role": "user", "content": "hi"}], n=2
+            model="test/tiny", messages=[{"role": "user", "content": "hi"}], store=True
         )
 
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "n")
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "store")
     assert caught.value.type == "invalid_request_error"
 
 
@@ -158,7 +165,7 @@ def test_a_refusal_of_the_driver_has_its_status(
 def test_a_failure_before_the_first_token_has_its_status(
     url: str, driver: FakeDriver, stream: bool
 ) -> None:
-    driver.pieces = ()
+    driver.script = ()
     driver.end = ShardLost(peer="p", layers="0:2", problem="gone")
 
     response = httpx.post(url + CHAT_PATH, json=CHAT | {"stream": stream})

@@ -12,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pals.driver.interface import GenerateParams, Message, TextDelta
-from pals.driver.local import LocalCompletion, LocalDriver, _TextStream
+from pals.driver.answers import AnswerReader, Reading
+from pals.driver.interface import Completion, Delta, GenerateParams, HopReport, Message
+from pals.driver.local import LocalDriver
 from pals.driver.routes import ServedModel
 from pals.driver.state import SampledToken, SessionRequest, Sink
 from pals.errors import NoChain, ShardLost
+from pals.text.answers.format import PlainParser
+from pals.text.answers.pieces import Content
 from pals.text.tokenizer import Tokenizer
 from pals.types import Sampling
 from tests.unit.text.tokenizers_for_tests import save_byte_level
@@ -51,27 +54,32 @@ def eos_of(tokenizer: Tokenizer) -> int:
 
 def play(
     tokenizer: Tokenizer, tokens: Sequence[int], *stops: str, last: int | None = None
-) -> list[TextDelta]:
+) -> list[Delta]:
     """Push tokens until a delta is the last one; ``last`` is where the tail stops itself."""
-    stream = _TextStream(tokenizer, stops, [eos_of(tokenizer)])
-    deltas: list[TextDelta] = []
+    reading = Reading(tokenizer=tokenizer, end_tokens=frozenset([eos_of(tokenizer)]), stop=stops)
+    reader = AnswerReader(0, reading, PlainParser())
+    deltas: list[Delta] = []
     for index, token in enumerate(tokens):
-        deltas.append(stream.push(token, last=index == last))
+        deltas.append(reader.push(SampledToken(token, index == last)))
         if deltas[-1].finish_reason is not None:
             break
     return deltas
 
 
-def joined(deltas: Sequence[TextDelta]) -> tuple[str, str | None]:
-    return "".join(delta.text for delta in deltas), deltas[-1].finish_reason
+def text_of(delta: Delta) -> str:
+    return "".join(piece.text for piece in delta.pieces if isinstance(piece, Content))
+
+
+def joined(deltas: Sequence[Delta]) -> tuple[str, str | None]:
+    return "".join(map(text_of, deltas)), deltas[-1].finish_reason
 
 
 def test_each_token_gives_its_text_at_once(tokenizer: Tokenizer) -> None:
     tokens = ids_of(tokenizer, "hey")
     assert play(tokenizer, tokens) == [
-        TextDelta(text="h"),
-        TextDelta(text="e"),
-        TextDelta(text="y"),
+        Delta(pieces=(Content("h"),)),
+        Delta(pieces=(Content("e"),)),
+        Delta(pieces=(Content("y"),)),
     ]
 
 
@@ -80,7 +88,7 @@ def test_end_token_ends_the_text_and_is_not_shown(tokenizer: Tokenizer) -> None:
     for last in (None, 3):
         deltas = play(tokenizer, tokens, last=last)
         assert joined(deltas) == ("hey", "stop")
-        assert deltas[-1].text == ""
+        assert text_of(deltas[-1]) == ""
 
 
 def test_last_token_of_another_kind_ends_the_text_by_length(tokenizer: Tokenizer) -> None:
@@ -157,7 +165,9 @@ class FakeClient:
         self.closed: list[object] = []
         self.refusal: Exception | None = None
         hops = [SimpleNamespace(peer=f"peer-{i}-abcdefgh", layers=f"{i}:{i + 1}") for i in (1, 2)]
-        self.session = SimpleNamespace(chain=SimpleNamespace(hops=hops))
+        self.session = SimpleNamespace(
+            chain=SimpleNamespace(hops=hops), attempt=SimpleNamespace(start=2)
+        )
 
     async def open(self, request: SessionRequest, sink: Sink) -> object:
         if self.refusal is not None:
@@ -169,11 +179,15 @@ class FakeClient:
     def close(self, session: object) -> None:
         self.closed.append(session)
 
+    async def report(self) -> list[HopReport]:
+        return []
+
 
 class FakeTemplate:
     """Joins the contents of the messages."""
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[dict[str, str]], *, tools: object) -> str:
+        del tools
         return "".join(message["content"] for message in messages)
 
 
@@ -197,7 +211,7 @@ class Bench:
             eos_token_ids=[eos_of(self.tokenizer), 3],
         )
 
-    async def chat(self, text: str = "hey", **params: Any) -> LocalCompletion:
+    async def chat(self, text: str = "hey", **params: Any) -> Completion:
         messages = [Message(role="user", content=text)]
         return await self.driver().chat(messages, GenerateParams(**params))
 
@@ -221,7 +235,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 async def collect(
-    completion: LocalCompletion, shown: list[TextDelta] | None = None
+    completion: Completion, shown: list[Delta] | None = None
 ) -> tuple[str, str | None]:
     """Read a completion to its end; ``shown`` also has what came before an error."""
     deltas = [] if shown is None else shown
@@ -306,7 +320,7 @@ def test_failure_on_the_way_is_raised_after_the_text_and_closes_the_session(
     bench: Bench, tokenizer: Tokenizer
 ) -> None:
     lost = ShardLost(peer="p", layers="0:2", problem="gone")
-    shown: list[TextDelta] = []
+    shown: list[Delta] = []
 
     async def main() -> None:
         completion = await bench.chat()
@@ -317,7 +331,7 @@ def test_failure_on_the_way_is_raised_after_the_text_and_closes_the_session(
         assert caught.value is lost
 
     run(main)
-    assert [delta.text for delta in shown] == ["o", "k"]
+    assert [text_of(delta) for delta in shown] == ["o", "k"]
     assert bench.client.closed == [bench.client.session]
 
 
