@@ -171,9 +171,9 @@ class Tokenizer:
         """Return whether `decode` leaves a token out: it is special, or unknown."""
         return token_id in self.special_ids or not self._token(token_id)
 
-    def special_names(self) -> dict[str, int]:
-        """Return the ids of the special tokens by their names."""
-        return {self._token(i): i for i in sorted(self.special_ids)}
+    def added_tokens(self) -> dict[str, int]:
+        """Return the ids of the tokens beside the vocabulary, special or not, by their names."""
+        return {str(token): i for i, token in self._inner.get_added_tokens_decoder().items()}
 
     def is_byte_token(self, token_id: int) -> bool:
         """Return whether a token is one byte (``<0x0A>``) of a SentencePiece vocabulary."""

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pals.text.answers.families import HARMONY, PROMPTED, Family, family_of
+from pals.text.answers.families import HARMONY, PLAIN, Family, family_of
+from pals.text.answers.grammar import (
+    GrammarWriter,
+    after_analysis,
+    after_thinking,
+    answer_expression,
+    calls_expression,
+    final_message,
+    text_or_calls,
+)
 from pals.text.answers.pieces import Content, Piece
 from pals.text.answers.reasoning import MISTRAL_THINK, THINK, Thinking, reasoning
 from pals.text.answers.region import Calls
 from pals.text.answers.source import Reader, ReaderParser, Source, until
 from pals.text.answers.tools import ToolSpec, ToolUse
+from pals.text.answers.turns import Turn, tool_objects, turns_for
 from pals.text.files import load_settings
 from pals.text.template import load_template
 from pals.text.tokenizer import Tokenizer
+from pals.types import Grammar
 
 _READS_TOOLS = re.compile(r"\btools\b")
 
@@ -41,6 +52,18 @@ class AnswerParser(Protocol):
         ...
 
 
+class PlainParser:
+    """Takes all text for content, as where no conversation is answered."""
+
+    ended = False
+
+    def push(self, text: str) -> list[Piece]:
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Piece]:
+        return []
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerFormat:
     """The format of one model's answers.
@@ -50,12 +73,14 @@ class AnswerFormat:
         thinking: The marks around its reasoning, where it has some.
         template_reads_tools: The chat template puts the tools into the prompt.
         special: Special tokens of the tokenizer that are marks of the format, by name.
+        tokens: All marks that are one token, by name.
     """
 
-    family: Family = PROMPTED
+    family: Family = PLAIN
     thinking: Thinking | None = None
     template_reads_tools: bool = False
-    special: Mapping[str, int]
+    special: Mapping[str, int] = field(default_factory=dict[str, int])
+    tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @classmethod
     def detect(cls, folder: Path, tokenizer: Tokenizer) -> AnswerFormat:
@@ -68,11 +93,13 @@ class AnswerFormat:
         family = family_of(template, load_settings(folder / "config.json").get("model_type"))
         thinking = None if family is HARMONY else _thinking_of(template or "")
         marks = {*family.marks, *((thinking.open, thinking.close) if thinking else ())}
+        tokens = {name: i for name, i in tokenizer.added_tokens().items() if name in marks}
         return cls(
             family=family,
             thinking=thinking,
             template_reads_tools=_READS_TOOLS.search(template or "") is not None,
-            special={name: i for name, i in tokenizer.special_names().items() if name in marks},
+            special={name: i for name, i in tokens.items() if i in tokenizer.special_ids},
+            tokens=tokens,
         )
 
     @property
@@ -93,6 +120,63 @@ class AnswerFormat:
         calls = Calls(tools, several=use is None or use.parallel)
         return ReaderParser(source, self._read(source, calls, prompt_tail))
 
+    def grammar(self, use: ToolUse, *, prompt_tail: str = "") -> Grammar | None:
+        """Return the grammar that makes an answer call as ``use`` demands; None if it is free.
+
+        Args:
+            use: Tools of which one has to be called, or whose schemas bind.
+            prompt_tail: As in `parser`.
+        """
+        tools = callable_tools(use)
+        must_call = use.named or use.choice == "required"
+        if not tools or not (must_call or any(tool.strict for tool in tools)):
+            return None
+        writer = GrammarWriter(self.tokens)
+        calls = calls_expression(writer, self.family, tools, several=use.parallel)
+        if not must_call and self.family is HARMONY:
+            calls = f"{calls} | {final_message(writer, 'TEXT')}"
+        elif not must_call:
+            calls = text_or_calls(self.family, calls)
+        return writer.lark(self._after_reasoning(writer, calls, prompt_tail))
+
+    def after_reasoning(self, grammar: Grammar, *, prompt_tail: str) -> Grammar:
+        """Return a grammar for the whole answer of which ``grammar`` is the content.
+
+        Args:
+            grammar: Of kind ``json_object`` or ``json_schema``; another is returned as it is.
+            prompt_tail: As in `parser`.
+        """
+        is_json = grammar.kind in ("json_object", "json_schema")
+        is_over = self.thinking is None or self.thinking.over(prompt_tail)
+        if not is_json or (is_over and self.family is not HARMONY):
+            return grammar
+        writer = GrammarWriter(self.tokens)
+        answer = answer_expression(writer, grammar)
+        if self.family is HARMONY:
+            answer = final_message(writer, answer)
+        return writer.lark(self._after_reasoning(writer, answer, prompt_tail))
+
+    def _after_reasoning(self, writer: GrammarWriter, answer: str, prompt_tail: str) -> str:
+        if self.family is HARMONY:
+            return after_analysis(writer, answer)
+        if self.thinking is not None:
+            return after_thinking(writer, self.thinking, prompt_tail, answer)
+        return answer
+
+    def template_messages(self, messages: Sequence[Turn], use: ToolUse | None) -> list[Turn]:
+        """Return messages in OpenAI's form as the model's chat template wants them.
+
+        Raises:
+            InvalidRequest: The arguments of an earlier call are no JSON object.
+        """
+        described = () if self.template_reads_tools else shown_tools(use)
+        return turns_for(self.family, messages, described)
+
+    def template_tools(self, use: ToolUse | None) -> list[Turn] | None:
+        """Return the tools for `ChatTemplate.render`; None where it shall be given none."""
+        tools = shown_tools(use) if self.template_reads_tools else ()
+        return tool_objects(tools) or None
+
     def _read(self, source: Source, calls: Calls, prompt_tail: str) -> Reader[None]:
         if self.thinking is not None:
             yield from reasoning(source, self.thinking, prompt_tail)
@@ -107,6 +191,11 @@ def callable_tools(use: ToolUse | None) -> Sequence[ToolSpec]:
     if use is None or (use.choice == "none" and not use.named):
         return ()
     return [tool for tool in use.tools if not use.named or tool.name == use.choice]
+
+
+def shown_tools(use: ToolUse | None) -> Sequence[ToolSpec]:
+    """Return the tools that the model is told of."""
+    return use.tools if callable_tools(use) and use is not None else ()
 
 
 def _thinking_of(template: str) -> Thinking | None:
