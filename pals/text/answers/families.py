@@ -100,7 +100,7 @@ class Family:
     syntax: Syntax
     marks: tuple[str, ...] = ()
     template_marks: tuple[str, ...] = ()
-    model_types: frozenset[str] = frozenset()
+    model_types: tuple[str, ...] = ()
     arguments: Literal["object", "text"] = "object"
     no_content: str | None = ""
     flattened: bool = False
@@ -121,7 +121,7 @@ HARMONY = Family(
     ),
     marks=HARMONY_MARKS,
     template_marks=(CHANNEL, MESSAGE),
-    model_types=frozenset({"gpt_oss"}),
+    model_types=("gpt_oss",),
     one_call_a_turn=True,
     one_system_turn=True,
     reasoning_key="thinking",
@@ -154,7 +154,7 @@ DEEPSEEK = replace(
         after=DEEPSEEK_CALLS_END,
     ),
     template_marks=(DEEPSEEK_CALL,),
-    model_types=frozenset({"deepseek_v3"}),
+    model_types=("deepseek_v3",),
 )
 GLM = Family(
     name="glm",
@@ -168,7 +168,7 @@ GLM = Family(
     ),
     marks=(HERMES_OPEN, HERMES_CLOSE, *GLM_MARKS),
     template_marks=(HERMES_OPEN, GLM_KEY),
-    model_types=frozenset({"glm4_moe"}),
+    model_types=("glm4_moe",),
 )
 QWEN_CODER = Family(
     name="qwen-coder",
@@ -194,7 +194,12 @@ HERMES = Family(
     ),
     marks=(HERMES_OPEN, HERMES_CLOSE),
     template_marks=(HERMES_OPEN,),
-    model_types=frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}),
+    model_types=(
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+    ),
 )
 MISTRAL = Family(
     name="mistral",
@@ -216,7 +221,10 @@ MISTRAL_V3 = replace(
         after="]",
     ),
     template_marks=(MISTRAL_CALLS,),
-    model_types=frozenset({"mistral", "mixtral"}),
+    model_types=(
+        "mistral",
+        "mixtral",
+    ),
 )
 LLAMA = Family(
     name="llama",

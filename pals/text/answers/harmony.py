@@ -37,7 +37,7 @@ def harmony(source: Source, calls: Calls) -> Reader[None]:
         recipient = _RECIPIENT.search(head)
         if recipient is not None and recipient[1] in calls.tools:
             region = Region(source, _ENDS)
-            mark = yield from read_call(region, _call(region, calls, recipient[1]))
+            mark = yield from read_call(region, calls, _call(region, calls, recipient[1]))
             continue
         kind = Reasoning if _channel(head) == "analysis" else Content
         gap = _GAP if kind in said else ""

@@ -36,12 +36,12 @@ _NOTHING_AFTER_A_CALL = SPACE + "}"
 
 def hermes(source: Source, calls: Calls) -> Reader[None]:
     """Read text with calls between ``<tool_call>`` and ``</tool_call>``."""
-    while not calls.over:
-        if (yield from until(source, [HERMES_OPEN], Content)) is None:
-            return
+    while (yield from until(source, [HERMES_OPEN], Content)) is not None:
         region = Region(source, [HERMES_CLOSE])
         body = _object(region, calls)
-        yield from read_call(region, body, drop=_NOTHING_AFTER_A_CALL)
+        yield from read_call(region, calls, body, drop=_NOTHING_AFTER_A_CALL)
+        if calls.over:
+            return
         yield from skip_space(source)
 
 
@@ -53,7 +53,7 @@ def llama(source: Source, calls: Calls) -> Reader[None]:
     mark: str | None = PYTHON_TAG
     while mark is not None and not calls.over:
         region = Region(source, [PYTHON_TAG])
-        mark = yield from read_call(region, _objects(region, calls), drop=SPACE + ";,`")
+        mark = yield from read_call(region, calls, _objects(region, calls), drop=SPACE + ";,`")
 
 
 def mistral(source: Source, calls: Calls) -> Reader[None]:
@@ -61,9 +61,7 @@ def mistral(source: Source, calls: Calls) -> Reader[None]:
     mark = yield from until(source, [MISTRAL_CALLS], Content)
     while mark is not None and not calls.over:
         region = Region(source, [MISTRAL_CALLS])
-        first = yield from region.next()
-        body = _array(region, calls) if first and first in "[{" else _named(region, calls)
-        mark = yield from read_call(region, body, drop=SPACE + "]}")
+        mark = yield from read_call(region, calls, _array(region, calls), drop=SPACE + "]}")
 
 
 def deepseek(source: Source, calls: Calls) -> Reader[None]:
@@ -75,7 +73,7 @@ def deepseek(source: Source, calls: Calls) -> Reader[None]:
             mark = yield from until(source, DEEPSEEK_MARKS, Content)
             continue
         region = Region(source, DEEPSEEK_MARKS)
-        mark = yield from read_call(region, _separated(region, calls), drop=SPACE + "`")
+        mark = yield from read_call(region, calls, _separated(region, calls), drop=SPACE + "`")
 
 
 def _object(region: Region, calls: Calls) -> Reader[None]:
@@ -104,24 +102,29 @@ def _object(region: Region, calls: Calls) -> Reader[None]:
 
 
 def _objects(region: Region, calls: Calls) -> Reader[None]:
+    """Read calls with nothing around them, up to text that begins none."""
     yield from _fence(region)
-    while not calls.over:
+    found = "{"
+    while found == "{":
         yield from _object(region, calls)
+        if calls.over:
+            return
         while (found := (yield from region.next())) and found in ";,":
             region.advance(1)
         region.held = ""
-        if found != "{":
-            return
 
 
 def _array(region: Region, calls: Calls) -> Reader[None]:
-    """Read calls in an array; or one without."""
-    if (yield from region.next()) == "{":
-        yield from _object(region, calls)
+    """Read calls in an array, or a single one in either form."""
+    first = yield from region.next()
+    if first != "[":
+        yield from _object(region, calls) if first == "{" else _named(region, calls)
         return
-    separator = yield from region.expect("[")
-    while separator != "]" and not calls.over:
+    separator = region.advance(1)
+    while separator != "]":
         yield from _object(region, calls)
+        if calls.over:
+            return
         separator = yield from region.expect(",]")
 
 

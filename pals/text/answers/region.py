@@ -226,23 +226,27 @@ class Region:
         return (yield from until(self._source, self._marks, Content, gap=held))
 
 
-def read_call(region: Region, body: Reader[None], *, drop: str = SPACE) -> Reader[str | None]:
+def read_call(
+    region: Region, calls: Calls, body: Reader[None], *, drop: str = SPACE
+) -> Reader[str | None]:
     """Read what should be one call; what is none is yielded as content.
 
     Args:
         region: Where it is written.
+        calls: The calls of the answer.
         body: Reads it there.
         drop: Characters that mean nothing when they follow a call.
 
     Returns:
-        The mark at the region's end, which is taken; None at the end of the text.
+        The mark at the region's end, which is taken; None at the end of the text, and after
+        the last call that the answer may make.
     """
     try:
         yield from body
     except MalformedCall:
         return (yield from region.close())
     region.held = ""
-    return (yield from region.close(drop=drop))
+    return None if calls.over else (yield from region.close(drop=drop))
 
 
 def _decode(text: str) -> object:

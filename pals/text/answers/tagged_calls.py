@@ -7,11 +7,10 @@ it wants something else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 from pals.text.answers.json_calls import HERMES_CLOSE, HERMES_OPEN
-from pals.text.answers.json_scan import SPACE
 from pals.text.answers.pieces import Content, ToolArguments, ToolCall
 from pals.text.answers.region import Calls, MalformedCall, Region, read_call
 from pals.text.answers.source import Reader, Source, skip_space, until
@@ -22,6 +21,8 @@ GLM_MARKS = (GLM_KEY, GLM_KEY_END, GLM_VALUE, GLM_VALUE_END)
 QWEN_FUNCTION, QWEN_FUNCTION_END = "<function=", "</function>"
 QWEN_PARAMETER, QWEN_PARAMETER_END = "<parameter=", "</parameter>"
 QWEN_MARKS = (QWEN_FUNCTION, QWEN_FUNCTION_END, QWEN_PARAMETER, QWEN_PARAMETER_END)
+
+_ReadCall = Callable[[Region, Calls], Reader[None]]
 
 _TYPES: Mapping[str, type | tuple[type, ...]] = {
     "string": str,
@@ -37,21 +38,20 @@ _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 def glm(source: Source, calls: Calls) -> Reader[None]:
     """Read text with calls of GLM 4.5 and later."""
-    while not calls.over:
-        if (yield from until(source, [HERMES_OPEN], Content)) is None:
-            return
-        region = Region(source, [HERMES_CLOSE])
-        yield from read_call(region, _glm_call(region, calls), drop=SPACE)
-        yield from skip_space(source)
+    yield from _between_tags(source, calls, _glm_call)
 
 
 def qwen_coder(source: Source, calls: Calls) -> Reader[None]:
     """Read text with calls of Qwen3-Coder and later."""
-    while not calls.over:
-        if (yield from until(source, [HERMES_OPEN], Content)) is None:
-            return
+    yield from _between_tags(source, calls, _qwen_call)
+
+
+def _between_tags(source: Source, calls: Calls, read: _ReadCall) -> Reader[None]:
+    while (yield from until(source, [HERMES_OPEN], Content)) is not None:
         region = Region(source, [HERMES_CLOSE])
-        yield from read_call(region, _qwen_call(region, calls), drop=SPACE)
+        yield from read_call(region, calls, read(region, calls))
+        if calls.over:
+            return
         yield from skip_space(source)
 
 
