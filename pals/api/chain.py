@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from litestar import get
+from litestar import Request, get
+from litestar.datastructures import State
 from litestar.handlers import HTTPRouteHandler
 
 from pals.driver.interface import Driver, HopReport
@@ -25,7 +26,8 @@ def chain_route(drivers: Mapping[str, Driver]) -> HTTPRouteHandler:
     """Return the handler of ``GET /pals/chain``; ``?model=`` names one of several."""
 
     @get("/pals/chain")
-    async def read_chain(model: str | None = None) -> ChainReport:
+    async def read_chain(request: Request[None, None, State]) -> ChainReport:
+        model = request.query_params.get("model")
         driver = next(iter(drivers.values())) if model is None else drivers.get(model)
         if driver is None:
             raise UnknownModel(model=str(model)[:200], served="`, `".join(drivers), param="model")
