@@ -34,7 +34,7 @@ class LocalDriver:
 
     def __init__(
         self,
-        network: TrioThread[SessionClient],
+        network: TrioThread[object],
         client: SessionClient,
         model: ServedModel,
         tokenizer: Tokenizer,
@@ -129,7 +129,7 @@ class LocalCompletion:
 
     def __init__(
         self,
-        network: TrioThread[SessionClient],
+        network: TrioThread[object],
         client: SessionClient,
         session: ClientSession,
         events: asyncio.Queue[SessionEvent],
