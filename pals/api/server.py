@@ -107,7 +107,7 @@ class HttpServer:
         on_ready: Called with the URL when it listens.
         limits: Of connections.
         drain_s: Longest wait for requests in flight, in seconds.
-        on_leave: Called with their number once it takes no more of them.
+        on_leave: Called once it takes no more of them.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class HttpServer:
         on_ready: Callable[[str], None] | None = None,
         limits: ConnectionLimits | None = None,
         drain_s: float = GRACEFUL_SHUTDOWN_S,
-        on_leave: Callable[[int], None] = lambda _: None,
+        on_leave: Callable[[], None] = lambda: None,
     ) -> None:
         self._listener = listener
         self._server = _Server(
@@ -146,7 +146,7 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         *,
         on_ready: Callable[[], None],
-        on_leave: Callable[[int], None],
+        on_leave: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
@@ -163,7 +163,7 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._on_leave(len(self.server_state.tasks))
+        self._on_leave()
         watch = asyncio.create_task(self._cut_when_forced())
         try:
             await super().shutdown(sockets)
