@@ -75,9 +75,7 @@ def test_an_open_stream_does_not_hold_up_the_end() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_end_and_a_second_one_does_not(number: signal.Signals) -> None:
-    options = (
-        "drain_s=600, on_leave=lambda: print('leaving', flush=True), on_ready="
-    )
+    options = "drain_s=600, on_leave=lambda: print('leaving', flush=True), on_ready="
     patient = ENDLESS.replace("on_ready=", options)
     with (
         started(patient) as (process, url),
