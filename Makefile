@@ -123,6 +123,7 @@ rivals: $(INSTALLED) ## build llama.cpp, beside which benchmarks run (needs cmak
 
 docs: $(INSTALLED) ## write the pages that are made from the program's tables
 	$(BIN)/python docs/generate_models.py > docs/models.md
+	$(BIN)/python docs/generate_cli.py > docs/reference/cli.md
 
 # Asked for one Python, resolved for all of them: markers in the file tell them apart.
 lock: ## resolve the dependencies anew (needs uv)

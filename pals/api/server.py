@@ -6,9 +6,9 @@ name cannot mean loopback for the check and something else for the bind.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
-import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from pals.errors import PortInUse, PublicBindWithoutKey
 BACKLOG = 128
 KEEP_ALIVE_S = 30
 GRACEFUL_SHUTDOWN_S = 3
+FORCED_CHECK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,16 +98,16 @@ class HttpServer:
     """Run an ASGI application over one listener with uvicorn.
 
     `run` blocks until `stop` is called from any thread or, on the main thread, until
-    SIGINT or SIGTERM; requests in flight get `GRACEFUL_SHUTDOWN_S` to end, and on SIGTERM
-    as long as ``drain_s`` says. A second signal ends them at once.
+    SIGINT or SIGTERM; requests in flight get ``drain_s`` to end. A second signal ends them
+    at once.
 
     Args:
         app: What answers.
         listener: Where.
         on_ready: Called with the URL when it listens.
         limits: Of connections.
-        drain_s: Longest wait for requests in flight after SIGTERM.
-        on_terminate: Called once on SIGTERM, from the signal handler.
+        drain_s: Longest wait for requests in flight, in seconds.
+        on_leave: Called once it takes no more of them.
     """
 
     def __init__(
@@ -117,14 +118,13 @@ class HttpServer:
         on_ready: Callable[[str], None] | None = None,
         limits: ConnectionLimits | None = None,
         drain_s: float = GRACEFUL_SHUTDOWN_S,
-        on_terminate: Callable[[], None] = lambda: None,
+        on_leave: Callable[[], None] = lambda: None,
     ) -> None:
         self._listener = listener
         self._server = _Server(
-            _uvicorn_config(app, limits or ConnectionLimits()),
+            _uvicorn_config(app, limits or ConnectionLimits(), drain_s),
             on_ready=lambda: on_ready(listener.url) if on_ready else None,
-            drain_s=drain_s,
-            on_terminate=on_terminate,
+            on_leave=on_leave,
         )
 
     def run(self) -> None:
@@ -134,6 +134,11 @@ class HttpServer:
     def stop(self) -> None:
         self._server.should_exit = True
 
+    @property
+    def is_forced(self) -> bool:
+        """Whether a second signal asked it to wait for nothing."""
+        return self._server.force_exit
+
 
 class _Server(uvicorn.Server):
     def __init__(
@@ -141,29 +146,39 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         *,
         on_ready: Callable[[], None],
-        drain_s: float,
-        on_terminate: Callable[[], None],
+        on_leave: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
-        self._drain_s = drain_s
-        self._on_terminate = on_terminate
+        self._on_leave = on_leave
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop taking requests on the first signal, and end those that run on the second."""
         if self.should_exit:
             self.force_exit = True
-        elif sig == signal.SIGTERM:
-            self.config.timeout_graceful_shutdown = math.ceil(self._drain_s)
-            self._on_terminate()
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_leave()
+        watch = asyncio.create_task(self._cut_when_forced())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            watch.cancel()
 
-def _uvicorn_config(app: ASGIApp, limits: ConnectionLimits) -> uvicorn.Config:
+    async def _cut_when_forced(self) -> None:
+        # Since Python 3.12 a listener is closed only when its last connection is.
+        while not self.force_exit:  # noqa: ASYNC110 # a signal handler sets it
+            await asyncio.sleep(FORCED_CHECK_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def _uvicorn_config(app: ASGIApp, limits: ConnectionLimits, drain_s: float) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
@@ -181,7 +196,7 @@ def _uvicorn_config(app: ASGIApp, limits: ConnectionLimits) -> uvicorn.Config:
         limit_concurrency=limits.total + 1,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_graceful_shutdown=math.ceil(drain_s),
     )
 
 

@@ -22,7 +22,7 @@ async def tell_members(profile: Profile, entry: SwarmEntry) -> None:
     other.
     """
     settings = config.load_settings().node
-    if not settings.peers and not await _has_anybody_run(profile, entry):
+    if not settings.peers and not await has_anybody_run(profile, entry):
         return
     try:
         told = await _tell(profile, entry, settings)
@@ -39,7 +39,7 @@ async def _tell(profile: Profile, entry: SwarmEntry, settings: NodeSettings) -> 
     return await announce_change(profile, entry, settings)
 
 
-async def _has_anybody_run(profile: Profile, entry: SwarmEntry) -> bool:
+async def has_anybody_run(profile: Profile, entry: SwarmEntry) -> bool:
     """Return whether any other member ever said where it is, or was met."""
     from pals.net.membership import load_saved
     from pals.net.presence import fetch_sightings

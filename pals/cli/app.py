@@ -36,6 +36,9 @@ GROUPS = {
 
 COMMANDS = {
     "demo": ("pals.cli.demo:demo", "Run the whole product on this machine with a small model."),
+    "create": ("pals.cli.create:create", "Make a swarm for a model, and serve layers of it."),
+    "join": ("pals.cli.create:join", "Join a swarm with an invite, and serve layers."),
+    "run": ("pals.cli.run:run", "Talk to a model of the swarm in the terminal."),
     "init": ("pals.cli.init:init", "Make this machine's profile and identity."),
     "swarm create": ("pals.cli.swarm:create", "Make a swarm and become its operator."),
     "swarm list": ("pals.cli.swarm:list_swarms", "List the swarms that the profile belongs to."),
@@ -53,7 +56,10 @@ COMMANDS = {
     "login": ("pals.cli.login:login", "Join a swarm with an invite."),
     "peers list": ("pals.cli.peers:list_peers", "List the members of the swarm."),
     "peers kick": ("pals.cli.peers:kick", "Remove a member and give the swarm a new secret."),
-    "status": ("pals.cli.status:status", "Show the profile's swarms and what to do next."),
+    "status": ("pals.cli.status:status", "Show the swarms, their shards and what to do next."),
+    "ps": ("pals.cli.ps:ps", "Show what runs on this machine with the profile."),
+    "ping": ("pals.cli.ping:ping", "Measure how long a message takes to a member and back."),
+    "paths": ("pals.cli.paths:paths", "Show where everything is, and the variables in force."),
     "shard": ("pals.cli.shard:shard", "Serve a slice of a model's layers to the swarm."),
     "warmup": ("pals.cli.warmup:warmup", "Compile what a shard runs, ahead of time."),
     "serve": ("pals.cli.serve:serve", "Serve an OpenAI-compatible endpoint on this machine."),
@@ -69,6 +75,7 @@ COMMANDS = {
     "models import": ("pals.cli.models:import_model", "Import a model from a GGUF file."),
     "models plan": ("pals.cli.plan:plan", "Say what a model takes and which machines hold it."),
     "doctor": ("pals.cli.doctor:doctor", "Check this machine and say what to mend."),
+    "completion": ("pals.cli.completion:completion", "Print what a shell completes with."),
 }
 """Command -> where its function is, and its line in the help."""
 
@@ -140,8 +147,10 @@ def _report_usage(error: CycloptsError) -> int:
         hint = f"did you mean `pals {nearest[0]}`?" if nearest else advice
         console.error(f"unknown command: `pals {typed}`", hint=hint)
     else:
-        text = str(error).strip().removesuffix(".")
-        console.error(text[:1].lower() + text[1:], hint=advice)
+        text, _, guess = str(error).strip().partition(". Did you mean ")
+        text = text.removesuffix(".")
+        hint = f"did you mean `{guess.rstrip('?.')}`?" if guess else advice
+        console.error(text[:1].lower() + text[1:], hint=hint)
     return EXIT_USAGE
 
 

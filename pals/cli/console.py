@@ -62,6 +62,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         out("  ".join(padded).rstrip())
 
 
+def clear() -> None:
+    """Empty the terminal on stdout before it shows something anew; nothing without one."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[H\x1b[2J")
+
+
 def note(text: str) -> None:
     """Write a line for people to stderr."""
     _to_stderr(_with_literals(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
+from collections.abc import Sequence
 
 from pals import config
 from pals.cli import console
@@ -19,9 +20,7 @@ async def login(*arguments: str, config_dir: ConfigDir = None, json: Json = Fals
         config_dir: Profile folder.
         json: Print one JSON document on standard output.
     """
-    if arguments:
-        raise SecretOnCommandLine(name="an invite", variable=config.INVITE_VARIABLE)
-    invite = config.take_environment(config.INVITE_VARIABLE) or _ask()
+    invite = read_invite(arguments)
     from pals.net.enrolment import redeem_invite
 
     entry = await redeem_invite(config.Profile(config.config_dir(config_dir)), invite)
@@ -31,6 +30,18 @@ async def login(*arguments: str, config_dir: ConfigDir = None, json: Json = Fals
         return
     console.out(f"joined {entry.name}, swarm {entry.swarm_id}")
     console.note(f"next: `pals shard {entry.model}` to serve layers, or `pals serve`")
+
+
+def read_invite(arguments: Sequence[str]) -> str:
+    """Return the invite from `PALS_INVITE` or standard input.
+
+    Raises:
+        SecretOnCommandLine: There are arguments: other users could read an invite there.
+        InvalidInvite: There is none.
+    """
+    if arguments:
+        raise SecretOnCommandLine(name="an invite", variable=config.INVITE_VARIABLE)
+    return config.take_environment(config.INVITE_VARIABLE) or _ask()
 
 
 def _ask() -> str:

@@ -6,9 +6,10 @@ member is run for as long as it takes.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import trio
@@ -21,8 +22,10 @@ from pals.errors import PalsError, PeerUnreachable
 from pals.swarm.identity import load_or_create_identity
 
 if TYPE_CHECKING:
-    from pals.net.node import NodeOptions
+    from pals.net.node import Node, NodeOptions
     from pals.net.report import NetworkReport, PeerReport
+
+R = TypeVar("R")
 
 CODE = "DOCTOR-NETWORK"
 NAME = "network"
@@ -72,17 +75,43 @@ def ask_network(options: ServerOptions, *, deadline_s: float = DEADLINE_S) -> Ne
         ProfileInUse: A process runs with the profile, and does not answer.
         PeerUnreachable: It took too long.
     """
-    return trio.run(_ask, options.profile) or _run_member(options, deadline_s)
+    return trio.run(_ask, options.profile) or run_member(options, _report, deadline_s)
 
 
 async def _ask(profile: Profile) -> NetworkReport | None:
-    from pals.net.report import ask_running
+    from pals.net.report_socket import ask_running
 
     return await ask_running(profile.path)
 
 
-def _run_member(options: ServerOptions, deadline_s: float) -> NetworkReport:
-    """Run a member of the profile until it knows how it reaches the others."""
+async def _report(node: Node) -> NetworkReport:
+    from pals.net.report import report_network
+
+    return await report_network(node)
+
+
+def run_member(
+    options: ServerOptions, work: Callable[[Node], Awaitable[R]], deadline_s: float
+) -> R:
+    """Run a member of the profile for as long as some work on its node takes.
+
+    Raises:
+        NoSwarm: The profile is of none.
+        ProfileInUse: Another process runs with the profile.
+        PeerUnreachable: It took longer than ``deadline_s`` seconds.
+    """
+    made = member_options(options)
+    with options.profile.lock():
+        return trio.run(partial(_work_within, made, work, deadline_s))
+
+
+def member_options(options: ServerOptions) -> NodeOptions:
+    """Return what a node of the profile is made of, for a command that runs one for a while.
+
+    Raises:
+        NoSwarm: The profile is of none.
+        SwarmSecretInvalid: Its secret is damaged.
+    """
     settings = options.load_settings()
     entry = options.profile.load_swarm(options.swarm)
     text = config.take_environment(config.SWARM_SECRET_VARIABLE) or entry.swarm_secret
@@ -92,17 +121,17 @@ def _run_member(options: ServerOptions, deadline_s: float) -> NetworkReport:
         secret=SwarmSecret.parse(text),
         identity=load_or_create_identity(options.profile),
     )
-    with member.profile.lock():
-        return trio.run(partial(_report, node_options(member, settings), deadline_s))
+    return node_options(member, settings)
 
 
-async def _report(options: NodeOptions, deadline_s: float) -> NetworkReport:
+async def _work_within(
+    options: NodeOptions, work: Callable[[Node], Awaitable[R]], deadline_s: float
+) -> R:
     from pals.net.node import open_node
-    from pals.net.report import report_network
 
     with trio.move_on_after(deadline_s):
         async with open_node(options) as node:
-            return await report_network(node)
+            return await work(node)
     problem = f"the network was not ready within {deadline_s:g} s"
     raise PeerUnreachable(peer=options.identity.peer_id, problem=problem)
 

@@ -354,12 +354,16 @@ def announce_shard(json: bool, node: Node, served: ServedShard) -> None:
         console.out(f"address {address}")
 
 
-def announce_leaving(sessions: int) -> None:
-    """Say what a server that was asked to stop still waits for."""
+def waiting_note(what: str, most_s: float) -> None:
+    """Say what a server that was asked to stop still waits for, and how to end that."""
+    console.note(f"waiting for {what}, at most {most_s:g} s; press Ctrl-C again to leave at once")
+
+
+def leaving_note(drain_s: float, sessions: int) -> None:
+    """Say that a shard which leaves waits for sessions, if it has any."""
     if sessions:
-        console.note(
-            f"leaving: {sessions} sessions move to other shards; a second signal ends it now"
-        )
+        what = "1 session" if sessions == 1 else f"{sessions} sessions"
+        waiting_note(f"{what} to move to other shards", drain_s)
 
 
 def configure_logging(*, verbose: bool) -> None:

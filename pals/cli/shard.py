@@ -15,8 +15,8 @@ from pals.cli.process import (
     ServedRole,
     ServerOptions,
     ShardOptions,
-    announce_leaving,
     configure_logging,
+    leaving_note,
     load_member,
     node_options,
 )
@@ -59,6 +59,6 @@ def shard(
 async def _serve(options: NodeOptions, role: ServedRole) -> None:
     from pals.net.serving import Drain, serve_role
 
-    drain = Drain(on_leave=announce_leaving)
+    drain = Drain(on_leave=partial(leaving_note, options.settings.drain_s))
     serve = partial(serve_role, options, partial(role, drain=drain))
     raise_interrupt(await run_until_signal(serve, on_signal=drain.request))

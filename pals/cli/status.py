@@ -1,53 +1,100 @@
-"""`pals status`: where this machine stands in its swarms, and what to do next."""
+"""`pals status`: where this machine stands in its swarms, what they serve, what to do next."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import trio
+from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
+from pals.cli.announce import has_anybody_run
 from pals.cli.formats import format_age
+from pals.cli.network import member_options
 from pals.cli.options import ConfigDir, Json, SwarmName
+from pals.cli.process import ServerOptions, configure_logging
 from pals.cli.swarm import describe
 from pals.config import Profile, SwarmEntry
-from pals.errors import NoSwarm
+from pals.errors import NoSwarm, PalsError, PeerUnreachable
+from pals.net.overview import ModelLines, SwarmReport
+from pals.types import PeerId, short_id
 
 if TYPE_CHECKING:
     from pals.net.standing import Standing
 
+LOOK_S = 20.0
+FIND_S = 3.0
+INTERVAL_S = 5.0
 
-async def status(
-    *, swarm: SwarmName = None, config_dir: ConfigDir = None, json: Json = False
+Look = Callable[[], Awaitable[SwarmReport]]
+Offline = Annotated[bool, Parameter(negative="", help="Look at no other machine.")]
+
+
+def status(
+    *,
+    watch: Annotated[bool, Parameter(negative="", help="Show it anew until Ctrl-C.")] = False,
+    interval: Annotated[
+        float, Parameter(validator=validators.Number(gte=1, lte=3600))
+    ] = INTERVAL_S,
+    offline: Offline = False,
+    swarm: SwarmName = None,
+    config_dir: ConfigDir = None,
+    json: Json = False,
 ) -> None:
-    """Show the profile's swarms: role, members, how old the list is, what to do next.
+    """Show the profile's swarms, the shards that serve their models, and what to do next.
+
+    A process that runs with the profile is asked who serves what; else a member looks around
+    for some seconds.
 
     Args:
+        watch: Show it anew until Ctrl-C.
+        interval: Seconds between two looks, with `--watch`.
+        offline: Look at no other machine.
         swarm: Name or id of one swarm; all of them when left out.
         config_dir: Profile folder.
-        json: Print one JSON document on standard output.
+        json: Print one JSON document on standard output, with `--watch` one a line for each look.
     """
+    configure_logging(verbose=False)
     profile = Profile(config.config_dir(config_dir))
     swarms = profile.load_swarms() if swarm is None else [profile.load_swarm(swarm)]
     if not swarms:
         raise NoSwarm(path=profile.path)
-    found = await _look_at_all(profile, swarms)
-    if json:
-        console.json({"schema": 1, "swarms": [describe(standing) for standing in found]})
-        return
-    headers = ("swarm", "role", "members", "epoch", "list", "age")
-    console.table(headers, [_row(standing) for standing in found])
-    for standing in found:
-        for alarm in standing.alarms:
-            console.warn(f"{standing.entry.name}: {alarm}")
-    for standing in found:
-        if standing.next_step:
-            console.note(f"{standing.entry.name}: {standing.next_step}")
+    trio.run(
+        partial(
+            _show, profile, swarms, watch=interval if watch else None, offline=offline, json=json
+        )
+    )
 
 
-async def _look_at_all(profile: Profile, swarms: list[SwarmEntry]) -> list[Standing]:
+async def _show(
+    profile: Profile,
+    swarms: Sequence[SwarmEntry],
+    *,
+    watch: float | None,
+    offline: bool,
+    json: bool,
+) -> None:
+    """Show it once, or every ``watch`` seconds until cancelled."""
+    print_all = _print_json if json else partial(_print, clear=watch is not None)
+    standings = await _look_at_all(profile, swarms)
+    async with _open_looks(profile, standings, offline=offline) as looks:
+        print_all(standings, await _look(looks))
+        while watch is not None:
+            await trio.sleep(watch)
+            print_all(await _look_at_all(profile, swarms), await _look(looks))
+
+
+async def _look(looks: Mapping[str, Look]) -> dict[str, SwarmReport]:
+    return {swarm_id: await look() for swarm_id, look in looks.items()}
+
+
+async def _look_at_all(profile: Profile, swarms: Sequence[SwarmEntry]) -> list[Standing]:
     """Ask all backends at the same time, each within its deadline."""
     from pals.net.standing import look_at
 
@@ -60,6 +107,135 @@ async def _look_at_all(profile: Profile, swarms: list[SwarmEntry]) -> list[Stand
         for entry in swarms:
             nursery.start_soon(partial(look, entry))
     return [found[entry.swarm_id] for entry in swarms]
+
+
+# --- who serves what -----------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _open_looks(
+    profile: Profile, standings: Sequence[Standing], *, offline: bool
+) -> AsyncGenerator[dict[str, Look]]:
+    """Give a look at the shards of one swarm: one identity is in one swarm at a time."""
+    from pals.net.report_socket import ask_shards
+
+    running = await ask_shards(profile.path)
+    if running is not None:
+        yield {running.swarm_id: partial(_ask, profile)}
+        return
+    worth = (
+        [] if offline else [s.entry for s in standings if await has_anybody_run(profile, s.entry)]
+    )
+    for entry in worth[1:]:
+        console.note(f"`pals status --swarm {entry.name}` shows the shards of that one")
+    async with AsyncExitStack() as stack:
+        looks: dict[str, Look] = {}
+        for entry in worth[:1]:
+            try:
+                look = await stack.enter_async_context(_open_member(profile, entry))
+            except PalsError as error:
+                console.warn(f"no member was asked: {error}")
+            else:
+                looks[entry.swarm_id] = look
+        yield looks
+
+
+@asynccontextmanager
+async def _open_member(profile: Profile, entry: SwarmEntry) -> AsyncGenerator[Look]:
+    """Run a member of the profile, and give what it knows of the shards.
+
+    Raises:
+        ProfileInUse: Another process runs with the profile.
+        PeerUnreachable: The network was not ready in time.
+    """
+    from pals.net.node import open_node
+    from pals.net.report import report_shards
+
+    options = member_options(ServerOptions(config_dir=profile.path, swarm=entry.swarm_id))
+    with profile.lock(), trio.move_on_after(LOOK_S) as scope:
+        async with open_node(options) as node:
+            await node.discovery.find(node.members(), deadline_s=FIND_S)
+            scope.deadline = math.inf
+            yield partial(report_shards, node)
+    if scope.cancelled_caught:
+        problem = f"the network was not ready within {LOOK_S:g} s"
+        raise PeerUnreachable(peer=options.identity.peer_id, problem=problem)
+
+
+async def _ask(profile: Profile) -> SwarmReport:
+    from pals.net.report_socket import ask_shards
+
+    report = await ask_shards(profile.path)
+    if report is None:
+        raise PeerUnreachable(peer="self", problem="the process that ran with it has ended")
+    return report
+
+
+# --- for people and programs ---------------------------------------------------------
+
+
+def _print_json(standings: Sequence[Standing], reports: Mapping[str, SwarmReport]) -> None:
+    swarms = [
+        describe(standing) | {"models": _models(reports.get(standing.entry.swarm_id))}
+        for standing in standings
+    ]
+    console.json({"schema": 1, "swarms": swarms})
+
+
+def _models(report: SwarmReport | None) -> list[object] | None:
+    return None if report is None else msgspec.to_builtins(report.models)
+
+
+def _print(
+    standings: Sequence[Standing], reports: Mapping[str, SwarmReport], *, clear: bool
+) -> None:
+    if clear:
+        console.clear()
+    headers = ("swarm", "role", "members", "epoch", "list", "age")
+    console.table(headers, [_row(standing) for standing in standings])
+    for report in reports.values():
+        for model in report.models:
+            _print_model(model, report.peer)
+    for standing in standings:
+        _print_advice(standing, reports.get(standing.entry.swarm_id))
+
+
+def _print_model(model: ModelLines, own: str) -> None:
+    console.out("")
+    console.out(f"{model.model}, {model.num_layers} layers")
+    rows = [
+        (
+            shard.layers,
+            short_id(PeerId(shard.peer)),
+            shard.dtype,
+            shard.free_tokens,
+            shard.max_context_tokens,
+            f"{shard.step_ms:.1f}",
+            "this machine" if shard.peer == own else shard.path,
+            shard.state,
+        )
+        for shard in model.shards
+    ]
+    headers = ("layers", "peer", "dtype", "free tokens", "context", "step ms", "path", "state")
+    console.table(headers, rows)
+
+
+def _print_advice(standing: Standing, report: SwarmReport | None) -> None:
+    """Say what is wrong and what to do, the most general first."""
+    name = standing.entry.name
+    for alarm in standing.alarms:
+        console.warn(f"{name}: {alarm}")
+    if standing.next_step:
+        console.note(f"{name}: {standing.next_step}")
+    if report is None:
+        return
+    if not report.models:
+        model = standing.entry.model
+        console.note(f"{name}: nobody serves any layers: run `pals shard {model}`")
+    for model in report.models:
+        for problem in model.problems:
+            console.warn(problem.text)
+            console.note(f"  {problem.hint}")
 
 
 def _row(standing: Standing) -> tuple[object, ...]:

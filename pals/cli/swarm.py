@@ -43,20 +43,8 @@ async def create(
         config_dir: Profile folder.
         json: Print one JSON document on standard output.
     """
-    from pals.net.enrolment import create_swarm
-    from pals.net.hosted import own_backend_address
-
-    profile, settings = Profile(config.config_dir(config_dir)), config.load_settings().backend
-    address = backend or f"http://{settings.host}:{settings.port}"
-    if backend == OWN_BACKEND:
-        address = own_backend_address(profile)
-    entry = await create_swarm(
-        profile,
-        name=name,
-        model=model,
-        backend_url=address,
-        now=time.time(),
-    )
+    profile = Profile(config.config_dir(config_dir))
+    entry = await make_swarm(profile, name=name, model=model, backend=backend)
     if json:
         console.json({"schema": 1, **_describe_entry(entry)})
         return
@@ -64,6 +52,18 @@ async def create(
     if backend == OWN_BACKEND:
         console.note("next: `pals serve` or `pals shard` here, which lets other machines join")
     console.note("next: `pals invite create` for every other machine")
+
+
+async def make_swarm(profile: Profile, *, name: str, model: str, backend: str | None) -> SwarmEntry:
+    """Make a swarm on the backend that is meant: the preset's, this profile's, or another."""
+    from pals.net.enrolment import create_swarm
+    from pals.net.hosted import own_backend_address
+
+    settings = config.load_settings().backend
+    address = backend or f"http://{settings.host}:{settings.port}"
+    if backend == OWN_BACKEND:
+        address = own_backend_address(profile)
+    return await create_swarm(profile, name=name, model=model, backend_url=address, now=time.time())
 
 
 def list_swarms(*, config_dir: ConfigDir = None, json: Json = False) -> None:

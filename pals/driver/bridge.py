@@ -21,7 +21,7 @@ from pals.errors import PeerUnreachable
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 R = TypeVar("R")
 
 STOP_DEADLINE_S = 4.0
@@ -35,7 +35,7 @@ def post_to(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> 
         _log.debug("the asyncio loop has ended")
 
 
-class TrioThread(Generic[T]):
+class TrioThread(Generic[T_co]):
     """Runs one async context manager on a trio loop in a thread of its own.
 
     Args:
@@ -45,20 +45,20 @@ class TrioThread(Generic[T]):
 
     def __init__(
         self,
-        open_resource: Callable[[], AbstractAsyncContextManager[T]],
+        open_resource: Callable[[], AbstractAsyncContextManager[T_co]],
         *,
         on_crash: Callable[[], None] = lambda: None,
     ) -> None:
         self._open_resource = open_resource
         self._on_crash = on_crash
-        self._ready: Future[T] = Future()
+        self._ready: Future[T_co] = Future()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
         self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="pals-trio", daemon=True)
         self.error: BaseException | None = None
 
-    def start(self) -> T:
+    def start(self) -> T_co:
         """Start the thread and return the resource once it is open.
 
         Raises:

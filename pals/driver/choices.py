@@ -28,7 +28,7 @@ class ChoiceSessions:
 
     def __init__(
         self,
-        network: TrioThread[SessionClient],
+        network: TrioThread[object],
         client: SessionClient,
         request: SessionRequest,
         others: Sequence[Sampling],

@@ -67,7 +67,7 @@ class LocalDriver:
 
     def __init__(
         self,
-        network: TrioThread[SessionClient],
+        network: TrioThread[object],
         client: SessionClient,
         model: ServedModel,
         tokenizer: Tokenizer,

@@ -81,6 +81,11 @@ class ChainOpener:
         """Return a living attempt by the id that its shards know."""
         return self._attempts.get(session)
 
+    @property
+    def open_sessions(self) -> int:
+        """How many sessions run."""
+        return len({id(attempt.owner) for attempt in self._attempts.values()})
+
     def attempts_over(self, peer: PeerId) -> list[Attempt]:
         """Return the living attempts that need ``peer``."""
         return [a for a in self._attempts.values() if peer in a.peers]

@@ -8,7 +8,7 @@ prompt, and goes on at the same position: the sink sees a pause and nothing else
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -46,6 +46,7 @@ from pals.net.flow import window_tokens
 from pals.net.host import ungrouped_errors
 from pals.net.links import Arrival
 from pals.net.node import Node, NodeOptions, open_node
+from pals.net.process_report import RoleLine
 from pals.net.scores import unpack_scores
 from pals.net.wire import (
     FLAG_LAST,
@@ -77,8 +78,6 @@ class SessionClient:
         patience: How long to wait for peers and tokens.
     """
 
-    input_kinds = frozenset((Kind.SAMPLED, Kind.SCORED, Kind.POOLED))
-
     def __init__(
         self,
         node: Node,
@@ -89,6 +88,7 @@ class SessionClient:
         patience: Patience,
     ) -> None:
         self._node = node
+        self._model = model
         self._routes = routes
         self._nursery = nursery
         self._questions = Questions(lambda peer: send_control(node.links, peer, StatsRequest()))
@@ -240,6 +240,12 @@ class SessionClient:
         taken = replace(token, last=last, top=token.top[:wanted])
         self._supervisor.take_token(attempt, taken)
 
+    def describe(self) -> RoleLine:
+        """Return what people are told of this role."""
+        return RoleLine(
+            role="driver", model=self._model.model_id, sessions=self._opener.open_sessions
+        )
+
     def needs(self, peer: PeerId) -> bool:
         """Return whether a session is open that goes by way of ``peer``."""
         return bool(self._opener.attempts_over(peer))
@@ -312,17 +318,17 @@ def _lost(attempt: Attempt, peer: PeerId, problem: str) -> ShardLost:
 
 
 @asynccontextmanager
-async def open_sessions(
+async def open_clients(
     options: NodeOptions,
-    model: ServedModel,
+    models: Sequence[ServedModel],
     *,
     serve: Callable[[Node], Awaitable[None]] | None = None,
-) -> AsyncGenerator[SessionClient]:
-    """Run a node that drives ``model`` until the block ends.
+) -> AsyncGenerator[Sequence[SessionClient]]:
+    """Run a node that drives ``models`` until the block ends; gives a client for each.
 
     Args:
         options: The member that drives.
-        model: The model that it drives.
+        models: The models that it drives, of different files.
         serve: What the same node does besides, such as serving a shard: one identity is
             one process.
 
@@ -336,11 +342,26 @@ async def open_sessions(
     )
     with ungrouped_errors():
         async with open_node(options) as node, trio.open_nursery() as nursery:
-            routes = RouteTable(node, model)
-            client = SessionClient(node, model, routes, nursery=nursery, patience=patience)
-            node.add_role(client)
-            nursery.start_soon(routes.run)
+            clients: list[SessionClient] = []
+            for model in models:
+                routes = RouteTable(node, model)
+                client = SessionClient(node, model, routes, nursery=nursery, patience=patience)
+                node.add_role(client)
+                nursery.start_soon(routes.run)
+                clients.append(client)
             if serve is not None:
                 nursery.start_soon(serve, node)
-            yield client
+            yield clients
             nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_sessions(
+    options: NodeOptions,
+    model: ServedModel,
+    *,
+    serve: Callable[[Node], Awaitable[None]] | None = None,
+) -> AsyncGenerator[SessionClient]:
+    """Run a node that drives one model until the block ends; see `open_clients`."""
+    async with open_clients(options, [model], serve=serve) as (client,):
+        yield client

@@ -212,6 +212,18 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_
     turn_ms: _Milliseconds
 
 
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Member to member: answer at once."""
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """The answer to the `Ping` of the same number."""
+
+    number: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+
+
 Control = (
     Open
     | Opened
@@ -224,6 +236,8 @@ Control = (
     | Ack
     | StatsRequest
     | Stats
+    | Ping
+    | Pong
 )
 
 _decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)

@@ -26,7 +26,7 @@ from pals.net.backend import Backend
 from pals.net.backend_peer import PeerBackend
 from pals.net.backends import open_node_backend
 from pals.net.bootstrap import Bootstrap, Meeting
-from pals.net.control import Control, decode_control
+from pals.net.control import Control, Ping, Pong, decode_control
 from pals.net.discovery import Discovery, Sources
 from pals.net.handshake import LinkSecrets
 from pals.net.host import Host, open_host, ungrouped_errors
@@ -35,7 +35,9 @@ from pals.net.keeper import Keeper, Surroundings, cut_when_expired
 from pals.net.links import Arrival, Links
 from pals.net.membership import first_roster
 from pals.net.nat.traversal import Traversal, TraversalOptions, open_traversal
-from pals.net.report import serve_reports
+from pals.net.pings import Pings
+from pals.net.process_report import RoleLine
+from pals.net.report_socket import serve_reports
 from pals.net.revival import ask_members
 from pals.net.wire import CONTROL_SHAPE, Codec, FrameShape, Kind, Lane
 from pals.settings import NodeSettings
@@ -59,12 +61,9 @@ FIRST_SECRET_S = 10.0
 class Role(Protocol):
     """What a process does on the network; see `ShardService` and `SessionClient`."""
 
-    @property
-    def input_kinds(self) -> frozenset[Kind]:
-        """The kinds of rows that are this role's."""
+    def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
+        """Return the shapes of this role's rows; no two roles of a node share one."""
         ...
-
-    def accepted(self, lane: Lane) -> tuple[FrameShape, ...]: ...
 
     def on_control(self, peer: PeerId, message: Control) -> None: ...
 
@@ -73,6 +72,10 @@ class Role(Protocol):
     def needs(self, peer: PeerId) -> bool: ...
 
     def on_peer_lost(self, peer: PeerId, problem: str) -> None: ...
+
+    def describe(self) -> RoleLine:
+        """Return what people are told of it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,7 @@ class NodeOptions:
         secret: The swarm secret of the current epoch.
         identity: This machine's identity.
         settings: Addresses, peers and intervals.
+        endpoint: Where the same process answers HTTP; empty for nowhere.
         make_ephemeral: Source of the links' X25519 keys.
     """
 
@@ -93,6 +97,7 @@ class NodeOptions:
     secret: SwarmSecret
     identity: Identity
     settings: NodeSettings
+    endpoint: str = ""
     make_ephemeral: Callable[[], X25519PrivateKey] = X25519PrivateKey.generate
 
     @property
@@ -123,6 +128,7 @@ class _Dispatch:
     """Gives each frame to the role whose it is."""
 
     roles: list[Role] = field(default_factory=list[Role])
+    pings: Pings = field(default_factory=Pings)
 
     def accepted(self, peer: PeerId, lane: Lane) -> tuple[FrameShape, ...]:
         if lane is Lane.CONTROL:
@@ -132,15 +138,20 @@ class _Dispatch:
     def on_frame(self, peer: PeerId, arrival: Arrival) -> None:
         frame = arrival.frame
         if frame.shape.kind is Kind.CONTROL:
-            message = decode_control(peer, frame.payload)
-            for role in self.roles:
-                role.on_control(peer, message)
+            self._on_control(peer, decode_control(peer, frame.payload))
             return
         for role in self.roles:
-            if frame.shape.kind in role.input_kinds:
+            if frame.shape in role.accepted(frame.lane):
                 role.on_rows(peer, arrival)
                 return
         raise InvalidFrame(peer=peer, problem=f"rows of kind {frame.shape.kind.name.lower()}")
+
+    def _on_control(self, peer: PeerId, message: Control) -> None:
+        if isinstance(message, Ping | Pong):
+            self.pings.take(peer, message)
+            return
+        for role in self.roles:
+            role.on_control(peer, message)
 
     def needs(self, peer: PeerId) -> bool:
         return any(role.needs(peer) for role in self.roles)
@@ -152,7 +163,7 @@ class _Dispatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A running member; made by `open_node`."""
+    """A running member; made by `open_node`; ``started_at`` is on trio's clock."""
 
     options: NodeOptions
     host: Host
@@ -163,6 +174,7 @@ class Node:
     allow_list: AllowList
     keeper: Keeper
     nursery: trio.Nursery
+    started_at: float
     _bootstrap: Bootstrap
     _dispatch: _Dispatch
 
@@ -172,6 +184,18 @@ class Node:
 
     def add_role(self, role: Role) -> None:
         self._dispatch.roles.append(role)
+
+    def roles(self) -> list[RoleLine]:
+        """Return what this process does for the swarm now."""
+        return [role.describe() for role in self._dispatch.roles]
+
+    async def ping(self, peer: PeerId, *, deadline_s: float) -> float:
+        """Return the seconds that a small sealed message takes to a linked peer and back.
+
+        Raises:
+            PeerUnreachable: There is no link with it, or no answer in time.
+        """
+        return await self._dispatch.pings.round_trip_s(peer, deadline_s=deadline_s)
 
     def needs(self, peer: PeerId) -> bool:
         """Return whether anything would be lost now with the links to ``peer``."""
@@ -242,6 +266,7 @@ async def _start(
         client.use_host(host)
     dispatch = _Dispatch()
     links = Links(host, options.link_secrets(), dispatch, make_ephemeral=options.make_ephemeral)
+    dispatch.pings.use(links)
     await nursery.start(links.run)
     settings = options.settings
     sources = Sources(gossip=settings.gossip, table_requests=settings.table_requests)
@@ -268,6 +293,7 @@ async def _start(
         allow_list=allow_list,
         keeper=keeper,
         nursery=nursery,
+        started_at=trio.current_time(),
         _bootstrap=bootstrap,
         _dispatch=dispatch,
     )

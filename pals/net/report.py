@@ -1,32 +1,31 @@
-"""What a running process says of itself: to `pals doctor`, `pals peers list`, `pals status`.
+"""What a running process says of itself: to `pals doctor`, `peers list`, `status`, `ps`, `ping`.
 
-A running member answers on a Unix socket in its profile folder, which only its user may
-enter: one connection, one line that names a report, one report in JSON.
+`pals.net.report_socket` is where it is asked.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import socket
-from contextlib import suppress
+import resource
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import trio
 
-from pals.errors import InvalidConfig, PalsError, PeerUnreachable
+from pals.errors import PalsError, PeerUnreachable
 from pals.net.announce import Announcement
+from pals.net.hosted import is_hosted_here
 from pals.net.nat.reachability import Reach
+from pals.net.overview import SwarmReport, describe_models
+from pals.net.process_report import ProcessReport, RoleLine
 from pals.swarm.allowlist import AllowState
 from pals.types import PeerId
 
 if TYPE_CHECKING:
     from pals.net.node import Node
-
-_log = logging.getLogger(__name__)
 
 FIND_S = 3.0
 CONNECT_S = 10.0
@@ -34,17 +33,10 @@ ASKED_S = 6.0
 """Seconds for the first members to say whether they can dial this machine."""
 PEERS_AT_ONCE = 16
 PINGS = 3
-ANSWER_S = 60.0
-LIST_S = 5.0
-NETWORK = b"network\n"
-LIST = b"list\n"
-MAX_QUESTION_BYTES = 16
-REPORTS_AT_ONCE = 2
-MAX_REPORT_BYTES = 4 << 20
-MAX_SOCKET_PATH_BYTES = 100
-"""The system takes about so many in the name of a socket."""
+PING_S = 2.0
+PING_PAUSE_S = 0.2
+MAX_PINGS = 20
 
-_Report = TypeVar("_Report", "NetworkReport", "ListReport")
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
@@ -89,6 +81,27 @@ class NetworkReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     peers: tuple[PeerReport, ...]
 
 
+class PingReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Round trips of a small sealed message over the link with one member.
+
+    Attributes:
+        peer: The member.
+        path: The way to it; None when there is none.
+        relay: The member that relays.
+        tries_ms: Milliseconds of each try, in order; None for one without an answer.
+        problem: Why there is no link.
+        code: The code of that error, and ``hint`` what to do about it.
+    """
+
+    peer: _Text
+    path: Literal["direct", "punched", "relayed"] | None = None
+    relay: _Text | None = None
+    tries_ms: Annotated[tuple[float | None, ...], msgspec.Meta(max_length=MAX_PINGS)] = ()
+    problem: _Text = ""
+    code: _Text = ""
+    hint: _Text = ""
+
+
 class ListReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the member list of a running process stands.
 
@@ -113,6 +126,79 @@ def report_list(node: Node) -> ListReport:
         state=found.state,
         age_s=found.age_s if math.isfinite(found.age_s) else None,
         alarms=tuple(f"{alarm.kind}: {alarm.text}"[:1000] for alarm in found.alarms),
+    )
+
+
+async def report_shards(node: Node) -> SwarmReport:
+    """Say what the members serve, as far as this one has heard; asks them if it has not."""
+    announced = node.discovery.announcements()
+    if not announced:
+        announced = await node.discovery.find(node.members(), deadline_s=FIND_S)
+    ways = {peer: node.host.path(peer) for peer in announced}
+    paths = {peer: way.kind for peer, way in ways.items() if way is not None}
+    return SwarmReport(
+        swarm_id=node.options.swarm_id.hex(),
+        peer=node.peer_id,
+        models=describe_models(announced.values(), paths | {node.peer_id: "this machine"}),
+    )
+
+
+def report_process(node: Node) -> ProcessReport:
+    """Say what this process does, and what it takes."""
+    options = node.options
+    own = node.discovery.announcements().get(node.peer_id)
+    model = "" if own is None else own.model_id
+    roles = [msgspec.structs.replace(line, model=line.model or model) for line in node.roles()]
+    if is_hosted_here(options.entry.backend_url, options.identity):
+        roles.append(RoleLine(role="backend"))
+    return ProcessReport(
+        pid=os.getpid(),
+        peer=node.peer_id,
+        swarm=options.entry.name,
+        swarm_id=options.swarm_id.hex(),
+        uptime_s=trio.current_time() - node.started_at,
+        memory_bytes=resident_bytes(),
+        addresses=node.host.addresses(),
+        endpoint=options.endpoint,
+        roles=tuple(roles),
+    )
+
+
+def resident_bytes(statm: Path = Path("/proc/self/statm")) -> int:
+    """Return the memory that this process holds; the most it ever held where no file says."""
+    try:
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+async def report_ping(node: Node, peer: PeerId, tries: int) -> PingReport:
+    """Link with a member, and measure so many round trips over the link."""
+    addresses = node.contacts.addresses(peer)
+    announced = node.discovery.announcements().get(peer)
+    if announced is not None:
+        addresses += announced.addresses
+    try:
+        await node.links.ensure(peer, addresses)
+    except PalsError as error:
+        return PingReport(
+            peer=peer, problem=str(error)[:1000], code=error.code, hint=error.hint[:1000]
+        )
+    tries_ms: list[float | None] = []
+    for number in range(min(tries, MAX_PINGS)):
+        if number:
+            await trio.sleep(PING_PAUSE_S)
+        try:
+            tries_ms.append(await node.ping(peer, deadline_s=PING_S) * 1e3)
+        except PalsError:
+            tries_ms.append(None)
+    way = node.host.path(peer)
+    return PingReport(
+        peer=peer,
+        path=None if way is None else way.kind,
+        relay=None if way is None else way.relay,
+        tries_ms=tuple(tries_ms),
     )
 
 
@@ -162,103 +248,3 @@ async def _report_peer(node: Node, peer: PeerId, addresses: tuple[str, ...]) -> 
     if path is None:
         return PeerReport(peer=peer, problem="the connection was lost at once")
     return PeerReport(peer=peer, path=path.kind, relay=path.relay, round_trip_ms=min(trips_s) * 1e3)
-
-
-def socket_path(profile: Path) -> Path:
-    """Return where a running member of this profile answers."""
-    return profile / "node.sock"
-
-
-async def serve_reports(
-    node: Node, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Answer who asks for a report, until cancelled."""
-    path = socket_path(node.options.profile.path)
-    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-        _log.warning("`pals doctor` cannot ask this process: the profile's path is too long")
-        task_status.started()
-        return
-    limiter = trio.CapacityLimiter(REPORTS_AT_ONCE)
-
-    async def answer(stream: trio.SocketStream) -> None:
-        async with stream:
-            with trio.move_on_after(ANSWER_S), suppress(trio.BrokenResourceError):
-                await _answer(node, stream, limiter)
-
-    listener = _listen(path)
-    task_status.started()
-    try:
-        await trio.serve_listeners(answer, [listener])
-    finally:
-        path.unlink(missing_ok=True)
-
-
-async def _answer(node: Node, stream: trio.SocketStream, limiter: trio.CapacityLimiter) -> None:
-    asked = bytearray()
-    while b"\n" not in asked:
-        part = await stream.receive_some(MAX_QUESTION_BYTES)
-        asked += part
-        if not part or len(asked) > MAX_QUESTION_BYTES:
-            return
-    question = bytes(asked)
-    if question == NETWORK:
-        async with limiter:
-            await stream.send_all(msgspec.json.encode(await report_network(node)))
-    elif question == LIST:
-        await stream.send_all(msgspec.json.encode(report_list(node)))
-
-
-def _listen(path: Path) -> trio.SocketListener:
-    # Whoever ran before and was killed left its socket; the profile's lock is ours.
-    path.unlink(missing_ok=True)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(str(path))
-    path.chmod(0o600)
-    listening.listen()
-    return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
-
-
-async def ask_running(profile: Path) -> NetworkReport | None:
-    """Return the report of the process that runs with a profile, or None if none does.
-
-    Raises:
-        InvalidConfig: What answers is not a process of this version.
-    """
-    return await _ask(profile, NETWORK, NetworkReport, ANSWER_S)
-
-
-async def ask_list(profile: Path) -> ListReport | None:
-    """Return how the list of the process stands that runs with a profile, or None.
-
-    Raises:
-        InvalidConfig: What answers is not a process of this version.
-    """
-    return await _ask(profile, LIST, ListReport, LIST_S)
-
-
-async def _ask(
-    profile: Path, question: bytes, kind: type[_Report], deadline_s: float
-) -> _Report | None:
-    path = socket_path(profile)
-    answer = bytearray()
-    try:
-        with trio.fail_after(deadline_s):
-            async with await trio.open_unix_socket(str(path)) as stream:
-                await stream.send_all(question)
-                async for part in stream:
-                    answer += part
-                    if len(answer) > MAX_REPORT_BYTES:
-                        break
-    except (OSError, trio.BrokenResourceError):
-        return None
-    except trio.TooSlowError as error:
-        raise _no_report(path, f"no answer within {deadline_s:g} s") from error
-    try:
-        return msgspec.json.decode(answer, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _no_report(path, str(error)) from error
-
-
-def _no_report(path: Path, problem: str) -> PalsError:
-    advice = "restart the process that runs with this profile"
-    return InvalidConfig(source=path, problem=problem, advice=advice)

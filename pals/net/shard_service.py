@@ -50,6 +50,7 @@ from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
 from pals.net.links import Arrival, Links
 from pals.net.model_shape import ModelShape
 from pals.net.outbound import Outbound
+from pals.net.process_report import RoleLine
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.tail import TailOutput
 from pals.net.timings import StepTimings
@@ -132,10 +133,6 @@ class ShardService:
         return self._table.layers
 
     @property
-    def input_kinds(self) -> frozenset[Kind]:
-        return frozenset((self._input.kind,))
-
-    @property
     def free_tokens(self) -> int:
         """Tokens that sessions to come find room for."""
         return 0 if self._is_draining else self._thread.free_tokens
@@ -202,6 +199,15 @@ class ShardService:
                 self._send_control(peer, stats)
             case _:
                 pass
+
+    def describe(self) -> RoleLine:
+        """Return what people are told of it; the model's name is the announcement's."""
+        return RoleLine(
+            role="shard",
+            layers=str(self.layers),
+            sessions=self.sessions,
+            free_tokens=self.free_tokens,
+        )
 
     def needs(self, peer: PeerId) -> bool:
         """Return whether a session is open that goes by way of ``peer``."""

@@ -14,7 +14,7 @@ from pals.net.backend import Backend
 from pals.net.backends import open_backend
 from pals.net.membership import SavedList, fetch_list, keep_list, load_saved
 from pals.net.removal import needs_rotation
-from pals.net.report import ask_list
+from pals.net.report_socket import ask_list
 from pals.swarm import kept
 from pals.swarm.allowlist import AllowList, AllowState
 from pals.swarm.identity import Identity, load_or_create_identity

@@ -26,7 +26,8 @@ from pals.config import Profile, SwarmSecret
 from pals.errors import PeerUnreachable
 from pals.net.enrolment import create_invite, create_swarm, look_up, redeem_invite
 from pals.net.node import Node, NodeOptions, open_node
-from pals.net.report import ListReport, ask_list
+from pals.net.report import ListReport
+from pals.net.report_socket import ask_list
 from pals.settings import NodeSettings
 from pals.swarm.identity import load_or_create_identity
 from tests.attacks.clocks import DAY_S, SystemClock

@@ -11,9 +11,10 @@ import trio
 from pals.cli import doctor
 from pals.cli.app import run
 from pals.config import Profile
-from pals.net import report
+from pals.net import report, report_socket
 from pals.net.node import open_node
-from pals.net.report import ask_list, ask_running, report_network, socket_path
+from pals.net.report import report_network
+from pals.net.report_socket import ask_list, ask_running, socket_path
 from pals.net.standing import look_at
 from tests.integration.swarm import make_swarm
 
@@ -135,6 +136,6 @@ async def test_a_socket_that_a_killed_process_left_is_replaced(tmp_path: Path) -
 async def test_a_profile_whose_path_is_too_long_runs_without_a_socket(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "MAX_SOCKET_PATH_BYTES", 1)
+    monkeypatch.setattr(report_socket, "MAX_SOCKET_PATH_BYTES", 1)
     async with make_swarm(tmp_path, count=1) as swarm, open_node(swarm.options(swarm.peers[0])):
         assert await ask_running(swarm.peers[0].path) is None

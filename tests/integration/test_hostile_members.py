@@ -16,7 +16,6 @@ from pals.net.wire import (
     CONTROL_SHAPE,
     NO_ROWS,
     FrameShape,
-    Kind,
     Lane,
     Outgoing,
     Row,
@@ -49,10 +48,6 @@ class Hostile:
 
     node: Node
     answers: list[tuple[PeerId, Control]] = field(default_factory=list)
-
-    @property
-    def input_kinds(self) -> frozenset[Kind]:
-        return frozenset((Kind.SAMPLED,))
 
     def accepted(self, lane: Lane) -> tuple[FrameShape, ...]:
         return ()

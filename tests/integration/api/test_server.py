@@ -73,8 +73,9 @@ def test_an_open_stream_does_not_hold_up_the_end() -> None:
     assert process.returncode == -signal.SIGINT
 
 
-def test_sigterm_lets_answers_end_and_a_second_one_does_not() -> None:
-    options = "drain_s=600, on_terminate=lambda: print('leaving', flush=True), on_ready="
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_answers_end_and_a_second_one_does_not(number: signal.Signals) -> None:
+    options = "drain_s=600, on_leave=lambda: print('leaving', flush=True), on_ready="
     patient = ENDLESS.replace("on_ready=", options)
     with (
         started(patient) as (process, url),
@@ -82,15 +83,15 @@ def test_sigterm_lets_answers_end_and_a_second_one_does_not() -> None:
     ):
         lines = answer.iter_lines()  # whose end would close the connection
         assert next(lines).startswith("data:")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.stdout is not None
         assert process.stdout.readline() == "leaving\n"
         wait_until_refused(url)
         assert process.poll() is None, "it waits for the answer that runs"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         process.communicate(timeout=20)
 
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == -number
 
 
 def wait_until_refused(url: str) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from pals.cli import serve as serve_command
 from pals.cli.app import build_app, run
+from pals.cli.arguments import without_option
 from pals.cli.process import ServerOptions, load_member, replace_process
-from pals.cli.serve import without_option
 from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.errors import NoSwarm, SwarmSecretInvalid
 
