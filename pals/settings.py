@@ -17,6 +17,7 @@ _Places = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 _PlacesOrNone = Annotated[int, msgspec.Meta(ge=0, le=4096)]
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 _StaleSeconds = Annotated[float, msgspec.Meta(ge=300, le=30 * 86400)]
+_Devices = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 _SecondsOrNone = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
@@ -67,7 +68,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     dtype: Dtype = "bf16"
     int4_group_size: GroupSize = 128
     quantize_activations: bool = True
-    split_experts: bool = False
+    devices: _Devices = 1
     max_sessions: int = 256
     max_rows: int = 64
     max_context_tokens: int = 131072

@@ -175,7 +175,7 @@ class EngineLimits:
         max_chunk_tokens: Tokens of one prefill step; a power of two.
         verify_tokens: Tokens of a row that verifies a draft; 1 where nothing is drafted.
         page_tokens: Tokens of a page of the KV cache: 16, 32 or 64.
-        kv_bytes: Of the KV cache; None for what the memory plan leaves.
+        kv_bytes: Of the KV cache on each device; None for what the memory plan leaves.
         prefill_share: Of the time, for prompts while other sessions decode.
     """
 
@@ -194,13 +194,13 @@ class ShardSpec:
     """How one shard holds its layers, and for how much it makes room.
 
     Attributes:
-        split_experts: Spread the experts of each layer over this machine's devices.
+        devices: Of this machine, over which each layer is spread.
     """
 
     dtype: Dtype = "bf16"
     limits: EngineLimits
     quantization: Quantization = DEFAULT_QUANTIZATION
-    split_experts: bool = False
+    devices: int = 1
 
 
 def parse_bytes(text: str) -> int:

@@ -85,7 +85,10 @@ def plan(
     settings = config.load_settings(preset).shard
     limits = settings.limits(sessions=sessions, context=context, kv_bytes=kv_memory)
     spec = ShardSpec(
-        dtype=dtype or settings.dtype, limits=limits, quantization=settings.quantization
+        dtype=dtype or settings.dtype,
+        limits=limits,
+        quantization=settings.quantization,
+        devices=settings.devices,
     )
     subject = _make_plan(model, memory, spec)
     if json:
@@ -113,7 +116,7 @@ def _make_plan(model: str, memory: Sequence[int], spec: ShardSpec) -> Subject:
         model=model,
         spec=spec,
         plan=plan_model(model_config, spec),
-        machines=[Memory(size_bytes=size) for size in memory] or [find_memory()],
+        machines=[Memory(size_bytes=size) for size in memory] or [find_memory(spec.devices)],
     )
 
 

@@ -239,8 +239,8 @@ class ShardOptions:
         int | None,
         Parameter(
             converter=read_size,
-            help="Memory for the KV cache, such as `2GiB`; what the memory plan leaves when left "
-            "out.",
+            help="Memory of each device for the KV cache, such as `2GiB`; what the memory "
+            "plan leaves when left out.",
         ),
     ] = None
     prefill_share: Annotated[
@@ -254,12 +254,19 @@ class ShardOptions:
         int | None,
         Parameter(validator=_AtLeastOne, help="Compute threads; every core when left out."),
     ] = None
+    devices: Annotated[
+        int | None,
+        Parameter(
+            validator=_AtLeastOne,
+            help="Devices of this machine that divide each layer among them; 1 when left out.",
+        ),
+    ] = None
     memory: Annotated[
         int | None,
         Parameter(
             converter=read_size,
-            help="Memory to fill when no layers are named, such as `24GiB`; this machine's "
-            "when left out.",
+            help="Memory to fill on each device when no layers are named, such as `24GiB`; this "
+            "machine's when left out.",
         ),
     ] = None
 
@@ -281,7 +288,7 @@ class ShardOptions:
             dtype=self.dtype or settings.dtype,
             limits=limits,
             quantization=quantization,
-            split_experts=settings.split_experts,
+            devices=self.devices or settings.devices,
         )
 
     def make_role(

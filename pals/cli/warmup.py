@@ -149,6 +149,7 @@ def _document(
         "model": model,
         "layers": str(layers),
         "dtype": spec.dtype,
+        "devices": spec.devices,
         "kv_bytes": spec.limits.kv_bytes,
         "programs": [
             {

@@ -6,29 +6,38 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pals.engine.budget import PLANNED_TOKENS
 from pals.engine.pages import PageFormat, token_bytes
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
 from pals.models.paged import storage_dtype
+from pals.models.spread import heads_of_device, place
 from pals.types import EngineLimits, LayerRange
 
 AbstractCache = tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
 
 
 def page_format(
-    config: ModelConfig, layers: LayerRange, *, page_tokens: int, dtype: jnp.dtype
+    config: ModelConfig,
+    layers: LayerRange,
+    *,
+    page_tokens: int,
+    dtype: jnp.dtype,
+    devices: int = 1,
 ) -> PageFormat:
-    """Return the size of a page of all layers of a shard."""
-    shapes = [config.cache_shapes(layer) for layer in range(layers.start, layers.stop)]
+    """Return the size of a page of all layers of a shard, on each of its devices."""
+    shapes = [
+        [(heads_of_device(heads, devices), width) for heads, width in config.cache_shapes(layer)]
+        for layer in range(layers.start, layers.stop)
+    ]
     size = token_bytes(shapes, element_bytes=storage_dtype(dtype).itemsize)
     return PageFormat(page_tokens=page_tokens, token_bytes=size)
 
 
 def kv_bytes(limits: EngineLimits, format_: PageFormat) -> int:
-    """Return the bytes of the cache: those that are named, or what is planned without."""
+    """Return the bytes of the cache on each device: those named, or what is planned without."""
     if limits.kv_bytes is not None:
         return limits.kv_bytes
     sessions = limits.max_sessions * format_.pages_of(limits.max_context_tokens)
@@ -53,15 +62,19 @@ def abstract_cache(
         num_pages: P, the scratch page included.
         page_tokens: p.
         dtype: In which the layers compute.
-        mesh: Devices, each of which has all of it; None for a single one.
+        mesh: Devices, each of which has its own heads; None for a single one. A head that
+            several of them have is there several times.
     """
     stored = storage_dtype(dtype)
-    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    devices = 1 if mesh is None else mesh.size
+    sharding = None if mesh is None else place(mesh, 0, ndim=4)
+
+    def abstract(heads: int, width: int) -> jax.ShapeDtypeStruct:
+        shape = (heads_of_device(heads, devices) * devices, num_pages, page_tokens, width)
+        return jax.ShapeDtypeStruct(shape, stored, sharding=sharding)
+
     return tuple(
-        tuple(
-            jax.ShapeDtypeStruct((heads, num_pages, page_tokens, width), stored, sharding=place)
-            for heads, width in config.cache_shapes(layer)
-        )
+        tuple(abstract(heads, width) for heads, width in config.cache_shapes(layer))
         for layer in range(layers.start, layers.stop)
     )
 

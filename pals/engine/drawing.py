@@ -197,8 +197,10 @@ def top_tokens(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    # XLA on CPU takes it for a whole sort once something else is cut from its result
-    return lax.optimization_barrier(lax.top_k(values, count))
+    # XLA on CPU takes it for a whole sort once something else is cut from its result. One barrier
+    # for both results ends its compiler where several devices take part (jaxlib 0.10.2).
+    largest, tokens = lax.top_k(values, count)
+    return lax.optimization_barrier(largest), lax.optimization_barrier(tokens)
 
 
 def pick_likeliest(values: jax.Array) -> jax.Array:

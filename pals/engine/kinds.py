@@ -59,7 +59,7 @@ def shard_kind(config: ModelConfig, layers: LayerRange, spec: ShardSpec) -> dict
         **{name: str(value) for name, value in asdict(spec.quantization).items()},
         **{name: str(value) for name, value in limits.items()},
         "kv_bytes": str(spec.limits.kv_bytes),
-        "split_experts": str(spec.split_experts),
+        "devices of the shard": str(spec.devices),
     }
 
 

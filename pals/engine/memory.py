@@ -29,8 +29,8 @@ class Memory:
         return f"{size} of {self.source}" if self.source else size
 
 
-def find_memory() -> Memory:
-    """Return the memory of the default device, or what the host has free.
+def find_memory(devices: int = 1) -> Memory:
+    """Return the memory of each of some devices, or its share of what the host has free.
 
     On an accelerator it is what jax may take of it, whatever else runs there.
     """
@@ -40,7 +40,7 @@ def find_memory() -> Memory:
     stats = None if device.platform == "cpu" else device.memory_stats()
     if stats and "bytes_limit" in stats:
         return Memory(size_bytes=stats["bytes_limit"], source=f"{device.device_kind} memory")
-    return Memory(size_bytes=free_host_bytes(), source="free memory")
+    return Memory(size_bytes=free_host_bytes() // devices, source="free memory")
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:

@@ -27,6 +27,7 @@ from pals.engine.steps import Programs
 from pals.models.build import ParameterPath
 from pals.models.config import CacheShape, ModelConfig
 from pals.models.numerics import Numerics
+from pals.models.spread import device_bytes
 from pals.types import EngineLimits, LayerRange, ShardSpec
 
 PROGRAM_BYTES = 1_200_000
@@ -40,7 +41,7 @@ _LayerLeaves = tuple[tuple[ParameterPath, jax.ShapeDtypeStruct], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RangePlan:
-    """What a shard takes.
+    """What a shard takes on each of its devices.
 
     Attributes:
         weights: Device bytes of its parameters.
@@ -194,14 +195,15 @@ class ModelPlan:
 
 
 def plan_model(config: ModelConfig, spec: ShardSpec) -> ModelPlan:
-    """Plan a model; reads and allocates no weights.
+    """Plan a model for each of the devices of its shards; reads and allocates no weights.
 
     Args:
         config: What its config.json says.
         spec: How its shards would hold it, and for how much they would make room.
     """
     use_compilation_cache(programs_folder())
-    planner = _Planner(config, Numerics.of(spec.dtype, spec.quantization), spec.limits)
+    numerics = Numerics.of(spec.dtype, spec.quantization, devices=spec.devices)
+    planner = _Planner(config, numerics, spec.limits)
     kinds = planner.plan_kinds()
     return ModelPlan(
         kinds=kinds,
@@ -258,7 +260,9 @@ class _Planner:
 
     def _kv_per_token(self, layer: int) -> int:
         layers, dtype = LayerRange(layer, layer + 1), self._numerics.compute
-        return page_format(self._config, layers, page_tokens=1, dtype=dtype).token_bytes
+        devices = self._numerics.devices
+        format_ = page_format(self._config, layers, page_tokens=1, dtype=dtype, devices=devices)
+        return format_.token_bytes
 
     def _workspaces(self, kinds: Sequence[Sequence[int]]) -> list[int]:
         """Return for some equal layers at a time the temporaries of their largest program.
@@ -293,4 +297,4 @@ def _end_size(programs: Programs, *modules: str) -> int:
 
 
 def _size(arrays: Iterable[jax.ShapeDtypeStruct]) -> int:
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+    return sum(map(device_bytes, arrays))

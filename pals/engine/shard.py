@@ -7,7 +7,6 @@ word of `pals.engine.batcher`, whose steps it runs.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,11 +40,11 @@ from pals.engine.work import PenaltyHistory, Sampled, StepOutput
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.build import AbstractModel
 from pals.models.config import ModelConfig
-from pals.models.configs.moe import SparseConfig
 from pals.models.decoder import Cache
 from pals.models.loading import LoadedParameters, load_shard_parameters
 from pals.models.numerics import Numerics
 from pals.models.snapshot import Snapshot
+from pals.models.spread import device_bytes
 from pals.types import (
     DEFAULT_QUANTIZATION,
     Dtype,
@@ -66,7 +65,7 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Device bytes that a shard holds."""
+    """Bytes that a shard holds on each of its devices."""
 
     weights: int
     kv: int
@@ -83,7 +82,7 @@ class Shard:
         layer_hashes: SHA-256 of the source bytes of each layer.
         limits: What is reserved and compiled.
         page_format: The size of a page of the cache.
-        kv_bytes: Of the cache.
+        kv_bytes: Of the cache on each device.
         is_head: Takes token ids instead of hidden states.
         is_tail: Returns sampled tokens instead of hidden states.
     """
@@ -105,7 +104,11 @@ class Shard:
         self._numerics = numerics
         self.limits = spec.limits
         self.page_format = page_format(
-            config, layers, page_tokens=spec.limits.page_tokens, dtype=numerics.compute
+            config,
+            layers,
+            page_tokens=spec.limits.page_tokens,
+            dtype=numerics.compute,
+            devices=numerics.devices,
         )
         self.kv_bytes = kv_bytes(spec.limits, self.page_format)
         self.is_head = layers.start == 0
@@ -127,14 +130,15 @@ class Shard:
         dtype: Dtype,
         limits: EngineLimits,
         quantization: Quantization = DEFAULT_QUANTIZATION,
-        split_experts: bool = False,
+        devices: int = 1,
     ) -> Shard:
         """Read the weights of ``layers`` to the device and reserve the cache.
 
-        With ``split_experts`` the experts of each layer are spread over all local devices,
-        and everything else is whole on each; a model without experts stays on one.
+        Several devices divide each layer among them (`pals.models.spread`).
 
         Raises:
+            TooFewDevices: This machine has fewer.
+            CannotDivide: The model cannot be divided among so many.
             LayersOutsideModel: The model has fewer layers.
             InvalidConfig: A limit is out of range, or beyond the model's own context.
             CorruptModel: The weights do not fit the config.
@@ -145,8 +149,7 @@ class Shard:
             raise LayersOutsideModel(layers=layers, num_layers=config.num_layers)
         check_limits(limits, config)
         use_compilation_cache(programs_folder())
-        has_experts = isinstance(config, SparseConfig)
-        numerics = Numerics.of(dtype, quantization, split_experts=split_experts and has_experts)
+        numerics = Numerics.of(dtype, quantization, devices=devices)
         programs = build_programs(config, layers, numerics=numerics, limits=limits)
         loaded = load_shard_parameters(snapshot, layers, numerics, programs.parameters)
         return cls(
@@ -156,7 +159,7 @@ class Shard:
                 dtype=dtype,
                 limits=limits,
                 quantization=quantization,
-                split_experts=split_experts,
+                devices=devices,
             ),
             numerics=numerics,
             programs=programs,
@@ -176,10 +179,10 @@ class Shard:
         return self._programs.all
 
     def memory_bytes(self) -> MemoryUse:
-        """Return the device bytes of weights and cache."""
+        """Return the bytes of weights and cache on each device."""
         return MemoryUse(
-            weights=sum(leaf.nbytes for leaf in self._leaves),
-            kv=sum(array.nbytes for array in jax.tree.leaves(self._cache)),
+            weights=sum(map(device_bytes, self._leaves)),
+            kv=sum(map(device_bytes, jax.tree.leaves(self._cache))),
         )
 
     def make_batcher(self, manifest: bytes, rules: BatchRules | None = None) -> Batcher:
@@ -363,7 +366,7 @@ class Shard:
         self._cache = build_cache(self._programs.cache)
         self._bank: Bank | None = None
         if self.is_tail:
-            self._bank = build_bank(self.config.vocab_size, mesh=self._numerics.moe.mesh)
+            self._bank = build_bank(self.config.vocab_size, mesh=self._numerics.mesh)
         self._slots = BankSlots()
         self._pooled: jax.Array | None = None
 
@@ -410,12 +413,19 @@ def with_cache_that_fits(
     limits: EngineLimits, config: ModelConfig, layers: LayerRange, spec: ShardSpec
 ) -> EngineLimits:
     """Return limits that name the bytes of the cache, by what this machine has free."""
-    numerics = Numerics.of(spec.dtype, spec.quantization)
-    format_ = page_format(config, layers, page_tokens=limits.page_tokens, dtype=numerics.compute)
+    numerics = Numerics.of(spec.dtype, spec.quantization, devices=spec.devices)
+    format_ = page_format(
+        config,
+        layers,
+        page_tokens=limits.page_tokens,
+        dtype=numerics.compute,
+        devices=spec.devices,
+    )
     parameters = AbstractModel.build(config, layers, numerics).parameters.values()
-    weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parameters)
+    weights = sum(map(device_bytes, parameters))
     is_host = numerics.platform == "cpu"
-    left_bytes = find_memory().size_bytes - weights - RUNTIME_BASE_BYTES * is_host
+    memory = find_memory(spec.devices)
+    left_bytes = memory.size_bytes - weights - RUNTIME_BASE_BYTES * is_host
     chosen = choose_kv_bytes(limits, format_, left_bytes=left_bytes, is_host=is_host)
     return replace(limits, kv_bytes=chosen)
 
@@ -424,7 +434,13 @@ def build_programs(
     config: ModelConfig, layers: LayerRange, *, numerics: Numerics, limits: EngineLimits
 ) -> Programs:
     """Return the programs of a shard, none of them compiled yet."""
-    format_ = page_format(config, layers, page_tokens=limits.page_tokens, dtype=numerics.compute)
+    format_ = page_format(
+        config,
+        layers,
+        page_tokens=limits.page_tokens,
+        dtype=numerics.compute,
+        devices=numerics.devices,
+    )
     num_pages = kv_bytes(limits, format_) // format_.page_bytes
     return Programs(config, layers, numerics=numerics, limits=limits, num_pages=num_pages)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.stages import Compiled
 
 from pals.engine.bank import abstract_bank
@@ -30,6 +31,7 @@ from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
 from pals.models.numerics import Numerics
 from pals.models.paged import Tables
+from pals.models.spread import places_of, run_apart
 from pals.types import EngineLimits, LayerRange
 
 COMPILERS = 2
@@ -48,7 +50,7 @@ class CompiledProgram:
         program: Its sizes; None for what is no step.
         seconds: Until it could run.
         run_s: Of its first run, with what XLA plans then.
-        workspace_bytes: Temporaries on the device.
+        workspace_bytes: Temporaries on each device.
     """
 
     name: str
@@ -87,21 +89,23 @@ class Programs:
             num_pages=num_pages,
             page_tokens=limits.page_tokens,
             dtype=numerics.compute,
-            mesh=numerics.moe.mesh,
+            mesh=numerics.mesh,
         )
         self._config = config
         self._dtype = numerics.compute
-        self._mesh = numerics.moe.mesh
+        self._mesh = numerics.mesh
         self._options = compiler_options(numerics.platform)
         self._first = len(self.all) * layers.start // config.num_layers
         self._is_head = layers.start == 0
         self._is_tail = layers.stop == config.num_layers
         self._steps: StepBuilder = (
             LayeredSteps(config, layers, numerics, model)
-            if numerics.platform == "cpu" and numerics.moe.mesh is None
-            else WholeSteps(model, numerics.moe.mesh)
+            if numerics.platform == "cpu" and numerics.mesh is None
+            else WholeSteps(model, numerics.mesh)
         )
-        self._copy = jax.jit(copy_pages, donate_argnames="cache")
+        places, whole = places_of(self.cache), PartitionSpec()
+        copy = run_apart(copy_pages, self._mesh, (places, whole, whole), places)
+        self._copy = jax.jit(copy, donate_argnums=0)
         self._compiled: dict[Program, Run] = {}
         self._compiled_copy: Compiled | None = None
 
@@ -163,7 +167,7 @@ class Programs:
         )
 
     def workspace_bytes(self, program: Program) -> int:
-        """Return the temporary device bytes of a program, without weights or cache.
+        """Return the temporary bytes of a program on each device, without weights or cache.
 
         The program is compiled of shapes only and thrown away. Buffers are assigned before
         machine code is made, so on CPU no time goes into optimising that code.

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
 from pals.engine.stepping import Leaves, Run, StepArguments, StepOutcome, pool_chunk, sample_step
+from pals.engine.work import Sampled
 from pals.models.build import AbstractModel
 from pals.models.decoder import Cache, Decoder
 from pals.models.paged import StepShape, Tables
+from pals.models.spread import places_of, run_apart
 
 
 class WholeSteps:
@@ -29,10 +31,6 @@ class WholeSteps:
     def __init__(self, model: AbstractModel[Decoder], mesh: Mesh | None = None) -> None:
         self._model = model
         self._mesh = mesh
-        # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
-        self._step = jax.jit(
-            self._run_step, static_argnames="shape", donate_argnames=("cache", "bank")
-        )
 
     def compile(
         self, arguments: StepArguments, shape: StepShape, options: CompilerOptions | None
@@ -47,25 +45,26 @@ class WholeSteps:
 
     def lower(self, arguments: StepArguments, shape: StepShape) -> jax.stages.Lowered:
         """Trace a step of such arguments."""
-        # Arrays that are made inside have to be on the same devices as those that come in.
-        with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            return self._step.lower(*arguments, shape=shape)
+        places = places_of(arguments)
+        results = PartitionSpec(), places.cache, places.bank, PartitionSpec()
+        run = run_apart(partial(self._run_step, shape), self._mesh, tuple(places), results)
+        # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
+        return jax.jit(run, donate_argnums=(1, 2)).lower(*arguments)
 
     def _run_step(
         self,
+        shape: StepShape,
         leaves: Leaves,
         cache: Cache,
         bank: Bank | None,
         inputs: jax.Array,
         tables: Tables,
         sampling: jax.Array | None,
-        *,
-        shape: StepShape,
-    ) -> StepOutcome:
+    ) -> tuple[jax.Array | Sampled, Cache, Bank | None, jax.Array | None]:
         model = self._model.merge(leaves)
         x, cache = model(inputs, cache, shape, tables)
         if sampling is None:
-            return StepOutcome(x, cache, bank, None)
+            return x, cache, bank, None
         assert bank is not None
         sampled, bank = sample_step(model, bank, x, tables, sampling, shape)
-        return StepOutcome(sampled, cache, bank, pool_chunk(model, x, tables, shape))
+        return sampled, cache, bank, pool_chunk(model, x, tables, shape)

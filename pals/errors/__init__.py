@@ -102,6 +102,7 @@ from pals.errors.requests import (
 )
 from pals.errors.users import (
     AmbiguousSwarm,
+    CannotDivide,
     ChildFailed,
     InvalidConfig,
     InvalidLayerRange,
@@ -119,6 +120,7 @@ from pals.errors.users import (
     PublicBindWithoutKey,
     SecretOnCommandLine,
     SwarmSecretInvalid,
+    TooFewDevices,
 )
 
 __all__ = [
@@ -130,6 +132,7 @@ __all__ = [
     "BackendRefused",
     "BackendUnreachable",
     "BodyTooLarge",
+    "CannotDivide",
     "CapacityError",
     "ChildFailed",
     "ContextTooLong",
@@ -212,6 +215,7 @@ __all__ = [
     "SwarmFull",
     "SwarmSecretInvalid",
     "TemplateError",
+    "TooFewDevices",
     "TooManyAttempts",
     "UnknownInvite",
     "UnknownModel",

@@ -29,6 +29,22 @@ class InvalidConfig(UserError):
     hint_template = "{advice}"
 
 
+class TooFewDevices(UserError):
+    """A shard over more devices than this machine has."""
+
+    code = "PALS-USER-DEVICES"
+    message = "{devices} devices are asked for, and there are {found} of kind `{kind}` here"
+    hint_template = "choose `--devices {found}` or fewer"
+
+
+class CannotDivide(UserError):
+    """A model, or a way to hold it, that cannot be divided among so many devices."""
+
+    code = "PALS-USER-DEVICES-DIVIDE"
+    message = "{count} {what} cannot be divided among {devices} devices"
+    hint_template = "{advice}"
+
+
 class ProfileMissing(UserError):
     """The profile folder or a file in it does not exist."""
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pals.models.assemble import Assembler
+from pals.models.assemble import Assembler, intersection, relative, whole_region
 
 BLOCK_BYTES = 2 << 20
 
@@ -25,7 +25,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def save_arrays(path: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Write arrays, split over devices on their first axis at most, to a new folder.
+    """Write arrays, split over devices or not, to a new folder.
 
     Raises:
         Exception: They cannot be written, in any way that Orbax finds.
@@ -69,14 +69,23 @@ def _load(
 
 def _to_host(array: jax.Array, rows: slice) -> np.ndarray:
     """Return rows of an array: on a CPU its own memory, unless several devices hold them."""
-    parts: list[np.ndarray] = []
+    wanted = whole_region((rows,), array.shape)
+    gathered: np.ndarray | None = None
     for shard in array.addressable_shards:
-        start, stop, _ = (shard.index or (slice(None),))[0].indices(array.shape[0])
-        here = slice(max(rows.start, start) - start, min(rows.stop, stop) - start)
-        if shard.replica_id == 0 and here.start < here.stop:
-            on_cpu = shard.device.platform == "cpu"
-            parts.append(np.asarray(shard.data)[here] if on_cpu else np.asarray(shard.data[here]))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        held = whole_region(shard.index or (), array.shape)
+        shared = intersection(wanted, held)
+        if shard.replica_id or shared is None:
+            continue
+        here = relative(shared, held)
+        on_cpu = shard.device.platform == "cpu"
+        part = np.asarray(shard.data)[here] if on_cpu else np.asarray(shard.data[here])
+        if shared == wanted:
+            return part
+        if gathered is None:
+            gathered = np.empty((rows.stop - rows.start, *array.shape[1:]), array.dtype)
+        gathered[relative(shared, wanted)] = part
+    assert gathered is not None
+    return gathered
 
 
 def _blocks(name: str, shape: tuple[int, ...], item_bytes: int) -> Iterator[tuple[str, slice]]:

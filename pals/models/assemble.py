@@ -11,6 +11,7 @@ itself, into an array that gives its memory to its successor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +23,8 @@ from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 
 HostArray = npt.NDArray[np.generic]
-Region = tuple[int | slice, ...]
+Region = tuple[slice, ...]
+"""Elements of an array, with both ends on every axis."""
 
 ALIGNMENT = 64
 """Bytes to which XLA's CPU client wants memory aligned that it does not copy."""
@@ -34,8 +36,8 @@ class Assembler:
     Args:
         shape: Of the whole array.
         dtype: Blocks are cast to it.
-        sharding: Over local devices, of the first axis at most; None puts the array on the
-            default device. Each device holds its own rows only.
+        sharding: Over local devices; None puts the array on the default device. Each device
+            gets its own part of a block only.
     """
 
     def __init__(
@@ -51,12 +53,9 @@ class Assembler:
         indices = self._sharding.addressable_devices_indices_map(self._shape)
         parts: list[_Part] = []
         for device, index in indices.items():
-            start, stop, _ = (index or (slice(None),))[0].indices(self._shape[0])
-            shape = (stop - start, *self._shape[1:])
-            if self._sharding.shard_shape(self._shape) != shape:
-                raise ValueError(f"{self._sharding} splits more than the first axis")
             kind = _HostPart if device.platform == "cpu" else _DevicePart
-            parts.append(kind(start, shape, self._dtype, SingleDeviceSharding(device)))
+            region = whole_region(index or (), self._shape)
+            parts.append(kind(region, self._dtype, SingleDeviceSharding(device)))
         return parts
 
     def write(self, index: int | None, rows: slice, block: HostArray, *, axis: int = 0) -> None:
@@ -75,16 +74,14 @@ class Assembler:
         inner = self._shape if index is None else self._shape[1:]
         if block.shape != (*inner[:axis], rows.stop - rows.start, *inner[axis + 1 :]):
             raise ValueError(f"a block of {block.shape} does not fit {rows} of {self._shape}")
-        before = tuple(slice(0, size) for size in inner[:axis])
+        region = [slice(0, size) for size in inner]
+        region[axis] = rows
+        if index is not None:
+            region, block = [slice(index, index + 1), *region], block[None]
         for part in self._parts:
-            if index is not None:
-                if part.start <= index < part.stop:
-                    part.put((index - part.start, *before, rows), block)
-            elif before:
-                _check_whole(part, self._shape)
-                part.put((*before, rows), block)
-            else:
-                _write_rows(part, rows, block)
+            shared = intersection(region, part.region)
+            if shared is not None:
+                part.put(relative(shared, part.region), block[relative(shared, region)])
         self._missing -= block.size
 
     def finish(self) -> jax.Array:
@@ -101,43 +98,50 @@ class Assembler:
         )
 
 
-def _write_rows(part: _Part, rows: slice, block: HostArray) -> None:
-    first, last = max(rows.start, part.start), min(rows.stop, part.stop)
-    if first < last:
-        here = block[first - rows.start : last - rows.start]
-        part.put((slice(first - part.start, last - part.start),), here)
+def whole_region(index: Sequence[slice], shape: tuple[int, ...]) -> Region:
+    """Return which elements an index of jax takes, with both ends on every axis."""
+    given = [at.indices(size)[:2] for at, size in zip(index, shape, strict=False)]
+    rest = [(0, size) for size in shape[len(given) :]]
+    return tuple(slice(start, stop) for start, stop in given + rest)
 
 
-def _check_whole(part: _Part, shape: tuple[int, ...]) -> None:
-    if (part.start, part.stop) != (0, shape[0]):
-        raise ValueError(f"{shape} is split over devices on the axis before its rows")
+def intersection(one: Sequence[slice], other: Sequence[slice]) -> Region | None:
+    """Return what two regions share; None for nothing."""
+    shared = tuple(
+        slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True)
+    )
+    return shared if all(at.start < at.stop for at in shared) else None
+
+
+def relative(region: Sequence[slice], origin: Sequence[slice]) -> Region:
+    """Return a region as it is counted from the beginning of another."""
+    return tuple(
+        slice(at.start - start.start, at.stop - start.start)
+        for at, start in zip(region, origin, strict=True)
+    )
 
 
 class _Part(Protocol):
-    """The rows of one device, from ``start`` to before ``stop``."""
+    """What one device has of an array."""
 
-    start: int
-    stop: int
+    region: Region
 
     def put(self, region: Region, block: HostArray) -> None:
-        """Fill a region, counted from ``start``."""
+        """Fill a region, counted from the part's own beginning."""
         ...
 
     def take(self) -> jax.Array:
-        """Return the rows."""
+        """Return the part."""
         ...
 
 
 class _HostPart:
-    """Rows in host memory, which the device takes over."""
+    """A part in host memory, which the device takes over."""
 
-    def __init__(
-        self, start: int, shape: tuple[int, ...], dtype: np.dtype, device: Sharding
-    ) -> None:
-        self.start = start
-        self.stop = start + shape[0]
+    def __init__(self, region: Region, dtype: np.dtype, device: Sharding) -> None:
+        self.region = region
         self._device = device
-        self._array = aligned_empty(shape, dtype)
+        self._array = aligned_empty(_sizes(region), dtype)
 
     def put(self, region: Region, block: HostArray) -> None:
         self._array[region] = block
@@ -147,30 +151,26 @@ class _HostPart:
 
 
 class _DevicePart:
-    """Rows on the device, into which each block is written where it stands."""
+    """A part on the device, into which each block is written where it stands."""
 
-    def __init__(
-        self, start: int, shape: tuple[int, ...], dtype: np.dtype, device: Sharding
-    ) -> None:
-        self.start = start
-        self.stop = start + shape[0]
+    def __init__(self, region: Region, dtype: np.dtype, device: Sharding) -> None:
+        self.region = region
         self._device = device
-        self._array = jnp.zeros(shape, dtype, device=device)
+        self._array = jnp.zeros(_sizes(region), dtype, device=device)
 
     def put(self, region: Region, block: HostArray) -> None:
-        starts = [at.start if isinstance(at, slice) else at for at in region]
-        starts += [0] * (self._array.ndim - len(starts))
-        lengths = [1] * sum(isinstance(at, int) for at in region)
-        moved = jax.device_put(
-            block.astype(self._array.dtype, copy=False).reshape(*lengths, *block.shape),
-            self._device,
-        )
-        self._array = _update(self._array, moved, tuple(np.int32(at) for at in starts))
+        block = np.ascontiguousarray(block, self._array.dtype)
+        starts = tuple(np.int32(at.start) for at in region)
+        self._array = _update(self._array, jax.device_put(block, self._device), starts)
         # Blocks that wait for their turn would pile up on the device.
         self._array.block_until_ready()
 
     def take(self) -> jax.Array:
         return self._array
+
+
+def _sizes(region: Region) -> tuple[int, ...]:
+    return tuple(at.stop - at.start for at in region)
 
 
 @partial(jax.jit, donate_argnums=0)

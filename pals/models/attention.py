@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,7 @@ from pals.models.layers import Linear, RMSNorm
 from pals.models.numerics import Numerics
 from pals.models.paged import LayerCache, Rows, update_cache
 from pals.models.rope import rotate
+from pals.models.spread import Split, check_divides, heads_of_device, own_heads
 from pals.models.walk import View, attend
 
 
@@ -22,14 +25,21 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, attention: AttentionConfig, numerics: Numerics) -> None:
         hidden_size, bias = config.hidden_size, attention.qkv_bias
         q_size, kv_size = attention.q_size, attention.kv_size
-        self.q_proj = Linear(hidden_size, q_size, bias=bias, numerics=numerics)
-        self.k_proj = Linear(hidden_size, kv_size, bias=bias, numerics=numerics)
-        self.v_proj = Linear(hidden_size, kv_size, bias=bias, numerics=numerics)
-        self.o_proj = Linear(q_size, hidden_size, bias=attention.output_bias, numerics=numerics)
+        self.devices = numerics.devices
+        check_divides(attention.num_heads, "attention heads", self.devices)
+        held = heads_of_device(attention.num_kv_heads, self.devices)
+        # Devices that share a key head have the few matrices of all of them.
+        self.shares_keys = held * self.devices > attention.num_kv_heads
+        kv_split: Split | None = None if self.shares_keys else "outputs"
+        linear = partial(Linear, numerics=numerics)
+        self.q_proj = linear(hidden_size, q_size, bias=bias, split="outputs")
+        self.k_proj = linear(hidden_size, kv_size, bias=bias, split=kv_split)
+        self.v_proj = linear(hidden_size, kv_size, bias=bias, split=kv_split)
+        self.o_proj = linear(q_size, hidden_size, bias=attention.output_bias, split="inputs")
         self.q_norm = _head_norm(config, attention, numerics)
         self.k_norm = _head_norm(config, attention, numerics)
         self.sinks = (
-            nnx.Param(jnp.zeros((attention.num_heads,), numerics.compute))
+            nnx.Param(jnp.zeros((attention.num_heads,), numerics.compute), split_axis=0)
             if attention.sinks
             else None
         )
@@ -40,12 +50,13 @@ class Attention(nnx.Module):
         with jax.named_scope("attention"):
             heads = (x.shape[0], -1, self.config.head_dim)
             queries = self.q_proj(x).reshape(heads)
-            keys = self.k_proj(x).reshape(heads)
+            keys, values = self.k_proj(x).reshape(heads), self.v_proj(x).reshape(heads)
+            if self.shares_keys:
+                keys, values = own_heads(keys, self.devices), own_heads(values, self.devices)
             if self.q_norm is not None and self.k_norm is not None:
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             table = rows.rope[self.config.rope]
-            news = (rotate(keys, table), self.v_proj(x).reshape(heads))
-            cache = update_cache(cache, news, rows)
+            cache = update_cache(cache, (rotate(keys, table), values), rows)
             view = View(
                 scale=self.config.scale,
                 window=self.config.window,

@@ -16,9 +16,9 @@ from jax.tree_util import PyTreeDef
 
 from pals.models.config import ModelConfig
 from pals.models.decoder import Decoder, DecoderLayer
-from pals.models.experts import expert_sharding
 from pals.models.family import family_of
 from pals.models.numerics import Numerics
+from pals.models.spread import place
 from pals.types import LayerRange
 
 ParameterPath = tuple[str | int, ...]
@@ -46,10 +46,14 @@ class AbstractModel(Generic[Module]):
     def build(
         cls, config: ModelConfig, layers: LayerRange, numerics: Numerics
     ) -> AbstractModel[Decoder]:
-        """Look at the part of a model that a shard of ``layers`` holds."""
+        """Look at the part of a model that a shard of ``layers`` holds.
+
+        Raises:
+            CannotDivide: It cannot be spread over the devices of ``numerics``.
+        """
         build_layer = family_of(config).build_layer
         return AbstractModel[Decoder].of(
-            lambda: Decoder(config, layers, numerics, build_layer), numerics.moe.mesh
+            lambda: Decoder(config, layers, numerics, build_layer), numerics.mesh
         )
 
     @classmethod
@@ -58,14 +62,16 @@ class AbstractModel(Generic[Module]):
 
         Args:
             make: Builds the module.
-            mesh: Over which experts are split.
+            mesh: The devices over which it is spread.
         """
         graphdef, state = nnx.split(nnx.eval_shape(make))
         shapes, treedef = jax.tree.flatten(state)
-        paths = cast("Sequence[ParameterPath]", nnx.to_flat_state(state).paths)
-        parameters = dict(zip(paths, shapes, strict=True))
+        flat = nnx.to_flat_state(state)
+        paths = cast("Sequence[ParameterPath]", flat.paths)
         if mesh is not None:
-            parameters = {path: _placed(path, leaf, mesh) for path, leaf in parameters.items()}
+            pairs = zip(flat.leaves, shapes, strict=True)
+            shapes = [_placed(variable, shape, mesh) for variable, shape in pairs]
+        parameters = dict(zip(paths, shapes, strict=True))
         return cls(graphdef, treedef, parameters)
 
     def merge(self, leaves: Sequence[jax.Array]) -> Module:
@@ -79,7 +85,7 @@ def abstract_layer(
     """Return one layer of a model."""
     build_layer = family_of(config).build_layer
     return AbstractModel[DecoderLayer].of(
-        lambda: build_layer(config, layer, numerics), numerics.moe.mesh
+        lambda: build_layer(config, layer, numerics), numerics.mesh
     )
 
 
@@ -94,8 +100,11 @@ def abstract_ends(
         model.layers = nnx.List([])
         return model
 
-    return AbstractModel[Decoder].of(make, numerics.moe.mesh)
+    return AbstractModel[Decoder].of(make, numerics.mesh)
 
 
-def _placed(path: ParameterPath, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=expert_sharding(path, mesh))
+def _placed(
+    variable: nnx.Variable[jax.Array], shape: jax.ShapeDtypeStruct, mesh: Mesh
+) -> jax.ShapeDtypeStruct:
+    sharding = place(mesh, variable.get_metadata().get("split_axis"), len(shape.shape))
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

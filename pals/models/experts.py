@@ -9,19 +9,14 @@ so that a file's bytes go to their place unturned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pals.errors import InvalidConfig
 from pals.models.grouped import (
-    ExpertMatrices,
     GatedActivation,
     Pairs,
     Strategy,
@@ -31,20 +26,9 @@ from pals.models.grouped import (
     sort_pairs,
 )
 from pals.models.matrix import make_weight, multiply, take_expert
-from pals.models.moe_options import EXPERT_AXIS
 from pals.models.numerics import Numerics
 from pals.models.router import Routing
-
-
-def expert_sharding(path: Sequence[str | int], mesh: Mesh) -> NamedSharding:
-    """Return where a parameter of a model goes that is built with ``mesh``.
-
-    Args:
-        path: Its attribute names and list positions; those of experts hold ``experts``.
-        mesh: The devices of `MoEOptions`.
-    """
-    is_split = "experts" in path
-    return NamedSharding(mesh, PartitionSpec(EXPERT_AXIS) if is_split else PartitionSpec())
+from pals.models.spread import add_up, check_divides, device_number
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -77,10 +61,9 @@ class ExpertLinear(nnx.Module):
     def __init__(
         self, num_experts: int, in_size: int, out_size: int, *, bias: bool, numerics: Numerics
     ) -> None:
-        self.weight = make_weight((num_experts, out_size, in_size), numerics)
-        self.bias = (
-            nnx.Param(jnp.zeros((num_experts, out_size), numerics.compute)) if bias else None
-        )
+        self.weight = make_weight((num_experts, out_size, in_size), numerics, "experts")
+        zeros = jnp.zeros((num_experts, out_size), numerics.compute)
+        self.bias = nnx.Param(zeros, split_axis=0) if bias else None
 
     def apply_one(self, x: jax.Array, expert: jax.Array) -> jax.Array:
         """Map rows [R, in] by the matrix of one expert; returns [R, out] in float32."""
@@ -105,8 +88,7 @@ class Experts(nnx.Module):
         intermediate_size: F, of each expert.
         activation: Joins gate and up.
         bias: Each projection is affine.
-        numerics: Its platform decides how experts are computed; its mesh, where there is
-            one, over which devices of the axis `EXPERT_AXIS` they are split.
+        numerics: Its platform decides how experts are computed; its devices divide them.
     """
 
     def __init__(
@@ -119,14 +101,7 @@ class Experts(nnx.Module):
         bias: bool = False,
         numerics: Numerics,
     ) -> None:
-        mesh = numerics.moe.mesh
-        if mesh is not None and num_experts % mesh.shape[EXPERT_AXIS]:
-            devices = mesh.shape[EXPERT_AXIS]
-            raise InvalidConfig(
-                source="split_experts",
-                problem=f"{num_experts} experts cannot be split over {devices} devices",
-                advice="set `split_experts = false`, or let fewer devices be seen",
-            )
+        check_divides(num_experts, "experts", numerics.devices)
         matrices = partial(ExpertLinear, num_experts, bias=bias, numerics=numerics)
         self.gate_up_proj = matrices(hidden_size, 2 * intermediate_size)
         self.down_proj = matrices(intermediate_size, hidden_size)
@@ -135,7 +110,7 @@ class Experts(nnx.Module):
         self.strategy: Strategy = expert_strategy(
             numerics.platform, is_plain=numerics.weights == "plain"
         )
-        self.mesh = mesh
+        self.devices = numerics.devices
 
     def __call__(self, x: jax.Array, routing: Routing, rows: jax.Array | None = None) -> jax.Array:
         """Return each token's weighted sum over its experts.
@@ -150,39 +125,16 @@ class Experts(nnx.Module):
             [M, D] in float32.
         """
         with jax.named_scope("experts"):
-            run = partial(run_experts, activation=self.activation, strategy=self.strategy)
-            if self.mesh is None:
-                pairs = sort_pairs(routing, self.num_experts, rows)
-                return run(self.gate_up_proj, self.down_proj, x, pairs)
-            return self._run_split(run, x, routing, rows)
-
-    def _run_split(
-        self,
-        run: Callable[[ExpertMatrices, ExpertMatrices, jax.Array, Pairs], jax.Array],
-        x: jax.Array,
-        routing: Routing,
-        rows: jax.Array | None,
-    ) -> jax.Array:
-        """Let each device run its own experts over all tokens, and add up."""
-        assert self.mesh is not None
-        held = self.num_experts // self.mesh.shape[EXPERT_AXIS]
-
-        def run_held(
-            gate_up: ExpertMatrices,
-            down: ExpertMatrices,
-            x: jax.Array,
-            routing: Routing,
-            rows: jax.Array | None,
-        ) -> jax.Array:
-            first = lax.axis_index(EXPERT_AXIS) * held
-            here = routing._replace(expert_ids=routing.expert_ids - first)
-            return lax.psum(run(gate_up, down, x, sort_pairs(here, held, rows)), EXPERT_AXIS)
-
-        split, whole = PartitionSpec(EXPERT_AXIS), PartitionSpec()
-        return jax.shard_map(
-            run_held,
-            mesh=self.mesh,
-            in_specs=(split, split, whole, whole, whole),
-            out_specs=whole,
-            check_vma=False,
-        )(self.gate_up_proj, self.down_proj, x, routing, rows)
+            held = self.num_experts // self.devices
+            if self.devices > 1:  # each takes its own experts of all tokens
+                first = device_number(self.devices) * held
+                routing = routing._replace(expert_ids=routing.expert_ids - first)
+            part = run_experts(
+                self.gate_up_proj,
+                self.down_proj,
+                x,
+                sort_pairs(routing, held, rows),
+                activation=self.activation,
+                strategy=self.strategy,
+            )
+            return add_up(part, self.devices)

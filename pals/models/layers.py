@@ -10,6 +10,7 @@ that a parameter's path is its weight's name. Matrices keep their ``(out, in)`` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pals.models.config import Activation
 from pals.models.matmul import matmul_transposed
 from pals.models.matrix import make_weight, multiply
 from pals.models.numerics import Numerics
+from pals.models.spread import Split, add_up, check_divides, device_number, join_last
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
@@ -34,33 +36,62 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class Linear(nnx.Module):
-    """An affine map whose matrix is stored as ``(out, in)``."""
+    """An affine map whose matrix is stored as ``(out, in)``.
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, numerics: Numerics) -> None:
-        self.weight = make_weight((out_size, in_size), numerics)
-        self.bias = nnx.Param(jnp.zeros((out_size,), numerics.compute)) if bias else None
+    Devices may divide its outputs, of which each then has its own, or its inputs, of which
+    each takes its own and all get the same sum.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool,
+        numerics: Numerics,
+        split: Split | None = None,
+    ) -> None:
+        self.weight = make_weight((out_size, in_size), numerics, split)
+        axis = 0 if split == "outputs" else None
+        self.bias = (
+            nnx.Param(jnp.zeros((out_size,), numerics.compute), split_axis=axis) if bias else None
+        )
+        self.parts = numerics.devices if split == "inputs" else 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [M, in] to [M, out]."""
-        product = multiply(x, self.weight)
+        product = add_up(multiply(x, self.weight), self.parts)
         if self.bias is not None:
             product = product + self.bias[...]
         return product.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """The token embedding, which is also the LM head of models that tie the two."""
+    """The token embedding, which is also the LM head of models that tie the two.
+
+    Devices divide the vocabulary where it can be divided, and else have all of it each.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, numerics: Numerics) -> None:
-        self.weight = nnx.Param(jnp.zeros((vocab_size, hidden_size), numerics.compute))
+        self.parts = 1 if vocab_size % numerics.devices else numerics.devices
+        self.weight = nnx.Param(
+            jnp.zeros((vocab_size, hidden_size), numerics.compute),
+            split_axis=0 if self.parts > 1 else None,
+        )
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         """Look up [M] ids; returns [M, D]."""
-        return self.weight[...][token_ids]
+        table = self.weight[...]
+        if self.parts == 1:
+            return table[token_ids]
+        rows = token_ids - device_number(self.parts) * table.shape[0]
+        is_here = (rows >= 0) & (rows < table.shape[0])
+        found = jnp.where(is_here[:, None], table[jnp.where(is_here, rows, 0)], 0)
+        return add_up(found, self.parts)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Score [M, D] against every token; returns float32 logits [M, V]."""
-        return matmul_transposed(x, self.weight[...])
+        return join_last(matmul_transposed(x, self.weight[...]), self.parts)
 
 
 class RMSNorm(nnx.Module):
@@ -98,9 +129,11 @@ class GatedMLP(nnx.Module):
         bias: bool = False,
         activation: Activation = "silu",
     ) -> None:
-        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias, numerics=numerics)
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias, numerics=numerics)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, numerics=numerics)
+        check_divides(intermediate_size, "columns of a feed-forward block", numerics.devices)
+        linear = partial(Linear, bias=bias, numerics=numerics)
+        self.gate_proj = linear(hidden_size, intermediate_size, split="outputs")
+        self.up_proj = linear(hidden_size, intermediate_size, split="outputs")
+        self.down_proj = linear(intermediate_size, hidden_size, split="inputs")
         self.activation: Activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -13,8 +13,9 @@ from jax import lax
 
 from pals.models.matmul import matmul_transposed
 from pals.models.numerics import Numerics
-from pals.models.quantize import num_pairs
+from pals.models.quantize import check_groups_divide, check_rotation_divides, num_pairs
 from pals.models.quantized import matmul_int4, matmul_int8
+from pals.models.spread import Split
 
 Tree = TypeVar("Tree")
 
@@ -25,9 +26,13 @@ QUANTIZED_LEAVES = frozenset({"values", "packed", "scales", "zeros"})
 class Int8Weight(nnx.Module):
     """Matrices [..., out, in] as `pals.models.quantize.Int8Matrix`, stacked or one."""
 
-    def __init__(self, shape: tuple[int, ...], numerics: Numerics) -> None:
-        self.values = nnx.Param(jnp.zeros(shape, jnp.int8))
-        self.scales = nnx.Param(jnp.zeros(shape[:-1], jnp.float32))
+    def __init__(self, shape: tuple[int, ...], numerics: Numerics, split: Split | None) -> None:
+        self.parts = numerics.devices if split == "inputs" else 1
+        check_rotation_divides(shape[-1], self.parts)
+        axis = _axis(split, outputs=-2, inputs=-1)
+        self.values = nnx.Param(jnp.zeros(shape, jnp.int8), split_axis=axis)
+        axis = _axis(split, outputs=-1)
+        self.scales = nnx.Param(jnp.zeros(shape[:-1], jnp.float32), split_axis=axis)
         self.platform = numerics.platform
         self.quantize_activations = numerics.quantize_activations
 
@@ -41,21 +46,24 @@ class Int8Weight(nnx.Module):
             scales,
             platform=self.platform,
             quantize_activations=self.quantize_activations,
+            parts=self.parts,
         )
 
 
 class Int4Weight(nnx.Module):
     """Matrices [..., out, in] as `pals.models.quantize.Int4Matrix`, stacked or one."""
 
-    def __init__(self, shape: tuple[int, ...], numerics: Numerics) -> None:
+    def __init__(self, shape: tuple[int, ...], numerics: Numerics, split: Split | None) -> None:
         *stack, out_size, in_size = shape
-        pairs = num_pairs(in_size, numerics.group_size)
-        grid = (*stack, 2 * pairs, out_size)
-        self.packed = nnx.Param(
-            jnp.zeros((*stack, pairs, out_size, numerics.group_size), jnp.uint8)
-        )
-        self.scales = nnx.Param(jnp.zeros(grid, jnp.float32))
-        self.zeros = nnx.Param(jnp.zeros(grid, jnp.int8))
+        group_size = numerics.group_size
+        check_groups_divide(in_size, group_size, numerics.devices if split == "inputs" else 1)
+        pairs = num_pairs(in_size, group_size)
+        packed, grid = (*stack, pairs, out_size, group_size), (*stack, 2 * pairs, out_size)
+        axis = _axis(split, outputs=-2, inputs=-3)
+        self.packed = nnx.Param(jnp.zeros(packed, jnp.uint8), split_axis=axis)
+        axis = _axis(split, outputs=-1, inputs=-2)
+        self.scales = nnx.Param(jnp.zeros(grid, jnp.float32), split_axis=axis)
+        self.zeros = nnx.Param(jnp.zeros(grid, jnp.int8), split_axis=axis)
         self.platform = numerics.platform
 
     def multiply(self, x: jax.Array, expert: jax.Array | None = None) -> jax.Array:
@@ -69,15 +77,39 @@ Weight = nnx.Param[jax.Array] | Int8Weight | Int4Weight
 """One matrix [out, in], or a stack of them [E, out, in]."""
 
 
-def make_weight(shape: tuple[int, ...], numerics: Numerics) -> Weight:
-    """Return an empty matrix, or stack of them, in the numbers of ``numerics``."""
+def make_weight(shape: tuple[int, ...], numerics: Numerics, split: Split | None = None) -> Weight:
+    """Return an empty matrix, or stack of them, in the numbers of ``numerics``.
+
+    Args:
+        shape: [out, in], or [E, out, in].
+        numerics: Its devices are those that a split divides it among.
+        split: What is divided; None where each device has all of it. Devices that divide
+            the inputs each have a part of every product, and the sum is the product.
+
+    Raises:
+        CannotDivide: Columns that are quantised together would lie on two devices.
+    """
     match numerics.weights:
         case "int8":
-            return Int8Weight(shape, numerics)
+            return Int8Weight(shape, numerics, split)
         case "int4":
-            return Int4Weight(shape, numerics)
+            return Int4Weight(shape, numerics, split)
         case "plain":
-            return nnx.Param(jnp.zeros(shape, numerics.compute))
+            axis = _axis(split, outputs=-2, inputs=-1)
+            return nnx.Param(jnp.zeros(shape, numerics.compute), split_axis=axis)
+
+
+def _axis(split: Split | None, *, outputs: int, inputs: int | None = None) -> int | None:
+    """Return the axis on which a leaf is split; stacks of experts are on their first."""
+    match split:
+        case "experts":
+            return 0
+        case "outputs":
+            return outputs
+        case "inputs":
+            return inputs
+        case None:
+            return None
 
 
 def multiply(x: jax.Array, weight: Weight, expert: jax.Array | None = None) -> jax.Array:

@@ -6,12 +6,15 @@ A token leaves one latent and one turned key in the cache, which all heads share
 are taken into the space of the latents and the mix of latents is taken out of it, so that
 no step expands what is cached: heads attend as N queries over a single key head, whose
 values are the first part of its keys. That costs more multiplications than expanded keys
-for chunks beyond some hundred tokens, but memory that does not grow with N.
+for chunks beyond some hundred tokens, but memory that does not grow with N. Several
+devices divide the heads; the latents, which all heads read, each of them has whole.
 
 Source: https://arxiv.org/abs/2405.04434, section 2.1, and modeling_deepseek_v3.py.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from pals.models.layers import Linear, RMSNorm
 from pals.models.numerics import Numerics
 from pals.models.paged import LayerCache, Rows, update_cache
 from pals.models.rope import RopeTable, pair_halves, rotate
+from pals.models.spread import check_divides
 from pals.models.walk import View, attend, batched_matmul
 
 LATENT_EPS = 1e-6
@@ -36,19 +40,19 @@ class LatentAttention(nnx.Module):
     ) -> None:
         hidden_size, bias = config.hidden_size, attention.bias
         q_size, q_rank = attention.num_heads * attention.qk_head_dim, attention.q_lora_rank
+        check_divides(attention.num_heads, "attention heads", numerics.devices)
+        linear = partial(Linear, numerics=numerics)
         if q_rank is None:
-            self.q_proj = Linear(hidden_size, q_size, bias=False, numerics=numerics)
+            self.q_proj = linear(hidden_size, q_size, bias=False, split="outputs")
         else:
-            self.q_a_proj = Linear(hidden_size, q_rank, bias=bias, numerics=numerics)
+            self.q_a_proj = linear(hidden_size, q_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(q_rank, eps=LATENT_EPS, numerics=numerics)
-            self.q_b_proj = Linear(q_rank, q_size, bias=False, numerics=numerics)
-        self.kv_a_proj_with_mqa = Linear(
-            hidden_size, attention.latent_size, bias=bias, numerics=numerics
-        )
+            self.q_b_proj = linear(q_rank, q_size, bias=False, split="outputs")
+        self.kv_a_proj_with_mqa = linear(hidden_size, attention.latent_size, bias=bias)
         self.kv_a_layernorm = RMSNorm(attention.kv_lora_rank, eps=LATENT_EPS, numerics=numerics)
         self.kv_b_proj = LatentUpProjection(attention, numerics)
         v_size = attention.num_heads * attention.v_head_dim
-        self.o_proj = Linear(v_size, hidden_size, bias=bias, numerics=numerics)
+        self.o_proj = linear(v_size, hidden_size, bias=bias, split="inputs")
         self.config = attention
 
     def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
@@ -68,7 +72,7 @@ class LatentAttention(nnx.Module):
             queries = self.q_proj(x)
         else:
             queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        queries = queries.reshape(x.shape[0], self.config.num_heads, self.config.qk_head_dim)
+        queries = queries.reshape(x.shape[0], -1, self.config.qk_head_dim)
         still, turning = jnp.split(queries, [self.config.qk_nope_head_dim], axis=-1)
         absorbed = self.kv_b_proj.absorb_queries(still)
         return jnp.concatenate([absorbed, self._turn(turning, table)], axis=-1)
@@ -91,9 +95,10 @@ class LatentUpProjection(nnx.Module):
 
     def __init__(self, attention: LatentAttentionConfig, numerics: Numerics) -> None:
         rows = attention.num_heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-        self.weight = nnx.Param(jnp.zeros((rows, attention.kv_lora_rank), numerics.compute))
-        self.num_heads = attention.num_heads
+        shape = (rows, attention.kv_lora_rank)
+        self.weight = nnx.Param(jnp.zeros(shape, numerics.compute), split_axis=0)
         self.key_size = attention.qk_nope_head_dim
+        self.head_size = attention.qk_nope_head_dim + attention.v_head_dim
 
     def absorb_queries(self, queries: jax.Array) -> jax.Array:
         """Map [M, N, H] to what scores the same against latents, [M, N, R]."""
@@ -106,7 +111,7 @@ class LatentUpProjection(nnx.Module):
     def _matrices(self) -> jax.Array:
         """Return keys above values of each head, [N, _, R]."""
         matrix = self.weight[...]
-        return matrix.reshape(self.num_heads, -1, matrix.shape[-1])
+        return matrix.reshape(-1, self.head_size, matrix.shape[-1])
 
 
 def _per_head(x: jax.Array, matrices: jax.Array, *, contract: int) -> jax.Array:

@@ -23,6 +23,7 @@ from pals.models.moe_options import RoutingHook, RoutingRecord
 from pals.models.numerics import Numerics
 from pals.models.paged import LayerCache, Rows
 from pals.models.router import Router, Routing
+from pals.models.spread import device_number
 from pals.models.table import Fused, PerExpert, WeightTable
 
 SPARSE_WEIGHTS = WeightTable(
@@ -68,6 +69,7 @@ class MoE(nnx.Module):
         )
         hook = numerics.moe.trace
         # Without a trace, layers that differ in their number only stay one program.
+        self.devices = numerics.devices
         self.deliver = None if hook is None else recorder(hook, layer, router.num_experts)
 
     def __call__(self, x: jax.Array, rows: jax.Array | None = None) -> jax.Array:
@@ -81,17 +83,19 @@ class MoE(nnx.Module):
         with jax.named_scope("moe"):
             routing = self.gate(x)
             if self.deliver is not None:
-                io_callback(self.deliver, None, routing, rows)
+                io_callback(self.deliver, None, device_number(self.devices), routing, rows)
             mixed = self.experts(x, routing, rows).astype(x.dtype)
             return mixed if self.shared_experts is None else mixed + self.shared_experts(x)
 
 
 def recorder(
     hook: RoutingHook, layer: int, num_experts: int
-) -> Callable[[Routing, jax.Array | None], None]:
-    """Return what hands the choices of a layer to ``hook`` on the host."""
+) -> Callable[[jax.Array | int, Routing, jax.Array | None], None]:
+    """Return what hands the choices of a layer to ``hook`` on the host, from one device."""
 
-    def deliver(routing: Routing, rows: jax.Array | None) -> None:
+    def deliver(device: jax.Array | int, routing: Routing, rows: jax.Array | None) -> None:
+        if device:
+            return
         ids, weights = np.asarray(routing.expert_ids), np.asarray(routing.weights)
         if rows is not None:
             counted = np.asarray(rows)

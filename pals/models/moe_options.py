@@ -7,12 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from jax.sharding import Mesh
 
 from pals.models.configs.moe import RouterOverride
-
-EXPERT_AXIS = "model"
-"""The mesh axis over which the experts of a layer are split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +40,7 @@ class MoEOptions:
     Attributes:
         override: Replaces the family's own routing.
         trace: Sees each layer's choices; None compiles to a program without a trace.
-        mesh: Local devices over which the experts of each layer are split.
     """
 
     override: RouterOverride = field(default_factory=RouterOverride)
     trace: RoutingHook | None = None
-    mesh: Mesh | None = None

@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from pals.models.moe_options import EXPERT_AXIS, MoEOptions
+from pals.models.moe_options import MoEOptions
+from pals.models.spread import open_mesh
 from pals.types import (
     DEFAULT_QUANTIZATION,
     ActivationDtype,
@@ -49,6 +50,7 @@ class Numerics:
         quantize_activations: Many rows may be rounded to int8 where that is faster.
         platform: ``cpu``, ``gpu`` or ``tpu``, for which formulations are chosen.
         moe: What changes in MoE layers.
+        mesh: The devices over which each layer is spread; None for a single one.
     """
 
     compute: jnp.dtype
@@ -57,6 +59,7 @@ class Numerics:
     quantize_activations: bool = True
     platform: str = "cpu"
     moe: MoEOptions = field(default_factory=MoEOptions)
+    mesh: Mesh | None = None
 
     @classmethod
     def of(
@@ -64,17 +67,26 @@ class Numerics:
         dtype: Dtype,
         quantization: Quantization = DEFAULT_QUANTIZATION,
         *,
-        split_experts: bool = False,
+        devices: int = 1,
     ) -> Numerics:
-        """Return the numerics of a shard on this machine's devices."""
+        """Return the numerics of a shard on some of this machine's devices.
+
+        Raises:
+            TooFewDevices: There are not so many.
+        """
         return cls(
             compute=COMPUTE_DTYPES[activation_dtype(dtype)],
             weights=WEIGHT_FORMATS[dtype],
             group_size=quantization.group_size,
             quantize_activations=quantization.activations,
             platform=jax.default_backend(),
-            moe=MoEOptions(mesh=_local_mesh() if split_experts else None),
+            mesh=open_mesh(devices),
         )
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices each layer is spread."""
+        return 1 if self.mesh is None else self.mesh.size
 
     @property
     def plain(self) -> Numerics:
@@ -85,8 +97,3 @@ class Numerics:
     def stored_kind(self) -> str:
         """What decides the numbers of quantised weights, fit for a folder's name."""
         return f"int4-{self.group_size}" if self.weights == "int4" else self.weights
-
-
-def _local_mesh() -> Mesh:
-    """Return this machine's devices as one axis, over which experts are split."""
-    return jax.make_mesh((jax.local_device_count(),), (EXPERT_AXIS,), devices=jax.local_devices())

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pals.errors import CannotDivide
+
 Array = npt.NDArray[np.generic]
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
@@ -116,6 +118,37 @@ def _mix(block: Float32, hadamard: Float32) -> Float32:
     size = hadamard.shape[0]
     np.matmul(block.reshape(-1, size), hadamard, out=mixed.reshape(-1, size))
     return mixed
+
+
+def check_rotation_divides(in_size: int, devices: int) -> None:
+    """Raise unless devices can share the columns of int8 matrices, in whole rotated blocks.
+
+    Raises:
+        CannotDivide: They cannot.
+    """
+    block = rotation(in_size)[1].shape[0]
+    if in_size % (block * devices):
+        raise CannotDivide(
+            count=in_size // block,
+            what=f"blocks of {block} columns that int8 rotates together",
+            devices=devices,
+            advice="choose fewer devices, or another `--dtype`",
+        )
+
+
+def check_groups_divide(in_size: int, group_size: int, devices: int) -> None:
+    """Raise unless devices can share the columns of int4 matrices, in whole pairs of groups.
+
+    Raises:
+        CannotDivide: They cannot.
+    """
+    if devices > 1 and in_size % (2 * group_size * devices):
+        raise CannotDivide(
+            count=in_size,
+            what=f"columns, of which int4 packs {2 * group_size} together,",
+            devices=devices,
+            advice="choose fewer devices, a smaller `--group-size`, or another `--dtype`",
+        )
 
 
 def num_pairs(in_size: int, group_size: int) -> int:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pals.models.quantize import MAX_CODE, MAX_INT8, rotation
+from pals.models.spread import device_number
 
 FEW_ROWS = 16
 """Up to so many rows, two planes cost about what one does (decode, short tails of prompts)."""
@@ -48,9 +49,17 @@ class Planes(NamedTuple):
     scales: jax.Array
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Turn rows [M, in] into the basis of int8 matrices, in float32; see `rotation`."""
-    signs, hadamard = rotation(x.shape[1])
+def rotate(x: jax.Array, parts: int = 1) -> jax.Array:
+    """Turn rows [M, in] into the basis of int8 matrices, in float32; see `rotation`.
+
+    Args:
+        x: The columns that this device has.
+        parts: Devices that each have as many, one after another.
+    """
+    in_size = x.shape[1]
+    signs, hadamard = rotation(in_size * parts)
+    if parts > 1:
+        signs = lax.dynamic_slice_in_dim(signs, device_number(parts) * in_size, in_size)
     size = hadamard.shape[0]
     blocks = (x.astype(jnp.float32) * signs).reshape(-1, size)
     turned = lax.dot_general(
@@ -96,8 +105,9 @@ def matmul_int8(
     *,
     platform: str,
     quantize_activations: bool = True,
+    parts: int = 1,
 ) -> jax.Array:
-    """Multiply rows by an `Int8Matrix`.
+    """Multiply rows by an `Int8Matrix`, or by the columns of one that this device has.
 
     Args:
         x: [M, in] in the compute dtype.
@@ -106,11 +116,12 @@ def matmul_int8(
         platform: ``cpu``, ``gpu`` or ``tpu``.
         quantize_activations: On CPU, round many rows to int8 (one plane). Elsewhere rows
             keep the compute dtype always.
+        parts: Devices that each have as many columns.
 
     Returns:
         float32 [M, out].
     """
-    turned = rotate(x)
+    turned = rotate(x, parts)
     if platform != "cpu":
         return _multiply_widened(turned.astype(x.dtype), values) * scales
     many = quantize_activations and x.shape[0] > FEW_ROWS

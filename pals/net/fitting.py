@@ -59,7 +59,7 @@ class FittingShard:
         config = snapshot.config
         spec = replace(self.spec, limits=limits_within(self.spec.limits, config))
         plan = plan_model(config, spec)
-        memory = self.memory or find_memory()
+        memory = self.memory or find_memory(spec.devices)
         others = [
             a
             for a in announced

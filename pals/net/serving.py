@@ -134,7 +134,7 @@ def read_shard(
         dtype=spec.dtype,
         limits=with_cache_that_fits(limits, snapshot.config, layers, spec),
         quantization=spec.quantization,
-        split_experts=spec.split_experts,
+        devices=spec.devices,
     )
     return snapshot, loaded
 

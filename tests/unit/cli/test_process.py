@@ -10,9 +10,10 @@ import pytest
 from pals.cli import serve as serve_command
 from pals.cli.app import build_app, run
 from pals.cli.arguments import without_option
-from pals.cli.process import ServerOptions, load_member, replace_process
+from pals.cli.process import ServerOptions, ShardOptions, load_member, replace_process
 from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.errors import NoSwarm, SwarmSecretInvalid
+from pals.settings import ShardSettings
 
 SECRET = SwarmSecret(bytes(range(32))).to_text()
 OTHER_SECRET = SwarmSecret(bytes(range(32, 64))).to_text()
@@ -258,3 +259,13 @@ def test_config_dir_option_names_the_profile(
     monkeypatch.setenv("PALS_CONFIG_DIR", "/from/variable")
     assert ServerOptions(config_dir=tmp_path).profile.path == tmp_path
     assert ServerOptions().profile.path == Path("/from/variable")
+
+
+# --- options of a shard --------------------------------------------------------------
+
+
+def test_devices_are_those_of_the_option_or_else_of_the_settings():
+    settings = ShardSettings(devices=2)
+
+    assert ShardOptions().spec_within(settings).devices == 2
+    assert ShardOptions(devices=4).spec_within(settings).devices == 4

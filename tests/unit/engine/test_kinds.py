@@ -45,7 +45,7 @@ def test_other_threads_make_another_kind_of_machine(monkeypatch: pytest.MonkeyPa
         shard_kind(LLAMA, LayerRange(1, 2), SPEC),
         shard_kind(LLAMA, LAYERS, replace(SPEC, dtype="bf16")),
         shard_kind(LLAMA, LAYERS, replace(SPEC, quantization=Quantization(group_size=64))),
-        shard_kind(LLAMA, LAYERS, replace(SPEC, split_experts=True)),
+        shard_kind(LLAMA, LAYERS, replace(SPEC, devices=2)),
         shard_kind(LLAMA, LAYERS, limited(max_rows=3)),
         shard_kind(LLAMA, LAYERS, limited(max_context_tokens=64)),
         shard_kind(LLAMA, LAYERS, limited(page_tokens=16)),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pals.models.experts import Experts
-from pals.models.moe_options import MoEOptions
 from pals.models.numerics import Numerics
 from pals.models.router import Routing
 
@@ -52,7 +51,7 @@ def build_experts(
 ) -> Experts:
     """Return our experts with these weights."""
     num_experts, hidden_size, intermediate_size = weights.down.shape
-    numerics = Numerics(compute=dtype, platform=platform, moe=MoEOptions(mesh=mesh))
+    numerics = Numerics(compute=dtype, platform=platform, mesh=mesh)
     experts = Experts(num_experts, hidden_size, intermediate_size, bias=True, numerics=numerics)
     experts.gate_up_proj.weight[...] = jnp.asarray(weights.gate_up, dtype)
     experts.gate_up_proj.bias[...] = jnp.asarray(weights.gate_up_bias, dtype)

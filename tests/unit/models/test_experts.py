@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals.errors import InvalidConfig
+from pals.errors import CannotDivide
 from pals.models.experts import ClampedSwiGLU, Experts
 from pals.models.grouped import block_size, cut_blocks, sort_pairs
-from pals.models.moe_options import MoEOptions
 from pals.models.numerics import Numerics
 from pals.models.router import Routing
 from tests.unit.models.moe_reference import (
@@ -169,7 +168,10 @@ def test_pairs_of_experts_held_elsewhere_come_last():
 
 def test_experts_that_do_not_divide_among_devices_are_refused():
     mesh = jax.sharding.AbstractMesh((2,), ("model",))
-    numerics = Numerics(compute=F32, moe=MoEOptions(mesh=mesh))
+    numerics = Numerics(compute=F32, mesh=mesh)
 
-    with pytest.raises(InvalidConfig, match="5 experts cannot be split over 2 devices"):
+    with pytest.raises(CannotDivide) as caught:
         Experts(5, D, F, numerics=numerics)
+
+    assert caught.value.fields["count"] == 5
+    assert str(caught.value) == "5 experts cannot be divided among 2 devices"
