@@ -2,36 +2,31 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pals.driver.answers import AnswerReader, Reading
-from pals.driver.interface import Completion, Delta, GenerateParams, HopReport, Message
-from pals.driver.local import LocalDriver
-from pals.driver.routes import ServedModel
-from pals.driver.state import SampledToken, SessionRequest, Sink
-from pals.errors import NoChain, ShardLost
-from pals.text.answers.format import PlainParser
+from pals.driver.interface import Delta, GenerateParams, HopReport, MadeCall, Message
+from pals.driver.state import SampledToken, SessionRequest
+from pals.errors import InvalidFrame, InvalidRequest, NoChain, ShardLost
+from pals.text.answers.families import HERMES
+from pals.text.answers.format import AnswerFormat
 from pals.text.answers.pieces import Content
+from pals.text.answers.tools import ToolSpec, ToolUse
 from pals.text.tokenizer import Tokenizer
-from pals.types import Sampling
-from tests.unit.text.tokenizers_for_tests import save_byte_level
-
-WAIT_S = 10.0
-MODEL = ServedModel(
-    model_id="test/tiny",
-    manifest=bytes(32),
-    num_layers=4,
-    max_position_embeddings=64,
-    hidden_size=8,
+from pals.types import Grammar, Sampling
+from tests.unit.driver.local_world import (
+    VOCAB,
+    Bench,
+    collect,
+    eos_of,
+    ids_of,
+    run,
+    text_of,
 )
+from tests.unit.text.tokenizers_for_tests import save_byte_level
 
 
 @pytest.fixture(scope="module")
@@ -40,214 +35,27 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def eos_of(tokenizer: Tokenizer) -> int:
-    [eos] = tokenizer.eos_token_ids
-    return eos
-
-
-# --- text of a stream ----------------------------------------------------------------
-
-
-def play(
-    tokenizer: Tokenizer, tokens: Sequence[int], *stops: str, last: int | None = None
-) -> list[Delta]:
-    """Push tokens until a delta is the last one; ``last`` is where the tail stops itself."""
-    reading = Reading(tokenizer=tokenizer, end_tokens=frozenset([eos_of(tokenizer)]), stop=stops)
-    reader = AnswerReader(0, reading, PlainParser())
-    deltas: list[Delta] = []
-    for index, token in enumerate(tokens):
-        deltas.append(reader.push(SampledToken(token, index == last)))
-        if deltas[-1].finish_reason is not None:
-            break
-    return deltas
-
-
-def text_of(delta: Delta) -> str:
-    return "".join(piece.text for piece in delta.pieces if isinstance(piece, Content))
-
-
-def joined(deltas: Sequence[Delta]) -> tuple[str, str | None]:
-    return "".join(map(text_of, deltas)), deltas[-1].finish_reason
-
-
-def test_each_token_gives_its_text_at_once(tokenizer: Tokenizer) -> None:
-    tokens = ids_of(tokenizer, "hey")
-    assert play(tokenizer, tokens) == [
-        Delta(pieces=(Content("h"),)),
-        Delta(pieces=(Content("e"),)),
-        Delta(pieces=(Content("y"),)),
-    ]
-
-
-def test_end_token_ends_the_text_and_is_not_shown(tokenizer: Tokenizer) -> None:
-    tokens = [*ids_of(tokenizer, "hey"), eos_of(tokenizer)]
-    for last in (None, 3):
-        deltas = play(tokenizer, tokens, last=last)
-        assert joined(deltas) == ("hey", "stop")
-        assert text_of(deltas[-1]) == ""
-
-
-def test_last_token_of_another_kind_ends_the_text_by_length(tokenizer: Tokenizer) -> None:
-    assert joined(play(tokenizer, ids_of(tokenizer, "hey"), last=2)) == ("hey", "length")
-
-
-def test_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
-    tokens = ids_of(tokenizer, "so END more")
-    deltas = play(tokenizer, tokens, "END")
-    assert joined(deltas) == ("so ", "stop")
-    assert len(deltas) == 6
-
-
-def test_stop_string_on_the_last_token_is_a_stop(tokenizer: Tokenizer) -> None:
-    assert joined(play(tokenizer, ids_of(tokenizer, "so END"), "END", last=5)) == ("so ", "stop")
-
-
-@pytest.mark.parametrize("ends_by", ["length", "stop"])
-def test_beginning_of_a_stop_string_at_the_end_is_shown(tokenizer: Tokenizer, ends_by: str) -> None:
-    tokens = ids_of(tokenizer, "so EN")
-    if ends_by == "stop":
-        tokens.append(eos_of(tokenizer))
-    assert joined(play(tokenizer, tokens, "END", last=len(tokens) - 1)) == ("so EN", ends_by)
-
-
-def test_character_that_the_end_cuts_is_shown_as_a_replacement(tokenizer: Tokenizer) -> None:
-    tokens = ids_of(tokenizer, "a€")[:-1]
-    assert joined(play(tokenizer, tokens, last=len(tokens) - 1)) == ("a\ufffd", "length")
-    assert joined(play(tokenizer, tokens, "\ufffd", last=len(tokens) - 1)) == ("a", "stop")
-    assert joined(play(tokenizer, [*tokens, eos_of(tokenizer)], "\ufffd")) == ("a", "stop")
-
-
-@given(st.data())
-def test_text_is_that_of_all_tokens_up_to_the_first_stop(
-    tokenizer: Tokenizer, data: st.DataObject
-) -> None:
-    letters = ids_of(tokenizer, "ab€")
-    tokens = data.draw(st.lists(st.sampled_from(letters), min_size=1, max_size=12))
-    stops = data.draw(st.lists(st.text("ab€\ufffd", min_size=1, max_size=3), max_size=2))
-    ends_by_token = data.draw(st.booleans())
-    text, reason = tokenizer.decode(tokens), "stop" if ends_by_token else "length"
-    for end in range(1, len(text) + 1):
-        if ending := [stop for stop in stops if text[:end].endswith(stop)]:
-            text, reason = text[: end - max(map(len, ending))], "stop"
-            break
-    stream = [*tokens, eos_of(tokenizer)] if ends_by_token else tokens
-    deltas = play(tokenizer, stream, *stops, last=len(stream) - 1)
-    assert joined(deltas) == (text, reason)
-    assert all(delta.finish_reason is None for delta in deltas[:-1])
-
-
-# --- completions ---------------------------------------------------------------------
-
-
-class FakeNetwork:
-    """Runs on the asyncio loop what would run on the trio thread."""
-
-    def post(self, function: Callable[[], object]) -> None:
-        function()
-
-    async def call(
-        self, function: Callable[[], Awaitable[Any]], *, on_lost: Callable[[Any], object] = id
-    ) -> Any:
-        del on_lost
-        return await function()
-
-
-class FakeClient:
-    """Opens sessions that say what a test puts into their sinks."""
-
-    def __init__(self) -> None:
-        self.requests: list[SessionRequest] = []
-        self.sinks: list[Sink] = []
-        self.closed: list[object] = []
-        self.refusal: Exception | None = None
-        hops = [SimpleNamespace(peer=f"peer-{i}-abcdefgh", layers=f"{i}:{i + 1}") for i in (1, 2)]
-        self.session = SimpleNamespace(
-            chain=SimpleNamespace(hops=hops), attempt=SimpleNamespace(start=2)
-        )
-
-    async def open(self, request: SessionRequest, sink: Sink) -> object:
-        if self.refusal is not None:
-            raise self.refusal
-        self.requests.append(request)
-        self.sinks.append(sink)
-        return self.session
-
-    def close(self, session: object) -> None:
-        self.closed.append(session)
-
-    async def report(self) -> list[HopReport]:
-        return []
-
-
-class FakeTemplate:
-    """Joins the contents of the messages."""
-
-    def render(self, messages: Sequence[dict[str, str]], *, tools: object) -> str:
-        del tools
-        return "".join(message["content"] for message in messages)
-
-
-class Bench:
-    """A driver on a fake network."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.client = FakeClient()
-
-    def driver(self) -> LocalDriver:
-        network: Any = FakeNetwork()
-        client: Any = self.client
-        template: Any = FakeTemplate()
-        return LocalDriver(
-            network,
-            client,
-            MODEL,
-            self.tokenizer,
-            template,
-            eos_token_ids=[eos_of(self.tokenizer), 3],
-        )
-
-    async def chat(self, text: str = "hey", **params: Any) -> Completion:
-        messages = [Message(role="user", content=text)]
-        return await self.driver().chat(messages, GenerateParams(**params))
-
-    def say(self, *tokens: int, last: bool = False) -> None:
-        """Let the tail sample tokens; with ``last`` it stops after them."""
-        for index, token in enumerate(tokens, start=1):
-            self.client.sinks[-1](SampledToken(token, last and index == len(tokens)))
-
-
 @pytest.fixture
 def bench(tokenizer: Tokenizer) -> Bench:
     return Bench(tokenizer)
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(WAIT_S):
-            await main()
-
-    asyncio.run(bounded())
-
-
-async def collect(
-    completion: Completion, shown: list[Delta] | None = None
-) -> tuple[str, str | None]:
-    """Read a completion to its end; ``shown`` also has what came before an error."""
-    deltas = [] if shown is None else shown
-    async for delta in completion:
-        deltas.append(delta)  # a comprehension would lose what came before an error
-    return joined(deltas)
-
-
 def test_request_says_what_the_caller_asked_for(bench: Bench, tokenizer: Tokenizer) -> None:
     async def main() -> None:
         completion = await bench.chat(
-            "hey", max_tokens=5, temperature=0.5, top_p=0.9, seed=2**64 + 7
+            "hey",
+            max_tokens=5,
+            temperature=0.5,
+            top_p=0.9,
+            top_k=4,
+            min_p=0.1,
+            repetition_penalty=1.5,
+            presence_penalty=0.25,
+            frequency_penalty=-0.25,
+            logit_bias=((5, -1.0),),
+            logprobs=3,
+            seed=2**64 + 7,
+            grammar=Grammar(kind="json_object"),
         )
         assert completion.prompt_tokens == 3
         assert completion.route == ("abcdefgh[1:2]", "abcdefgh[2:3]")
@@ -258,14 +66,27 @@ def test_request_says_what_the_caller_asked_for(bench: Bench, tokenizer: Tokeniz
             prompt=tuple(ids_of(tokenizer, "hey")),
             max_new_tokens=5,
             stop_token_ids=tuple(sorted([3, eos_of(tokenizer)])),
-            sampling=Sampling(temperature=0.5, top_p=0.9, seed=7),
+            sampling=Sampling(
+                temperature=0.5,
+                top_p=0.9,
+                top_k=4,
+                min_p=0.1,
+                repetition_penalty=1.5,
+                presence_penalty=0.25,
+                frequency_penalty=-0.25,
+                logit_bias=((5, -1.0),),
+                logprobs=3,
+                seed=7,
+            ),
+            grammar=Grammar(kind="json_object"),
         )
     ]
 
 
 def test_driver_says_what_it_serves_and_since_when(bench: Bench) -> None:
-    driver = bench.driver()
-    assert driver.model_id == "test/tiny"
+    driver = bench.driver
+
+    assert (driver.model_id, driver.context_tokens, driver.vocab_size) == ("test/tiny", 64, VOCAB)
     assert abs(driver.created - time.time()) < 60
 
 
@@ -301,7 +122,7 @@ def test_completion_gives_text_counts_tokens_and_closes_its_session(
         assert completion.completion_tokens == 6
 
     run(main)
-    assert bench.client.closed == [bench.client.session]
+    assert bench.client.closed == bench.client.sessions
 
 
 @pytest.mark.parametrize(("end", "reason"), [(3, "stop"), (None, "length")])
@@ -332,7 +153,7 @@ def test_failure_on_the_way_is_raised_after_the_text_and_closes_the_session(
 
     run(main)
     assert [text_of(delta) for delta in shown] == ["o", "k"]
-    assert bench.client.closed == [bench.client.session]
+    assert bench.client.closed == bench.client.sessions
 
 
 def test_cancelled_wait_closes_the_session(bench: Bench) -> None:
@@ -344,7 +165,7 @@ def test_cancelled_wait_closes_the_session(bench: Bench) -> None:
             await task
 
     run(main)
-    assert bench.client.closed == [bench.client.session]
+    assert bench.client.closed == bench.client.sessions
 
 
 def test_tokens_from_another_thread_reach_the_completion(
@@ -356,5 +177,270 @@ def test_tokens_from_another_thread_reach_the_completion(
         task = asyncio.create_task(collect(completion))
         await asyncio.to_thread(say)
         assert await task == ("ok", "length")
+
+    run(main)
+
+
+# --- conversations -------------------------------------------------------------------
+
+
+def test_messages_reach_the_template_as_their_family_wants_them(tokenizer: Tokenizer) -> None:
+    bench = Bench(tokenizer, AnswerFormat(family=HERMES, template_reads_tools=True))
+    call = MadeCall(id="call_1", name="f", arguments='{"a": 1}')
+    messages = [
+        Message(role="user", content="x", name="bob"),
+        Message(role="assistant", content=None, tool_calls=(call,), reasoning_content="hm"),
+        Message(role="tool", content="4", tool_call_id="call_1"),
+    ]
+
+    async def main() -> None:
+        await bench.driver.chat(messages, GenerateParams(reasoning_effort="low"))
+
+    run(main)
+    function = {"name": "f", "arguments": {"a": 1}}
+    assert bench.template.turns[1]["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": function}
+    ]
+    assert bench.template.turns[2]["tool_call_id"] == "call_1"
+    assert bench.template.asked["reasoning_effort"] == "low"
+
+
+def test_a_tool_that_has_to_be_called_is_a_grammar(bench: Bench) -> None:
+    use = ToolUse(tools=(ToolSpec(name="f"),), choice="required")
+
+    async def main() -> None:
+        await bench.chat(tools=use)
+
+    run(main)
+    [request] = bench.client.requests
+    assert request.grammar is not None
+    assert request.grammar.kind == "lark"
+
+
+# --- several answers -----------------------------------------------------------------
+
+
+def test_other_answers_fork_from_the_first_once_it_has_a_token(
+    bench: Bench, tokenizer: Tokenizer
+) -> None:
+    a, b, c = ids_of(tokenizer, "abc")
+    shown: list[Delta] = []
+
+    async def main() -> None:
+        completion = await bench.chat(n=3, seed=10)
+        assert bench.client.forks == []
+        bench.say(a)
+        deltas = aiter(completion)
+        shown.append(await anext(deltas))
+        for _ in range(3):
+            await bench.client.opened.get()
+        bench.say(b, last=True, choice=2)
+        bench.say(a, eos_of(tokenizer), choice=0)
+        bench.say(c, last=True, choice=1)
+        shown.extend([delta async for delta in deltas])
+        assert completion.completion_tokens == 5
+
+    run(main)
+    parents = [parent for parent, _ in bench.client.forks]
+    assert parents == [bench.client.sessions[0]] * 2
+    assert bench.client.requests[0].sampling.seed == 10
+    assert [sampling.seed for _, sampling in bench.client.forks] == [11, 12]
+    assert [(d.choice, text_of(d), d.finish_reason) for d in shown] == [
+        (0, "a", None),
+        (2, "b", "length"),
+        (0, "a", None),
+        (0, "", "stop"),
+        (1, "c", "length"),
+    ]
+    assert sorted(map(id, bench.client.closed)) == sorted(map(id, bench.client.sessions))
+
+
+def test_a_fork_that_is_refused_ends_the_completion(bench: Bench, tokenizer: Tokenizer) -> None:
+    bench.client.fork_refusal = NoChain(model="m", missing="0:2")
+
+    async def main() -> None:
+        completion = await bench.chat(n=2)
+        bench.say(*ids_of(tokenizer, "ab"))
+        with pytest.raises(NoChain):
+            await collect(completion)
+
+    run(main)
+    assert bench.client.closed == bench.client.sessions
+
+
+def test_the_likeliest_of_several_answers_are_given(bench: Bench, tokenizer: Tokenizer) -> None:
+    shown: list[Delta] = []
+
+    async def main() -> None:
+        completion = await bench.complete(n=1, best_of=3)
+        bench.say(*ids_of(tokenizer, "a"), logprob=-2.0)
+        task = asyncio.create_task(collect(completion, shown))
+        for _ in range(3):
+            await bench.client.opened.get()
+        bench.say(*ids_of(tokenizer, "a"), last=True, choice=0, logprob=-2.0)
+        bench.say(*ids_of(tokenizer, "bbb"), last=True, choice=1, logprob=-1.0)
+        bench.say(*ids_of(tokenizer, "c"), last=True, choice=2, logprob=-1.5)
+        assert await task == ("bbb", "length")
+        assert completion.completion_tokens == 6
+
+    run(main)
+    assert {delta.choice for delta in shown} == {0}
+    assert not any(delta.scores for delta in shown)
+
+
+# --- prompts -------------------------------------------------------------------------
+
+
+def test_token_ids_are_taken_as_they_are(bench: Bench) -> None:
+    async def main() -> None:
+        assert (await bench.complete((5, 6, 7))).prompt_tokens == 3
+
+    run(main)
+    assert bench.client.requests[0].prompt == (5, 6, 7)
+
+
+def test_a_prompt_without_tokens_is_refused_by_name(bench: Bench) -> None:
+    async def main() -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            await bench.complete("")
+        assert caught.value.fields["param"] == "prompt"
+        with pytest.raises(InvalidRequest) as caught:
+            await bench.driver.embed([""])
+        assert caught.value.fields["param"] == "input"
+
+    run(main)
+
+
+def test_an_echo_comes_before_the_answer(bench: Bench, tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        completion = await bench.complete("hey", echo=True)
+        bench.say(*ids_of(tokenizer, " you"), last=True)
+        assert await collect(completion) == ("hey you", "length")
+
+    run(main)
+
+
+def test_an_echo_alone_needs_no_session(bench: Bench, tokenizer: Tokenizer) -> None:
+    shown: list[Delta] = []
+
+    async def main() -> None:
+        completion = await bench.complete(
+            tuple(ids_of(tokenizer, "hey")), echo=True, n=2, max_tokens=0
+        )
+        await collect(completion, shown)
+        assert (completion.prompt_tokens, completion.completion_tokens) == (3, 0)
+
+    run(main)
+    assert shown == [
+        Delta(choice=i, pieces=(Content("hey"),), finish_reason="length") for i in (0, 1)
+    ]
+    assert bench.client.requests == []
+
+
+def test_no_tokens_of_an_answer_are_none(bench: Bench) -> None:
+    async def main() -> None:
+        assert await collect(await bench.complete(max_tokens=0)) == ("", "length")
+
+    run(main)
+
+
+def test_a_prompt_is_scored_as_the_answer_to_its_first_token(
+    bench: Bench, tokenizer: Tokenizer
+) -> None:
+    prompt = ids_of(tokenizer, "hey")
+    shown: list[Delta] = []
+    bench.client.answer = lambda request: [
+        SampledToken(token, False, -1.0 * token, ((token, -1.0 * token),))
+        for token in (prompt[1:] if request.grammar else ())
+    ]
+
+    async def main() -> None:
+        await collect(await bench.complete("hey", echo=True, logprobs=1, max_tokens=0), shown)
+
+    run(main)
+    [request] = bench.client.requests
+    assert (request.prompt, request.max_new_tokens) == ((prompt[0],), 2)
+    assert request.grammar == Grammar(kind="tokens", source=f"[{prompt[1]},{prompt[2]}]")
+    assert request.sampling.logprobs == 1
+    assert [(s.raw, s.scored, s.logprob) for s in shown[0].scores] == [
+        (b"h", False, 0.0),
+        (b"e", True, -prompt[1]),
+        (b"y", True, -prompt[2]),
+    ]
+    assert bench.client.closed == bench.client.sessions
+
+
+def test_a_tail_that_does_not_score_what_it_was_told_to_is_found_out(
+    bench: Bench, tokenizer: Tokenizer
+) -> None:
+    [other] = ids_of(tokenizer, "x")
+    bench.client.answer = lambda _: [SampledToken(other, False, -1.0)]
+
+    async def main() -> None:
+        with pytest.raises(InvalidFrame):
+            await bench.complete("hey", echo=True, logprobs=0)
+
+    run(main)
+    assert bench.client.closed == bench.client.sessions
+
+
+def test_a_prompt_too_long_to_be_scored_is_refused_by_name(bench: Bench) -> None:
+    async def main() -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            await bench.complete((200,) * 20_000, echo=True, logprobs=0)
+        assert caught.value.fields["param"] == "echo"
+
+    run(main)
+
+
+# --- embeddings and times ------------------------------------------------------------
+
+
+def test_embeddings_come_in_order_with_their_tokens(bench: Bench) -> None:
+    async def main() -> None:
+        found = await bench.driver.embed(["hey", (1, 2), "h"])
+        assert [each.tokens for each in found] == [3, 2, 1]
+        assert [each.vector.tolist() for each in found] == [[n] * 4 for n in (3.0, 2.0, 1.0)]
+        assert all(each.vector.dtype == np.float32 for each in found)
+
+    run(main)
+
+
+def test_an_embedding_that_fails_ends_them_all(bench: Bench) -> None:
+    bench.client.refusal = NoChain(model="m", missing="0:2")
+
+    async def main() -> None:
+        with pytest.raises(NoChain):
+            await bench.driver.embed(["hey"] * 20)
+
+    run(main)
+
+
+def test_times_of_shards_are_asked_for_beside_the_answer(
+    bench: Bench, tokenizer: Tokenizer
+) -> None:
+    bench.client.reports = [
+        HopReport(
+            peer="peer-2-abcdefgh",
+            layers="2:3",
+            steps=1,
+            step_ms=2.0,
+            queue_ms=0.5,
+            handover_ms=0.25,
+            codec_ms=0.25,
+            wire_ms=9.0,
+        )
+    ]
+
+    async def main() -> None:
+        completion = await bench.chat()
+        assert completion.timings().first_token_ms is None
+        assert completion.cached_tokens == 2
+        bench.say(*ids_of(tokenizer, "a"), last=True)
+        await collect(completion)
+        timings = completion.timings()
+        assert timings.open_ms >= 0
+        assert timings.first_token_ms is not None
+        assert timings.shards == (("abcdefgh[2:3]", 3.0),)
 
     run(main)
