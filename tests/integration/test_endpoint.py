@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 from openai import APITimeoutError, BadRequestError, OpenAI, Stream
@@ -37,6 +38,7 @@ SPLIT = ("0:10", "10:20", "20:30")
 GOLDENS = load_goldens()["prompts"]
 PARIS, EMOJI, _, _, STORY = GOLDENS
 NEW_TOKENS = 48
+FEW_TOKENS = 8
 MANY_TOKENS = 400
 DEADLINE_S = 60.0
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -233,6 +235,86 @@ def test_what_exceeds_the_context_is_refused_with_openai_s_code(
     assert caught.value.code == "context_length_exceeded"
     assert str(LIMITS.max_context_tokens) in caught.value.message
     assert world.steps() == steps
+
+
+# --- what else a request may ask for -------------------------------------------------
+
+
+def test_token_ids_of_a_prompt_are_completed_as_the_conversation_is(
+    world: World, client: OpenAI
+) -> None:
+    answer = client.completions.create(
+        model=DEMO_MODEL_ID, prompt=PARIS["prompt_ids"], max_tokens=FEW_TOKENS, temperature=0
+    )
+
+    assert answer.choices[0].text == world.tokenizer.decode(PARIS["token_ids"][:FEW_TOKENS])
+
+
+def test_several_answers_share_a_prompt_and_are_drawn_apart(world: World, client: OpenAI) -> None:
+    greedy = complete(client, PARIS, n=2, max_tokens=FEW_TOKENS)
+    drawn = complete(client, STORY, n=2, temperature=1.2, seed=7, max_tokens=FEW_TOKENS)
+    alone = complete(client, STORY, temperature=1.2, seed=8, max_tokens=FEW_TOKENS)
+
+    text = world.tokenizer.decode(PARIS["token_ids"][:FEW_TOKENS])
+    assert [choice.message.content for choice in greedy.choices] == [text] * 2
+    assert greedy.usage.completion_tokens == 2 * FEW_TOKENS
+    first, second = [choice.message.content for choice in drawn.choices]
+    assert first != second
+    assert second == alone.choices[0].message.content
+
+
+def test_scores_have_the_bytes_of_the_text_and_the_likeliest_tokens(
+    world: World, client: OpenAI
+) -> None:
+    [choice] = complete(client, EMOJI, logprobs=True, top_logprobs=3, max_tokens=FEW_TOKENS).choices
+
+    text = world.tokenizer.decode(EMOJI["token_ids"][:FEW_TOKENS])
+    scores = choice.logprobs.content
+    joined = b"".join(bytes(score.bytes) for score in scores)
+    assert joined.decode(errors="replace") == choice.message.content == text
+    assert all(score.top_logprobs[0].token == score.token for score in scores)
+    assert all(len(score.top_logprobs) == 3 for score in scores)
+    assert all(score.logprob == score.top_logprobs[0].logprob <= 0 for score in scores)
+
+
+def test_scores_in_a_stream_are_those_of_the_whole_answer(client: OpenAI) -> None:
+    options = {"logprobs": True, "max_tokens": FEW_TOKENS}
+    whole = complete(client, EMOJI, **options).choices[0].logprobs.content
+    with stream(client, EMOJI, **options) as chunks:
+        parts = [c.choices[0].logprobs for c in chunks if c.choices]
+
+    assert [score for part in parts if part for score in part.content] == whole
+
+
+def test_a_bias_bans_a_token(world: World, client: OpenAI) -> None:
+    banned = PARIS["token_ids"][0]
+
+    answer = complete(client, PARIS, logit_bias={str(banned): -100}, logprobs=True, max_tokens=4)
+
+    tokens = [bytes(score.bytes) for score in answer.choices[0].logprobs.content]
+    assert world.tokenizer.shown_bytes(banned) not in tokens
+
+
+def test_embeddings_are_unit_vectors_that_repeat(world: World, client: OpenAI) -> None:
+    inputs = ["a prompt of some words", "something else", "a prompt of some words"]
+
+    answer = client.embeddings.create(model=DEMO_MODEL_ID, input=inputs)
+
+    first, other, again = [np.array(data.embedding) for data in answer.data]
+    assert first.shape == (world.chain.model.hidden_size,)
+    assert np.linalg.norm(first) == pytest.approx(1, abs=1e-5)
+    assert first == pytest.approx(again, abs=1e-3)
+    assert float(first @ other) < 0.999
+
+
+def test_headers_name_the_shards_of_the_route(client: OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model=DEMO_MODEL_ID, messages=PARIS["messages"], max_tokens=2
+    )
+
+    route = raw.headers["x-pals-route"].split(", ")
+    assert [hop.partition("[")[2] for hop in route] == [f"{layers}]" for layers in SPLIT]
+    assert "first-token;dur=" in raw.headers["server-timing"]
 
 
 # --- room ----------------------------------------------------------------------------
