@@ -21,6 +21,12 @@ from pals.text.answers.json_calls import (
     DEEPSEEK_SEPARATOR,
     HERMES_CLOSE,
     HERMES_OPEN,
+    KIMI_CALL,
+    KIMI_CALL_END,
+    KIMI_CALLS,
+    KIMI_CALLS_END,
+    KIMI_MARKS,
+    KIMI_SEPARATOR,
     MISTRAL_ARGUMENTS,
     MISTRAL_CALLS,
     MISTRAL_ID,
@@ -92,7 +98,8 @@ class Family:
         one_call_a_turn: They render a single call for each turn of the assistant.
         one_system_turn: They leave out what the system says after the first turn.
         reasoning_key: How they call an earlier turn's reasoning.
-        short_ids: They want ids of calls that have 9 letters or digits.
+        ids: What ids of calls they want: any, 9 letters or digits, or ``functions.NAME:0`` and
+            so on.
     """
 
     name: str
@@ -107,7 +114,7 @@ class Family:
     one_call_a_turn: bool = False
     one_system_turn: bool = False
     reasoning_key: str = "reasoning_content"
-    short_ids: bool = False
+    ids: Literal["any", "short", "numbered"] = "any"
 
 
 HARMONY = Family(
@@ -155,6 +162,22 @@ DEEPSEEK = replace(
     ),
     template_marks=(DEEPSEEK_CALL,),
     model_types=("deepseek_v3",),
+)
+KIMI = Family(
+    name="kimi",
+    read=json_calls.kimi,
+    syntax=Syntax(
+        before=KIMI_CALLS,
+        name=f"{KIMI_CALL}functions.",
+        arguments=f":0{KIMI_SEPARATOR}",
+        end=KIMI_CALL_END,
+        between="",
+        after=KIMI_CALLS_END,
+    ),
+    marks=KIMI_MARKS,
+    template_marks=(KIMI_CALL,),
+    model_types=("kimi_k2",),
+    ids="numbered",
 )
 GLM = Family(
     name="glm",
@@ -207,7 +230,7 @@ MISTRAL = Family(
     syntax=Syntax(name=MISTRAL_CALLS, arguments=MISTRAL_ARGUMENTS, end="", between=""),
     marks=(MISTRAL_CALLS, MISTRAL_ID, MISTRAL_ARGUMENTS),
     template_marks=(MISTRAL_CALLS, MISTRAL_ARGUMENTS),
-    short_ids=True,
+    ids="short",
 )
 MISTRAL_V3 = replace(
     MISTRAL,
@@ -242,7 +265,18 @@ PLAIN = Family(
 )
 """Any other, such as Gemma 3: tools are described in the first turn, calls are bare JSON."""
 
-FAMILIES = (HARMONY, DEEPSEEK_V3, DEEPSEEK, GLM, QWEN_CODER, HERMES, MISTRAL, MISTRAL_V3, LLAMA)
+FAMILIES = (
+    HARMONY,
+    DEEPSEEK_V3,
+    DEEPSEEK,
+    KIMI,
+    GLM,
+    QWEN_CODER,
+    HERMES,
+    MISTRAL,
+    MISTRAL_V3,
+    LLAMA,
+)
 
 
 def family_of(template: str | None, model_type: object) -> Family:

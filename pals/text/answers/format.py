@@ -29,7 +29,7 @@ from pals.text.template import load_template
 from pals.text.tokenizer import Tokenizer
 from pals.types import Grammar
 
-_READS_TOOLS = re.compile(r"\btools\b")
+_TOOLS = re.compile(r"\btools\b")
 
 
 class AnswerParser(Protocol):
@@ -97,7 +97,8 @@ class AnswerFormat:
         return cls(
             family=family,
             thinking=thinking,
-            template_reads_tools=_READS_TOOLS.search(template or "") is not None,
+            # what another template tells of calls is a form that nobody here reads
+            template_reads_tools=family is not PLAIN and _speaks_of_tools(template or ""),
             special={name: i for name, i in tokens.items() if i in tokenizer.special_ids},
             tokens=tokens,
         )
@@ -196,6 +197,10 @@ def callable_tools(use: ToolUse | None) -> Sequence[ToolSpec]:
 def shown_tools(use: ToolUse | None) -> Sequence[ToolSpec]:
     """Return the tools that the model is told of."""
     return use.tools if callable_tools(use) and use is not None else ()
+
+
+def _speaks_of_tools(template: str) -> bool:
+    return _TOOLS.search(template) is not None
 
 
 def _thinking_of(template: str) -> Thinking | None:

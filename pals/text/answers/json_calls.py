@@ -1,10 +1,14 @@
 """Calls as JSON: ``{"name": …, "arguments": {…}}``, with marks around them or none.
 
 The formats are those of the models' own chat templates: Hermes 2 Pro, Qwen 2.5 and 3; Llama 3.1
-to 3.3, whose key is ``parameters``; Mistral 7B v0.3 to Devstral; DeepSeek V3, R1 and V3.1.
+to 3.3, whose key is ``parameters``; Mistral 7B v0.3 to Devstral; DeepSeek V3, R1 and V3.1;
+Kimi K2.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 from pals.text.answers.json_scan import SPACE
 from pals.text.answers.pieces import Content
@@ -28,7 +32,12 @@ DEEPSEEK_MARKS = (
     DEEPSEEK_CALL_END,
     DEEPSEEK_SEPARATOR,
 )
+KIMI_CALLS, KIMI_CALLS_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+KIMI_CALL, KIMI_CALL_END = "<|tool_call_begin|>", "<|tool_call_end|>"
+KIMI_SEPARATOR = "<|tool_call_argument_begin|>"
+KIMI_MARKS = (KIMI_CALLS, KIMI_CALLS_END, KIMI_CALL, KIMI_CALL_END, KIMI_SEPARATOR)
 
+_KIMI_NAME = re.compile(r"functions\.(.+):\d+", re.ASCII)
 _ARGUMENT_KEYS = ("arguments", "parameters")
 _KEYS = (*_ARGUMENT_KEYS, "name", "type", "id")
 _NOTHING_AFTER_A_CALL = SPACE + "}"
@@ -66,14 +75,26 @@ def mistral(source: Source, calls: Calls) -> Reader[None]:
 
 def deepseek(source: Source, calls: Calls) -> Reader[None]:
     """Read text with calls, each with its name before the separator (V3.1) or after it (V3, R1)."""
-    mark = yield from until(source, DEEPSEEK_MARKS, Content)
+    yield from _with_separators(source, calls, DEEPSEEK_MARKS, DEEPSEEK_CALL, DEEPSEEK_SEPARATOR)
+
+
+def kimi(source: Source, calls: Calls) -> Reader[None]:
+    """Read text with calls, each with a name such as ``functions.NAME:0``."""
+    yield from _with_separators(source, calls, KIMI_MARKS, KIMI_CALL, KIMI_SEPARATOR)
+
+
+def _with_separators(
+    source: Source, calls: Calls, marks: Sequence[str], begin: str, separator: str
+) -> Reader[None]:
+    mark = yield from until(source, marks, Content)
     while mark is not None and not calls.over:
-        if mark != DEEPSEEK_CALL:
+        if mark != begin:
             yield from skip_space(source)
-            mark = yield from until(source, DEEPSEEK_MARKS, Content)
+            mark = yield from until(source, marks, Content)
             continue
-        region = Region(source, DEEPSEEK_MARKS)
-        mark = yield from read_call(region, calls, _separated(region, calls), drop=SPACE + "`")
+        region = Region(source, marks)
+        body = _separated(region, calls, separator)
+        mark = yield from read_call(region, calls, body, drop=SPACE + "`")
 
 
 def _object(region: Region, calls: Calls) -> Reader[None]:
@@ -138,9 +159,9 @@ def _named(region: Region, calls: Calls) -> Reader[None]:
     yield from _arguments_of(name, region, calls)
 
 
-def _separated(region: Region, calls: Calls) -> Reader[None]:
-    name, mark = yield from region.before([DEEPSEEK_SEPARATOR])
-    if mark != DEEPSEEK_SEPARATOR:
+def _separated(region: Region, calls: Calls, separator: str) -> Reader[None]:
+    name, mark = yield from region.before([separator])
+    if mark != separator:
         raise MalformedCall
     if (yield from region.next()) != "{":
         name = yield from region.word("\n", MAX_NAME_CHARACTERS)
@@ -151,7 +172,9 @@ def _separated(region: Region, calls: Calls) -> Reader[None]:
 def _arguments_of(name: str, region: Region, calls: Calls) -> Reader[None]:
     if (yield from region.next()) != "{":
         raise MalformedCall
-    yield from region.stream_arguments(calls.open(name.strip()))
+    name = name.strip()
+    numbered = _KIMI_NAME.fullmatch(name)
+    yield from region.stream_arguments(calls.open(numbered[1] if numbered else name))
 
 
 def _fence(region: Region) -> Reader[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from pals.errors import InvalidRequest
@@ -45,8 +46,8 @@ def turns_for(
     Raises:
         InvalidRequest: The arguments of an earlier call are no JSON object.
     """
-    names = _names_of_calls(messages)
-    turns: list[Turn] = [_shaped(family, message, names) for message in messages]
+    made = _calls_made(messages)
+    turns: list[Turn] = [_shaped(family, message, made) for message in messages]
     if family.flattened:
         turns = _flattened(family, turns)
     if family.one_call_a_turn:
@@ -79,10 +80,21 @@ def _written(family: Family, calls: Sequence[tuple[str, str]]) -> str:
 # --- one turn ------------------------------------------------------------------------
 
 
-def _names_of_calls(messages: Sequence[Turn]) -> dict[object, object]:
-    """Return the tool's name of each call by its id."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A call of an earlier turn: its tool's name, and its place among all of them."""
+
+    name: str
+    place: int
+
+
+def _calls_made(messages: Sequence[Turn]) -> dict[str, _Made]:
+    """Return the calls of a conversation by their ids."""
     calls = [call for message in messages for call in _calls_of(message)]
-    return {call.get("id"): _object_at(call, "function").get("name") for call in calls}
+    return {
+        str(call.get("id")): _Made(str(_object_at(call, "function").get("name")), place)
+        for place, call in enumerate(calls)
+    }
 
 
 def _calls_of(turn: Turn) -> list[Turn]:
@@ -95,31 +107,31 @@ def _object_at(turn: Turn, key: str) -> Turn:
     return cast("Turn", value) if isinstance(value, dict) else {}
 
 
-def _shaped(family: Family, message: Turn, names: Mapping[object, object]) -> dict[str, object]:
+def _shaped(family: Family, message: Turn, made: Mapping[str, _Made]) -> dict[str, object]:
     role = message.get("role")
     calls = _calls_of(message)
     content = message.get("content") or ""
     turn: dict[str, object] = {"role": "system" if role in _SYSTEM_ROLES else role}
     turn["content"] = family.no_content if calls and not content else content
     if calls:
-        turn["tool_calls"] = [_call(family, call) for call in calls]
+        turn["tool_calls"] = [_call(family, call, made) for call in calls]
     if message.get("reasoning_content"):
         turn[family.reasoning_key] = message["reasoning_content"]
-    if role == "tool":
-        call_id = message.get("tool_call_id")
-        turn["tool_call_id"] = _id(family, call_id)
-        turn["name"] = message.get("name") or names.get(call_id) or ""
-    elif message.get("name"):
+    if message.get("name"):
         turn["name"] = message["name"]
+    if role == "tool":
+        call_id = str(message.get("tool_call_id"))
+        turn["tool_call_id"] = _id(family, call_id, made)
+        turn.setdefault("name", made[call_id].name if call_id in made else "")
     return turn
 
 
-def _call(family: Family, call: Turn) -> dict[str, object]:
+def _call(family: Family, call: Turn, made: Mapping[str, _Made]) -> dict[str, object]:
     function = _object_at(call, "function")
     text = str(function.get("arguments") or "{}")
     arguments = text if family.arguments == "text" else _decoded(text)
     return {
-        "id": _id(family, call.get("id")),
+        "id": _id(family, str(call.get("id")), made),
         "type": "function",
         "function": {"name": function.get("name"), "arguments": arguments},
     }
@@ -136,13 +148,15 @@ def _decoded(text: str) -> object:
     return cast("dict[str, object]", arguments)
 
 
-def _id(family: Family, call_id: object) -> object:
+def _id(family: Family, call_id: str, made: Mapping[str, _Made]) -> str:
     """Return an id of the form that the template takes, the same for the same id."""
-    if not family.short_ids or not isinstance(call_id, str):
+    if family.ids == "any" or (family.ids == "numbered" and call_id not in made):
         return call_id
+    if family.ids == "numbered":
+        return f"functions.{made[call_id].name}:{made[call_id].place}"
     digest = hashlib.sha256(call_id.encode(errors="replace")).digest()
-    alphabet = _SHORT_ID_ALPHABET
-    return "".join(alphabet[byte % len(alphabet)] for byte in digest[:_SHORT_ID_CHARACTERS])
+    letters = [_SHORT_ID_ALPHABET[byte % len(_SHORT_ID_ALPHABET)] for byte in digest]
+    return "".join(letters[:_SHORT_ID_CHARACTERS])
 
 
 # --- all turns -----------------------------------------------------------------------

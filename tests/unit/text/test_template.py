@@ -9,6 +9,7 @@ import pytest
 from pals import config
 from pals.errors import CorruptModel, InvalidText, TemplateError
 from pals.text import template
+from pals.text.sandbox import MAX_CPU_S, MAX_TEMPLATE_MEMORY_BYTES
 from pals.text.template import ChatTemplate
 from tests import checkpoints
 
@@ -84,6 +85,9 @@ HOSTILE = {
     "long": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "format by attribute": "{{ ('{0.__class__.__mro__}' | attr('format'))(messages) }}",
+    "format kept": "{% set f = '{0.__class__.__mro__}'.format %}{{ f(messages) }}",
+    "pickle": "{{ messages.__reduce_ex__(2) }}",
     "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
     "change": "{% set _ = messages.append(1) %}",
     "file": "{% include '/etc/passwd' %}",
@@ -166,6 +170,16 @@ def test_the_child_inherits_no_secret(monkeypatch: pytest.MonkeyPatch):
     environment = Path(f"/proc/{child_pid(chat)}/environ").read_bytes()
     assert b"TZ=UTC" in environment
     assert b"canary-secret" not in environment
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="reads /proc")
+def test_the_child_has_limits_of_its_own_should_nobody_stop_it():
+    chat = ChatTemplate("ok", {})
+    chat.render(MESSAGES)
+    lines = Path(f"/proc/{child_pid(chat)}/limits").read_text().splitlines()
+    soft = {line[:26].strip(): line[26:].split()[0] for line in lines}
+    assert int(soft["Max cpu time"]) <= MAX_CPU_S + 5
+    assert int(soft["Max address space"]) <= 2 * MAX_TEMPLATE_MEMORY_BYTES
 
 
 def child_pid(chat: ChatTemplate) -> int:

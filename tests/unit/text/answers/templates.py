@@ -164,6 +164,24 @@ DEEPSEEK_V3 = DEEPSEEK.replace(
     "{{- '\\n```json\\n' + tool['function']['arguments'] + '\\n```",
 )
 
+KIMI = """
+{%- if tools %}{{ '<|im_system|>tool_declare<|im_middle|>' + (tools | tojson) }}{% endif %}
+{%- for message in messages %}
+    {{- '<|im_' + message.role + '|>' + (message.content or '') }}
+    {%- if message.role == 'tool' %}{{ 'of ' + message.tool_call_id }}{% endif %}
+    {%- if message.tool_calls %}
+        {{- '<|tool_calls_section_begin|>' }}
+        {%- for call in message.tool_calls %}
+            {{- '<|tool_call_begin|>' + call.id + '<|tool_call_argument_begin|>' }}
+            {{- (call.function.arguments | tojson) + '<|tool_call_end|>' }}
+        {%- endfor %}
+        {{- '<|tool_calls_section_end|>' }}
+    {%- endif %}
+    {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_assistant|>assistant<|im_middle|>' }}{% endif %}
+"""
+
 HARMONY = """
 {{- '<|start|>system<|message|>Current date: ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
 {%- if messages[0].role == 'system' %}
@@ -228,6 +246,7 @@ TEMPLATES = {
     "mistral": MISTRAL,
     "deepseek-v3": DEEPSEEK_V3,
     "deepseek": DEEPSEEK,
+    "kimi": KIMI,
     "harmony": HARMONY,
     "plain": GEMMA,
 }

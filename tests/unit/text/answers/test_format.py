@@ -14,7 +14,7 @@ from pals.text.detokenize import StreamDetokenizer
 from pals.text.tokenizer import Tokenizer
 from tests import checkpoints
 from tests.unit.text.answers.reading import NOW, TOOLS, WEATHER, joined, read
-from tests.unit.text.answers.templates import GEMMA, HARMONY, MISTRAL, QWEN
+from tests.unit.text.answers.templates import DEEPSEEK, GEMMA, HARMONY, MISTRAL, QWEN
 from tests.unit.text.tokenizers_for_tests import save
 
 TURN = {"role": "user", "content": "Hi"}
@@ -140,10 +140,14 @@ def test_of_tools_of_which_one_is_named_all_are_told(tmp_path: Path):
     assert len(HERMES.template_tools(use) or []) == 2
 
 
-def test_a_template_that_speaks_of_tools_reads_them(tmp_path: Path):
-    assert not detect(make_model(tmp_path, GEMMA, ["<end>"], [])).template_reads_tools
-    (tmp_path / "chat_template.jinja").write_text(GEMMA + "{{ tools }}")
-    assert detect(tmp_path).template_reads_tools
+@pytest.mark.parametrize(
+    ("template", "reads"),
+    [(QWEN, True), (DEEPSEEK, False), (GEMMA, False), (GEMMA + "{{ tools }}", False)],
+)
+def test_only_a_template_of_a_known_family_is_trusted_to_tell_of_tools(
+    tmp_path: Path, template: str, reads: bool
+):
+    assert detect(make_model(tmp_path, template, ["<end>"], [])).template_reads_tools == reads
 
 
 def test_plain_text_is_content_as_it_comes():

@@ -204,12 +204,15 @@ def test_texts_and_choices_between_tags_are_held_to_their_schema(
         assert judge(grammar, written(family, ("now", {"unit": "cm"}))) == "not"
 
 
-def test_what_a_lenient_schema_says_that_no_grammar_can_is_left_out(
+def test_what_no_grammar_can_say_is_left_out_of_a_schema_that_need_not_bind(
     tokenizer: Tokenizer, judge: Judge
 ):
-    odd = {"type": "object", "properties": {"a": {"type": "string", "contentMediaType": "a/b"}}}
-    use = ToolUse(
-        tools=(replace(NOW, parameters={**odd, "dependentSchemas": {}}),), choice="required"
-    )
+    odd = {**SCHEMA, "not": {"required": ["b"]}}
+    use = ToolUse(tools=(replace(NOW, parameters=odd),), choice="required")
     grammar = answers(tokenizer, HERMES).grammar(use)
-    assert judge(grammar, written(HERMES, ("now", {"a": "x"}))) == "whole"
+    assert judge(grammar, written(HERMES, ("now", {"a": 1}))) == "whole"
+    assert judge(grammar, written(HERMES, ("now", {"a": "x"}))) == "not"
+    assert grammar is not None
+    assert "lenient" in grammar.source
+    strict = replace(use, tools=(replace(use.tools[0], strict=True),))
+    assert "lenient" not in (answers(tokenizer, HERMES).grammar(strict) or grammar).source

@@ -142,6 +142,20 @@ def test_ids_are_short_and_alike_for_mistral():
     assert all(len(i) == 9 and i.isalnum() for i in ids)
 
 
+def test_ids_are_numbered_for_kimi():
+    found = turns(families.KIMI, *TWO_CALLS[2:5])
+    assert [turn["tool_call_id"] for turn in found[1:]] == [
+        "functions.get_weather:0",
+        "functions.now:1",
+    ]
+    assert (
+        [made["id"] for made in found[0]["tool_calls"]]
+        == [  # type: ignore[union-attr]
+            turn["tool_call_id"] for turn in found[1:]
+        ]
+    )
+
+
 def test_results_know_the_tool_that_they_are_of():
     found = turns(families.HERMES, *TWO_CALLS[2:5])
     assert [turn["name"] for turn in found[1:]] == ["get_weather", "now"]

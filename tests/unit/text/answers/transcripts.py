@@ -156,6 +156,15 @@ TRANSCRIPTS = {
         f"{_deepseek('calls▁end')}",
         parts=[("content", "Sure."), *PARIS, *CLOCK],
     ),
+    "kimi k2: numbered names": Transcript(
+        family=families.KIMI,
+        special=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        text="Right away.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+        '<|tool_call_argument_begin|>{"city": "Paris", "days": 3}<|tool_call_end|>'
+        "<|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        parts=[("content", "Right away."), *PARIS, *CLOCK],
+    ),
     "gpt-oss: analysis, preamble, call": Transcript(
         family=families.HARMONY,
         special=families.HARMONY.marks,
