@@ -49,7 +49,7 @@ def main() -> None:
         load_s=time.perf_counter() - started_s,
         base_bytes=base_bytes,
         peak_bytes=read_memory("VmHWM"),
-        device_bytes=used.weights + used.kv,
+        device_bytes=used.weights + used.kv + used.bank,
     )
     print(msgspec.json.encode(loaded).decode(), flush=True)
 

@@ -239,6 +239,7 @@ def _range_document(plan: ModelPlan, layers: LayerRange) -> dict[str, object]:
         "layers": str(layers),
         "weight_bytes": planned.weights,
         "kv_bytes": planned.kv,
+        "sampler_bank_bytes": planned.bank,
         "workspace_bytes": planned.workspace,
         "runtime_bytes": planned.runtime,
         "needed_bytes": planned.needed,

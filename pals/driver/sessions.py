@@ -30,7 +30,15 @@ from pals.driver.state import (
     Sink,
 )
 from pals.driver.supervisor import Supervisor
-from pals.errors import DeadlineExceeded, InvalidFrame, PalsError, QueueFull, ShardLost
+from pals.errors import (
+    DeadlineExceeded,
+    GrammarTimeout,
+    InvalidFrame,
+    InvalidGrammar,
+    PalsError,
+    QueueFull,
+    ShardLost,
+)
 from pals.net.control import (
     Control,
     Draining,
@@ -43,6 +51,7 @@ from pals.net.control import (
     session_of,
 )
 from pals.net.flow import window_tokens
+from pals.net.guiding import MASK_DEADLINE_S
 from pals.net.host import ungrouped_errors
 from pals.net.links import Arrival
 from pals.net.node import Node, NodeOptions, open_node
@@ -125,6 +134,8 @@ class SessionClient:
             SessionRefused: A shard does not take the session.
             ShardBusy: A shard has no room, and there is no other chain.
             DeadlineExceeded: The request's time is over.
+            InvalidGrammar: The last shard cannot enforce the request's grammar.
+            GrammarTimeout: It takes too long to.
             PeerError: A shard could not be reached or did not answer.
             ProtocolError: A shard speaks another wire version, or has another secret.
         """
@@ -273,8 +284,8 @@ class SessionClient:
                 self._on_failed(peer, attempt, message)
 
     def _on_failed(self, peer: PeerId, attempt: Attempt, message: Failed) -> None:
-        if message.code == DeadlineExceeded.code:
-            attempt.fail(DeadlineExceeded(tokens=len(attempt.owner.tokens)))
+        if (final := _final_error(attempt, message)) is not None:
+            attempt.fail(final)
             return
         if message.peer:
             attempt.broken_link = peer, PeerId(message.peer)
@@ -310,6 +321,19 @@ def _read_tokens(peer: PeerId, frame: Frame) -> list[SampledToken]:
         case _:
             ids = np.frombuffer(frame.payload, "<i4").tolist()
             return [SampledToken(token, False) for token in ids]
+
+
+def _final_error(attempt: Attempt, message: Failed) -> PalsError | None:
+    """Return why a session ended that would end on every other chain too."""
+    match message.code:
+        case DeadlineExceeded.code:
+            return DeadlineExceeded(tokens=len(attempt.owner.tokens))
+        case InvalidGrammar.code:
+            return InvalidGrammar(problem=message.problem)
+        case GrammarTimeout.code:
+            return GrammarTimeout(deadline_s=MASK_DEADLINE_S)
+        case _:
+            return None
 
 
 def _lost(attempt: Attempt, peer: PeerId, problem: str) -> ShardLost:

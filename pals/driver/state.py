@@ -13,8 +13,15 @@ import numpy.typing as npt
 import trio
 
 from pals.driver.recovery import StepClock
-from pals.errors import PalsError
-from pals.net.control import MAX_DEADLINE_S, MAX_HISTORY_TOKENS, Hop, Open, Sampler
+from pals.errors import InvalidGrammar, PalsError
+from pals.net.control import (
+    MAX_DEADLINE_S,
+    MAX_HISTORY_TOKENS,
+    GrammarSpec,
+    Hop,
+    Open,
+    Sampler,
+)
 from pals.net.flow import AckPolicy
 from pals.net.route import Chain
 from pals.types import Grammar, LayerRange, PeerId, Sampling, SessionId
@@ -251,16 +258,27 @@ class ClientSession:
         """Return what the tail is told of how to sample.
 
         Where penalties count tokens it learns which ones: those of the prompt once each and
-        in no order, since that is all that they look at.
+        in no order, since that is all that they look at. A grammar goes on behind the answer.
+
+        Raises:
+            InvalidGrammar: The answer is longer than a tail can be told, for the grammar to go
+                on behind it.
         """
-        sampling = self.request.sampling
+        sampling, grammar = self.request.sampling, self.request.grammar
         sampler = Sampler.of(sampling)
-        penalties = (sampling.presence_penalty, sampling.frequency_penalty)
-        if sampling.repetition_penalty == 1.0 and not any(penalties):
+        is_penalised = sampling.repetition_penalty != 1.0 or any(
+            (sampling.presence_penalty, sampling.frequency_penalty)
+        )
+        if not (is_penalised or grammar):
             return sampler
-        counted = [*sorted(set(self.request.prompt)), *self.tokens][-MAX_HISTORY_TOKENS:]
+        if grammar and len(self.tokens) > MAX_HISTORY_TOKENS:
+            problem = f"an answer of {len(self.tokens)} tokens cannot go on elsewhere"
+            raise InvalidGrammar(problem=f"the grammar cannot be enforced: {problem}")
+        prompt = sorted(set(self.request.prompt)) if is_penalised else []
+        told = [*prompt, *self.tokens][-MAX_HISTORY_TOKENS:]
         return msgspec.structs.replace(
             sampler,
-            history=np.array(counted, "<u4").tobytes(),
-            answered=min(len(self.tokens), len(counted)),
+            grammar=GrammarSpec.of(grammar) if grammar else None,
+            history=np.array(told, "<u4").tobytes(),
+            answered=min(len(self.tokens), len(told)),
         )

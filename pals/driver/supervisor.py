@@ -27,6 +27,8 @@ from pals.errors import (
     CapacityError,
     ContextTooLong,
     DeadlineExceeded,
+    GrammarTimeout,
+    InvalidGrammar,
     NoChain,
     PalsError,
     PeerError,
@@ -42,6 +44,9 @@ _log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 """Between looks at the table for a chain that was not there before."""
+
+FINAL_ERRORS = (DeadlineExceeded, InvalidGrammar, GrammarTimeout)
+"""What every other chain would end in too."""
 
 CHAIN_ERRORS = (PeerError, ProtocolError, CapacityError)
 """What one chain may raise and another may not."""
@@ -294,7 +299,7 @@ class Supervisor:
         failed = session.attempt
         name = short_id(failed.session)
         _log.info("session %s after %d tokens: %s", name, len(session.tokens), error)
-        if isinstance(error, DeadlineExceeded):
+        if isinstance(error, FINAL_ERRORS):
             raise error
         self._opener.drop(failed)
         if isinstance(error, SessionPreempted):

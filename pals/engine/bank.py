@@ -119,20 +119,23 @@ def reset_slot(
 
 
 def set_allowed(bank: Bank, slot: int, allowed: np.ndarray) -> Bank:
-    """Let a slot's next tokens be those of ``allowed`` (bool [V]) only.
+    """Let a slot's next tokens be those of ``allowed`` (uint32 [W], as in `Bank`) only.
+
+    Bits past the vocabulary mean nothing.
 
     Raises:
         InvalidStep: It allows none, or has another shape; the bank is as it was.
     """
     slots, vocab_size = bank.counts.shape
     _check_slot(slot, slots)
-    if allowed.shape != (vocab_size,) or allowed.dtype != bool or not allowed.any():
+    words = _words(vocab_size)
+    if allowed.shape != (words,) or allowed.dtype != np.uint32 or not allowed.any():
         raise InvalidStep(
-            problem=f"a mask of {allowed.dtype} {list(allowed.shape)} that allows "
-            f"{np.count_nonzero(allowed)} tokens, instead of bool [{vocab_size}] with one or more"
+            problem=f"a mask of {allowed.dtype} {list(allowed.shape)} with "
+            f"{np.count_nonzero(allowed)} words that are not 0, instead of uint32 [{words}] "
+            "with one or more"
         )
-    words = _write_words(bank.allowed, np.int32(slot), pack_bits(allowed))
-    return bank._replace(allowed=words)
+    return bank._replace(allowed=_write_words(bank.allowed, np.int32(slot), allowed))
 
 
 def count_tokens(bank: Bank, slots: Sequence[int], tokens: Sequence[int]) -> Bank:
@@ -158,7 +161,7 @@ def count_tokens(bank: Bank, slots: Sequence[int], tokens: Sequence[int]) -> Ban
 def warm_bank(bank: Bank) -> Bank:
     """Run each of these programs once, without an effect, so that none is compiled later."""
     vocab_size = bank.counts.shape[1]
-    bank = set_allowed(bank, 0, np.ones(vocab_size, bool))
+    bank = set_allowed(bank, 0, pack_bits(np.ones(vocab_size, bool)))
     bank = reset_slot(bank, 0, Sampling())
     return count_tokens(bank, [0], [0])
 

@@ -235,6 +235,8 @@ class ComputeThread:
     def _run_step(self, planned: Planned) -> None:
         started_s = self._clock()
         try:
+            for row_sampling, allowed in planned.masks:
+                self._runner.set_allowed(row_sampling, allowed)
             output = self._runner.run(planned.step, planned.inputs, planned.samplings)
         except Exception as failure:
             self._fail(planned, failure, started_s)

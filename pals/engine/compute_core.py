@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pals.engine.batch import Admitted, Refused, SessionRequest, Step, StepRow
 from pals.engine.batcher import Batcher
 from pals.engine.work import (
+    AllowedTokens,
     Array,
     InputRow,
     OwnedEvent,
@@ -43,6 +44,7 @@ class Member:
         inputs: That wait, in the order in which they run.
         taken: Tokens of the first of them that have run.
         pooled: The sum of the prompt's last hidden states so far, where that is asked for.
+        allowed: What the next token may be, until the step that samples it.
     """
 
     session: SessionId
@@ -54,6 +56,7 @@ class Member:
     inputs: deque[InputRow] = field(default_factory=deque[InputRow])
     taken: int = 0
     pooled: npt.NDArray[np.float32] | None = None
+    allowed: AllowedTokens | None = None
 
     @property
     def pools(self) -> bool:
@@ -76,12 +79,14 @@ class Planned:
         step: As the batcher planned it.
         inputs: Of each of its rows.
         samplings: Of each of its rows; None for those that do not sample.
+        masks: What those may sample whose rows say so, to be set before the step runs.
         rows: What will be said of them when the step has run.
     """
 
     step: Step
     inputs: list[Array]
     samplings: list[RowSampling | None]
+    masks: list[tuple[RowSampling, AllowedTokens]]
     rows: tuple[RowResult, ...]
 
 
@@ -288,6 +293,7 @@ class Compute:
     def _assemble(self, step: Step) -> Planned:
         inputs: list[Array] = []
         samplings: list[RowSampling | None] = []
+        masks: list[tuple[RowSampling, AllowedTokens]] = []
         rows: list[RowResult] = []
         first = 0
         for row in step.all_rows:
@@ -296,7 +302,11 @@ class Compute:
             samples = self._is_tail and _samples(row, member)
             outputs = _count_outputs(row, is_tail=self._is_tail, samples=samples)
             inputs.append(self._cut(member, row))
-            samplings.append(member.row_sampling if samples else None)
+            sampling = member.row_sampling if samples else None
+            samplings.append(sampling)
+            if sampling is not None and member.allowed is not None:
+                masks.append((sampling, member.allowed))
+                member.allowed = None
             rows.append(
                 RowResult(
                     owner=member.owner,
@@ -311,7 +321,7 @@ class Compute:
                 )
             )
             first += outputs
-        return Planned(step=step, inputs=inputs, samplings=samplings, rows=tuple(rows))
+        return Planned(step=step, inputs=inputs, samplings=samplings, masks=masks, rows=tuple(rows))
 
     def _cut(self, member: Member, row: StepRow) -> Array:
         """Take the inputs of a row that runs off the front of what waits for its session."""
@@ -332,10 +342,11 @@ class Compute:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _pop(self, member: Member) -> Array:
-        inputs = member.inputs.popleft().inputs
+        row = member.inputs.popleft()
         member.taken = 0
-        self._bytes -= inputs.nbytes
-        return inputs
+        member.allowed = row.allowed if row.allowed is not None else member.allowed
+        self._bytes -= row.inputs.nbytes
+        return row.inputs
 
 
 def _samples(row: StepRow, member: Member) -> bool:

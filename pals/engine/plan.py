@@ -17,6 +17,7 @@ from functools import partial
 
 import jax
 
+from pals.engine.bank import bank_bytes
 from pals.engine.buckets import Program
 from pals.engine.budget import RUNTIME_BASE_BYTES
 from pals.engine.cache import kv_bytes, page_format
@@ -46,19 +47,21 @@ class RangePlan:
     Attributes:
         weights: Device bytes of its parameters.
         kv: Device bytes of the cache that it reserves.
+        bank: Device bytes of what its sampler keeps of sessions, at the tail.
         workspace: Device bytes of the temporaries of its largest program.
         runtime: Host bytes of its process beside these: Python, jax, libp2p, programs.
     """
 
     weights: int
     kv: int
+    bank: int
     workspace: int
     runtime: int
 
     @property
     def device(self) -> int:
         """Bytes on the device."""
-        return self.weights + self.kv + self.workspace
+        return self.weights + self.kv + self.bank + self.workspace
 
     @property
     def needed(self) -> int:
@@ -93,12 +96,14 @@ class EndsPlan:
         both: Device bytes of weights at a shard that is head and tail, which holds an
             embedding that is tied to the LM head once.
         sampling: Device bytes of the temporaries at the tail, where it samples.
+        bank: Device bytes of what the sampler keeps of sessions there.
     """
 
     embedding: int
     head: int
     both: int
     sampling: int
+    bank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,15 +140,14 @@ class ModelPlan:
     def plan_range(self, layers: LayerRange) -> RangePlan:
         """Return what the shard of ``layers`` takes."""
         kinds = [self._kind_of[layer] for layer in range(layers.start, layers.stop)]
+        is_tail = layers.stop == self.num_layers
         return RangePlan(
             weights=sum(kind.weights for kind in kinds) + self._end_weights(layers),
             kv=self._kv_bytes(sum(kind.kv_per_token for kind in kinds)),
-            workspace=max(self._sampling(layers), *(kind.workspace for kind in kinds)),
+            bank=self.ends.bank * is_tail,
+            workspace=max(self.ends.sampling * is_tail, *(kind.workspace for kind in kinds)),
             runtime=RUNTIME_BASE_BYTES + PROGRAM_BYTES * len(layers) * self.num_programs,
         )
-
-    def _sampling(self, layers: LayerRange) -> int:
-        return self.ends.sampling if layers.stop == self.num_layers else 0
 
     def _kv_bytes(self, token_bytes: int) -> int:
         """Return the bytes of whole pages that a cache of ``token_bytes`` a token has."""
@@ -247,6 +251,7 @@ class _Planner:
             head=_end_size(tail, "norm", "lm_head"),
             both=_end_size(self.whole, "embed_tokens", "norm", "lm_head"),
             sampling=tail.workspace_bytes(max(self.whole.all, key=_sampling_size)),
+            bank=bank_bytes(self._config.vocab_size),
         )
 
     def _leaves_of_layers(self) -> list[_LayerLeaves]:

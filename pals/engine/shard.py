@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pals.engine.arrays import StepArrays, tokens_of
-from pals.engine.bank import Bank, build_bank, count_tokens, reset_slot, warm_bank
+from pals.engine.bank import (
+    Bank,
+    bank_bytes,
+    build_bank,
+    count_tokens,
+    reset_slot,
+    set_allowed,
+    warm_bank,
+)
 from pals.engine.bank_slots import BankSlots
 from pals.engine.batch import BatchRules, Step
 from pals.engine.batcher import Batcher
@@ -36,7 +44,7 @@ from pals.engine.sampling_rows import (
 )
 from pals.engine.stepping import Leaves, StepArguments, sampled_rows, step_shape
 from pals.engine.steps import COPIES, CompiledProgram, Programs
-from pals.engine.work import PenaltyHistory, Sampled, StepOutput
+from pals.engine.work import AllowedTokens, PenaltyHistory, Sampled, StepOutput
 from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.build import AbstractModel
 from pals.models.config import ModelConfig
@@ -69,6 +77,7 @@ class MemoryUse:
 
     weights: int
     kv: int
+    bank: int
 
 
 class Shard:
@@ -179,10 +188,11 @@ class Shard:
         return self._programs.all
 
     def memory_bytes(self) -> MemoryUse:
-        """Return the bytes of weights and cache on each device."""
+        """Return the bytes of weights, cache, and the sampler's bank on each device."""
         return MemoryUse(
             weights=sum(map(device_bytes, self._leaves)),
             kv=sum(map(device_bytes, jax.tree.leaves(self._cache))),
+            bank=sum(map(device_bytes, self._bank or ())),
         )
 
     def make_batcher(self, manifest: bytes, rules: BatchRules | None = None) -> Batcher:
@@ -252,16 +262,17 @@ class Shard:
 
         Args:
             sampling: What the driver asked for.
-            history: Prompt and answer so far, which penalties look at.
+            history: Prompt and answer so far, which penalties look at, and whether tokens are
+                masked.
 
         Raises:
             InvalidStep: A value or token id is out of its range.
             PenaltySlotsTaken: The bank is full.
         """
         check_sampling(sampling, self.config.vocab_size)
-        if self._bank is None or not needs_slot(sampling):
+        tokens, answered, is_masked = history or PenaltyHistory(np.zeros(0, np.int32), 0)
+        if self._bank is None or not (is_masked or needs_slot(sampling)):
             return RowSampling(sampling)
-        tokens, answered = history or PenaltyHistory(np.zeros(0, np.int32), 0)
         prompt, answer = np.split(tokens, [len(tokens) - answered])
         slot = self._slots.take()
         try:
@@ -274,6 +285,16 @@ class Shard:
     def close_sampling(self, row_sampling: RowSampling) -> None:
         """Give a session's room in the bank to others."""
         self._slots.give_back(row_sampling.slot)
+
+    def set_allowed(self, row_sampling: RowSampling, allowed: AllowedTokens) -> None:
+        """Let a session that was opened as masked sample only some tokens from now on.
+
+        Raises:
+            InvalidStep: None is allowed, or they are not as many bits as the vocabulary.
+        """
+        assert self._bank is not None
+        assert row_sampling.slot, "its session was not opened as masked"
+        self._bank = set_allowed(self._bank, row_sampling.slot, allowed)
 
     def count_accepted(self, row_sampling: RowSampling, tokens: Sequence[int]) -> None:
         """Count tokens of a verified draft that are now part of the answer.
@@ -425,7 +446,8 @@ def with_cache_that_fits(
     weights = sum(map(device_bytes, parameters))
     is_host = numerics.platform == "cpu"
     memory = find_memory(spec.devices)
-    left_bytes = memory.size_bytes - weights - RUNTIME_BASE_BYTES * is_host
+    bank = bank_bytes(config.vocab_size) if layers.stop == config.num_layers else 0
+    left_bytes = memory.size_bytes - weights - bank - RUNTIME_BASE_BYTES * is_host
     chosen = choose_kv_bytes(limits, format_, left_bytes=left_bytes, is_host=is_host)
     return replace(limits, kv_bytes=chosen)
 

@@ -20,18 +20,23 @@ from pals.errors import PalsError
 from pals.types import LayerRange, Sampling, SessionId
 
 Array = npt.NDArray[np.generic]
+AllowedTokens = npt.NDArray[np.uint32]
+"""``uint32[W]``, W = V/32 rounded up: a bit for each token that may be sampled, the lowest first,
+and one at least."""
 
 
 class PenaltyHistory(NamedTuple):
-    """The tokens of a session that penalties look at.
+    """What the sampler's bank begins with for a session.
 
     Attributes:
-        tokens: ``int32[n]``, the ids of prompt and answer so far.
+        tokens: ``int32[n]``, the ids of prompt and answer so far that penalties look at.
         answered: How many of them, at the end, are of the answer.
+        is_masked: Whether rows will come with the tokens that may be sampled.
     """
 
     tokens: npt.NDArray[np.int32]
     answered: int
+    is_masked: bool = False
 
 
 class Sampled(NamedTuple):
@@ -100,6 +105,15 @@ class StepRunner(Protocol):
         """Give that room to others; the step that used it has run."""
         ...
 
+    def set_allowed(self, row_sampling: RowSampling, allowed: AllowedTokens) -> None:
+        """Let a session that has room in the bank sample only some tokens from now on.
+
+        Args:
+            row_sampling: Of a session that was opened as masked.
+            allowed: See `InputRow`.
+        """
+        ...
+
     def run(
         self,
         step: Step,
@@ -135,6 +149,8 @@ class InputRow:
         inputs: ``int32[t]`` token ids at the head, else ``[t, D]`` hidden states.
         arrived_s: When its frame came.
         codec_s: What opening the frame took.
+        allowed: At the tail, what may be sampled after its last token and until a later row
+            says something else; None for what was allowed before.
     """
 
     owner: Hashable
@@ -144,6 +160,7 @@ class InputRow:
     inputs: Array
     arrived_s: float = 0.0
     codec_s: float = 0.0
+    allowed: AllowedTokens | None = None
 
 
 class RefusedRow(NamedTuple):

@@ -236,6 +236,15 @@ class DeadlineExceeded(PeerError):
     retryable = False
 
 
+class GrammarTimeout(PalsError):
+    """A session whose grammar kept the last shard waiting for too long."""
+
+    code = "PALS-GRAMMAR-LATE"
+    message = "what the grammar allows next was not known within {deadline_s:g} s"
+    hint_template = "try again in a moment, or with a simpler schema"
+    http_status = 504
+
+
 class InternalStepError(PalsError):
     """A step of a shard failed for a reason that is Pals's own fault."""
 

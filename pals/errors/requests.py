@@ -12,6 +12,12 @@ class InvalidRequest(UserError):
     message = "{problem}"
 
 
+class InvalidGrammar(InvalidRequest):
+    """A schema or grammar that cannot be enforced, or that takes too long to."""
+
+    code = "invalid_grammar"
+
+
 class UnsupportedParameter(InvalidRequest):
     """A parameter that exists but that this version does not implement."""
 

@@ -13,7 +13,14 @@ import numpy.typing as npt
 
 from pals.errors import InvalidFrame
 from pals.net.wire import TOP_LOGPROBS
-from pals.types import PeerId, Sampling, SessionId
+from pals.types import (
+    MAX_GRAMMAR_BYTES,
+    Grammar,
+    GrammarKind,
+    PeerId,
+    Sampling,
+    SessionId,
+)
 
 MAX_HOPS = 256
 MAX_ADDRESSES = 16
@@ -38,6 +45,7 @@ _Layer = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _Names = Annotated[bytes, msgspec.Meta(max_length=MAX_NAMES_BYTES)]
 _History = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_HISTORY_TOKENS)]
 _TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Source = Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_BYTES)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
 _Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 
@@ -51,12 +59,28 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     addresses: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=MAX_ADDRESSES)] = ()
 
 
+class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an answer may consist of: `pals.types.Grammar` on the wire."""
+
+    kind: GrammarKind
+    source: _Source
+
+    @classmethod
+    def of(cls, grammar: Grammar) -> GrammarSpec:
+        """Return what a tail is told of ``grammar``."""
+        return cls(kind=grammar.kind, source=grammar.source)
+
+    def to_grammar(self) -> Grammar:
+        """Return it under its own type."""
+        return Grammar(kind=self.kind, source=self.source)
+
+
 class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tail samples: `pals.types.Sampling` on the wire.
 
     A seed has 64 bits, which is also the most that MessagePack writes. ``history`` goes with
-    penalties alone: ids of the prompt, each once since nobody counts them, and then the
-    ``answered`` ids of the answer so far, little-endian uint32.
+    penalties and grammars alone: for penalties the ids of the prompt, each once since nobody
+    counts them, and then the ``answered`` ids of the answer so far, little-endian uint32.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=2.0)] = 0.0
@@ -72,6 +96,7 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=TOP_LOGPROBS)] | None = None
     pooling: bool = False
+    grammar: GrammarSpec | None = None
     history: _History = b""
     answered: Annotated[int, msgspec.Meta(ge=0, le=MAX_HISTORY_TOKENS)] = 0
 
@@ -274,10 +299,15 @@ def _find_uneven(message: Control) -> str:
     sampler = message.sampler if isinstance(message, Open | Fork) else None
     if sampler is None:
         return ""
+    return _find_unfit(sampler)
+
+
+def _find_unfit(sampler: Sampler) -> str:
     tokens, rest = divmod(len(sampler.history), 4)
-    return (
-        f"{sampler.answered} of {tokens} ids answered" if rest or sampler.answered > tokens else ""
-    )
+    if rest or sampler.answered > tokens:
+        return f"{sampler.answered} of {tokens} ids answered"
+    size = 0 if sampler.grammar is None else len(sampler.grammar.source.encode())
+    return f"a grammar of {size} bytes" if size > MAX_GRAMMAR_BYTES else ""
 
 
 def session_of(
@@ -290,6 +320,12 @@ def session_of(
 def split_names(names: bytes) -> tuple[bytes, ...]:
     """Return the names of blocks one by one."""
     return tuple(names[start : start + NAME_BYTES] for start in range(0, len(names), NAME_BYTES))
+
+
+def answer_of(sampler: Sampler) -> list[int]:
+    """Return the ids of the answer so far, where the sampler's history has them."""
+    ids = np.frombuffer(sampler.history, "<u4")
+    return ids[len(ids) - sampler.answered :].tolist()
 
 
 def history_of(sampler: Sampler) -> npt.NDArray[np.int32]:

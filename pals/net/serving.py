@@ -23,11 +23,13 @@ from pals.net.announce import (
     useful_first,
 )
 from pals.net.announcer import Announcer
+from pals.net.guiding import MaskSource
 from pals.net.handback import Deliveries
 from pals.net.model_shape import ModelShape
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ShardService
+from pals.text.grammar import GrammarMasks
 from pals.types import EngineLimits, LayerRange, ShardSpec
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from pals.models.snapshot import Snapshot
 
 OWN_RECORD_DEADLINE_S = 3.0
+TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,7 @@ class ServedShard:
         batcher: Plans them.
         layer_hashes: Of each layer, the hash of its source bytes that is announced.
         limits: What it was compiled for, its context no longer than its pages are.
+        masks: Knows the grammars of answers, at a tail that has a tokenizer.
     """
 
     runner: StepRunner
@@ -55,6 +59,7 @@ class ServedShard:
     layers: LayerRange
     layer_hashes: tuple[bytes, ...]
     limits: EngineLimits
+    masks: MaskSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +107,16 @@ def load_shard(
         layers=layers,
         layer_hashes=tuple(layer_hash[:LAYER_HASH_BYTES] for layer_hash in loaded.layer_hashes),
         limits=replace(loaded.limits, max_context_tokens=batcher.max_session_tokens),
+        masks=_masks_of(snapshot) if loaded.is_tail else None,
     )
+
+
+def _masks_of(snapshot: Snapshot) -> GrammarMasks | None:
+    """Return what knows grammars, unless the model has no tokenizer; nothing starts yet."""
+    path = snapshot.path / TOKENIZER_NAME
+    if not path.is_file():
+        return None
+    return GrammarMasks(path, snapshot.config.vocab_size, snapshot.config.eos_token_ids)
 
 
 def read_shard(
@@ -222,7 +236,7 @@ async def run_shard(
         limits=shard.limits,
         idle_s=node.options.settings.session_idle_s,
     )
-    service = ShardService(node.links, table, shard.model, node.nursery)
+    service = ShardService(node.links, table, shard.model, node.nursery, masks=shard.masks)
     deliveries = Deliveries()
     compute = ComputeThread(
         shard.runner,
@@ -237,11 +251,13 @@ async def run_shard(
         node.nursery.start_soon(service.expire_sessions)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(deliveries.run, service.on_delivery)
+            nursery.start_soon(service.guides.run)
             await _announce_until_left(node, shard, service, on_ready, drain or Drain())
             nursery.cancel_scope.cancel()
     finally:
         compute.close()
         deliveries.close()
+        service.guides.stop()
 
 
 async def _look_up_own_record(node: Node) -> None:

@@ -41,18 +41,18 @@ from pals.net.control import (
     Preempted,
     Refused,
     StatsRequest,
-    history_of,
     session_of,
     split_names,
 )
 from pals.net.early import EarlyRows
 from pals.net.flow import AckPolicy, SessionFlow, window_bytes, window_tokens
+from pals.net.guiding import Guides, MaskSource
 from pals.net.links import Arrival, Links
 from pals.net.model_shape import ModelShape
 from pals.net.outbound import Outbound
 from pals.net.process_report import RoleLine
 from pals.net.ring import SessionTable, ShardSession
-from pals.net.tail import TailOutput
+from pals.net.tail import TailOutput, sampling_of
 from pals.net.timings import StepTimings
 from pals.net.wire import (
     CONTROL_SHAPE,
@@ -85,12 +85,16 @@ class _Came(NamedTuple):
 class ShardService:
     """One shard as the network sees it.
 
+    Attributes:
+        guides: The sessions of a tail that grammars guide; somebody has to `run` it.
+
     Args:
         links: The node's links.
         table: Its sessions; none is in it yet.
         model: Whose layers it holds.
         nursery: Runs what waits for links.
         clock: The compute thread's.
+        masks: Knows the grammars of answers, at a tail that has a tokenizer.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class ShardService:
         nursery: trio.Nursery,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        masks: MaskSource | None = None,
     ) -> None:
         self._links = links
         self._outbound = Outbound(links, self._on_unsent)
@@ -114,11 +119,13 @@ class ShardService:
         self._compute: ComputeThread | None = None
         self._timings = StepTimings()
         self._flows: dict[ShardSession, SessionFlow[InputRow]] = {}
+        self.guides = Guides(table.local, masks, submit=self._queue, fail=self._fail)
         self._tail = TailOutput(
             self._outbound,
             table,
             self._flows,
             self._timings,
+            self.guides,
             model.manifest,
             model.num_layers,
             model.hidden_size,
@@ -159,6 +166,7 @@ class ShardService:
         while True:
             await trio.sleep(EXPIRY_INTERVAL_S)
             self._early.expire(trio.current_time())
+            self.guides.fail_late(trio.current_time())
             for session in self._table.remove_idle(trio.current_time()):
                 self._forget(session)
                 self._report(session, "PALS-SESSION-IDLE", f"idle for {self._table.idle_s} s")
@@ -246,11 +254,16 @@ class ShardService:
             if early is None:
                 problem = "its prompt came too long before it, or with too many others"
                 raise SessionRefused(peer=self._table.local, problem=problem)
+            self.guides.open(session, trio.current_time())
             self._ask_for_room(session, message)
         except PalsError:
-            self._table.remove(session)
+            self._give_up(session)
             raise
         return session, early
+
+    def _give_up(self, session: ShardSession) -> None:
+        self.guides.close(session)
+        self._table.remove(session)
 
     def _ask_for_room(self, session: ShardSession, message: Open) -> None:
         request = batch.SessionRequest(
@@ -262,16 +275,10 @@ class ShardService:
             replaces=SessionId(message.replaces) if message.replaces else None,
             deadline=self._clock() + (message.deadline_s or math.inf),
         )
-        sampling, history = self._sampling_of(session)
-        self._thread.open(request, session, sampling, history)
+        self._thread.open(request, session, *self._sampling_of(session))
 
     def _sampling_of(self, session: ShardSession) -> tuple[Sampling | None, PenaltyHistory | None]:
-        """Return how the tail samples, and what its penalties look at."""
-        sampler = session.sampler
-        if not self._is_tail:
-            return None, None
-        history = PenaltyHistory(history_of(sampler), sampler.answered) if sampler.history else None
-        return sampler.to_sampling(), history
+        return sampling_of(session.sampler) if self._is_tail else (None, None)
 
     def _fork(self, driver: PeerId, message: Fork) -> None:
         try:
@@ -289,9 +296,10 @@ class ShardService:
         child = self._table.fork(driver, message, trio.current_time())
         parent, position = SessionId(message.session), message.position
         try:
+            self.guides.open(child, trio.current_time())
             self._thread.fork(parent, child.session, position, child, *self._sampling_of(child))
         except PalsError:
-            self._table.remove(child)
+            self._give_up(child)
             raise
         return child
 
@@ -359,6 +367,7 @@ class ShardService:
         """Free the room of a session that is over, and drop what waits for it."""
         self._thread.close_session(session.session, names)
         self._early.note_over(session.session)
+        self.guides.close(session)
         if (scope := self._openings.pop(session, None)) is not None:
             scope.cancel()
         self._flows.pop(session, None)
@@ -497,6 +506,10 @@ class ShardService:
         return True
 
     def _submit(self, rows: Sequence[InputRow]) -> None:
+        """Queue the rows that may run now; what a grammar guides may have to wait."""
+        self._queue(self.guides.attach(rows))
+
+    def _queue(self, rows: Sequence[InputRow]) -> None:
         """Queue rows for the compute thread; a session whose row does not fit ends."""
         if not rows:
             return
@@ -546,7 +559,7 @@ class ShardService:
         self._timings.note_step(result, self._clock())
         sessions = [self._find(row) for row in result.rows]
         if self._is_tail:
-            self._tail.send(result, sessions)
+            self._tail.send(result, sessions, trio.current_time())
         else:
             self._outbound.send_hidden(self._output, result, sessions)
         row, session = result.rows[-1], sessions[-1]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pals.engine.work import InputRow, RowResult, StepOutput, StepResult
+from pals.engine.work import InputRow, PenaltyHistory, RowResult, StepOutput, StepResult
+from pals.net.control import Sampler, history_of
 from pals.net.flow import SessionFlow
+from pals.net.guiding import Guides
 from pals.net.outbound import Outbound, Tokens
 from pals.net.ring import SessionTable, ShardSession
 from pals.net.timings import StepTimings
 from pals.net.wire import pooled_shape, sampled_shape, scored_shape, tokens_shape
-from pals.types import PeerId
+from pals.types import PeerId, Sampling
 
 
 class TailOutput:
@@ -21,6 +23,7 @@ class TailOutput:
         table: Counts what is sampled.
         flows: The windows of the sessions that are open.
         timings: Told where a session pauses.
+        guides: Told what was sampled once it is on its way.
         manifest: Of the model.
         num_layers: Of the model.
         hidden_size: Of the model.
@@ -32,6 +35,7 @@ class TailOutput:
         table: SessionTable,
         flows: Mapping[ShardSession, SessionFlow[InputRow]],
         timings: StepTimings,
+        guides: Guides,
         manifest: bytes,
         num_layers: int,
         hidden_size: int,
@@ -40,12 +44,13 @@ class TailOutput:
         self._table = table
         self._flows = flows
         self._timings = timings
+        self._guides = guides
         self._sampled = sampled_shape(manifest, num_layers)
         self._scored = scored_shape(manifest, num_layers)
         self._pooled = pooled_shape(manifest, num_layers, hidden_size)
         self._to_head = tokens_shape(manifest)
 
-    def send(self, result: StepResult, sessions: Sequence[ShardSession | None]) -> None:
+    def send(self, result: StepResult, sessions: Sequence[ShardSession | None], now: float) -> None:
         """Send each sampled token to its driver and, unless it is the last, to the head.
 
         A driver that lags a window behind gets its token; the head gets it once that driver
@@ -54,12 +59,14 @@ class TailOutput:
         Args:
             result: A step.
             sessions: That of each row; None where it has ended meanwhile.
+            now: On trio's clock.
         """
         assert result.output is not None
         sampled = result.output.sampled
         assert sampled is not None
         ids: list[int] = sampled.ids.tolist()
         to_heads, to_drivers, scored = Tokens(), Tokens(), Tokens()
+        guided: list[tuple[ShardSession, int, int]] = []
         for row, session in zip(result.rows, sessions, strict=True):
             if session is None or not row.outputs:
                 continue  # a chunk that is not its prompt's last
@@ -68,6 +75,8 @@ class TailOutput:
                 continue
             tokens = ids[row.first : row.first + row.outputs]
             is_last = self._go_round(session, row, tokens, to_heads)
+            if session.sampler.grammar is not None and not is_last:
+                guided.append((session, row.end, tokens[-1]))
             first_at = row.end + 1 - row.outputs
             if session.sampler.logprobs is None:
                 to_drivers.add(session.driver, session, first_at, tokens, last=is_last)
@@ -78,6 +87,8 @@ class TailOutput:
         self._outbound.send_tokens(self._to_head, to_heads)
         self._outbound.send_tokens(self._sampled, to_drivers)
         self._outbound.send_scores(self._scored, scored, sampled)
+        for session, position, token in guided:
+            self._guides.advance(session, position, token, now)
 
     def _send_pooled(self, session: ShardSession, row: RowResult, output: StepOutput) -> None:
         """Send the mean of a prompt's hidden states to its driver, once all of them are there."""
@@ -115,3 +126,12 @@ class TailOutput:
             flow.held_token = position, tokens[0]
             self._timings.note_pause(session.session)
         return is_last
+
+
+def sampling_of(sampler: Sampler) -> tuple[Sampling, PenaltyHistory | None]:
+    """Return how a session is sampled, and what its room in the bank begins with, if it has any."""
+    is_masked = sampler.grammar is not None
+    if not (is_masked or sampler.history):
+        return sampler.to_sampling(), None
+    history = PenaltyHistory(history_of(sampler), sampler.answered, is_masked)
+    return sampler.to_sampling(), history

@@ -1,4 +1,4 @@
-"""The killable process that holds a model's chat template and tokenizer: its parent's side."""
+"""The killable process that runs templates, tokenizers and grammars: its parent's side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
@@ -34,10 +35,10 @@ class TextChild:
         self._process: _Process | None = None
 
     def load(self, kind: bytes, content: bytes, deadline_s: float, error: MakeError) -> None:
-        """Load a template or a tokenizer, in place of an earlier one.
+        """Load a template, a tokenizer or a vocabulary, in place of an earlier one.
 
         Args:
-            kind: `sandbox.LOAD_TEMPLATE` or `sandbox.LOAD_TOKENIZER`.
+            kind: One of sandbox's ``LOAD_…``.
             content: Its source.
             deadline_s: Longest wait, the start of the process apart.
             error: What to raise when it does not load.
@@ -47,13 +48,30 @@ class TextChild:
             self._loaded[kind] = content, deadline_s
 
     def ask(
-        self, kind: bytes, content: bytes, deadline_s: float, error: MakeError
+        self,
+        kind: bytes,
+        content: bytes,
+        deadline_s: float,
+        error: MakeError,
+        *,
+        again: bool = False,
     ) -> sandbox.Answer:
         """Send one request and return its answer; a child that gives none is stopped.
 
-        ``error`` makes what is raised of a problem: its own, or that there was none in time.
+        Args:
+            kind: Of the request.
+            content: Of it.
+            deadline_s: Longest wait, the start of a process apart.
+            error: Makes what is raised of a problem: its own, or that there was none in time.
+            again: Ask a new process when one that ran before ended without an answer, which
+                need not have been this request's fault.
         """
         with self._lock:
+            was_running = self._process is not None and self._process.alive
+            process = self._running(error)
+            if again and was_running:
+                with suppress(_Ended):
+                    return process.ask(kind + content, deadline_s, error, ended=_Ended)
             return self._running(error).ask(kind + content, deadline_s, error)
 
     def close(self) -> None:
@@ -69,6 +87,13 @@ class TextChild:
             for kind, (content, deadline_s) in self._loaded.items():
                 self._process.ask(kind + content, deadline_s, error)
         return self._process
+
+
+class _Ended(Exception):
+    """A process ended without an answer."""
+
+    def __init__(self, _: str) -> None:
+        super().__init__()
 
 
 class _Process:
@@ -91,8 +116,17 @@ class _Process:
     def alive(self) -> bool:
         return self.stop.alive
 
-    def ask(self, request: bytes, deadline_s: float, error: MakeError) -> sandbox.Answer:
-        """Return the answer to a request; an empty one says that the process has started."""
+    def ask(
+        self,
+        request: bytes,
+        deadline_s: float,
+        error: MakeError,
+        ended: Callable[[str], Exception] | None = None,
+    ) -> sandbox.Answer:
+        """Return the answer to a request; an empty one says that the process has started.
+
+        ``ended`` makes what is raised when the process has ended, by default ``error`` does.
+        """
         self._socket.settimeout(deadline_s)
         try:
             sandbox.send(self._socket, request)
@@ -102,7 +136,7 @@ class _Process:
             raise error(f"no result within {deadline_s:.1f} s") from None
         except (OSError, EOFError, ValueError):
             self.stop()
-            raise error("the process that runs it was ended") from None
+            raise (ended or error)("the process that runs it was ended") from None
         if answer["problem"] is not None:
             raise error(answer["problem"])
         return answer

@@ -1,7 +1,7 @@
-"""The process in which a model's chat template and tokenizer run; started by `child`.
+"""The process in which chat templates, tokenizers and grammars run; started by `child`.
 
-Both came with the weights and are programs of a kind: a template may loop for hours, a
-regular expression of a tokenizer too, and either may ask for gigabytes. Run as a script
+Others wrote them, and they are programs of a kind: a template may loop for hours, a regular
+expression of a tokenizer or a grammar too, and any may ask for gigabytes. Run as a script
 with a socket as standard input, it answers each request with one `Answer`, within limits
 that it renews for every request. It imports nothing of Pals, so that it starts quickly
 and holds nothing worth stealing.
@@ -12,6 +12,7 @@ The template's environment equals the one of `transformers.utils.chat_template_u
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -31,10 +32,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 if TYPE_CHECKING:
     import tokenizers
 
+    from pals.text.masks import Masks
+
 MAX_MESSAGE_BYTES = 80 << 20
 MAX_OUTPUT_CHARACTERS = 4 << 20
 MAX_TEMPLATE_MEMORY_BYTES = 512 << 20
 MAX_TOKENIZER_MEMORY_BYTES = 1 << 30
+MAX_GRAMMARS_MEMORY_BYTES = 1 << 30
+"""Of all grammars of a process together, beside what it has when the first one comes."""
 MAX_CPU_S = 10
 SLOWEST_BYTES_PER_S = 100_000
 """What a tokenizer is given time for: a fraction of what any of them does on one core."""
@@ -43,12 +48,14 @@ MAX_PROBLEM_CHARACTERS = 500
 START = b"A"
 LOAD_TEMPLATE, RENDER = b"T", b"R"
 LOAD_TOKENIZER, ENCODE, ENCODE_WITH_SPECIAL_TOKENS = b"K", b"E", b"S"
+LOAD_VOCABULARY, MASK = b"V", b"M"
 """First byte of a request: what its other bytes are. Nothing, a template's source, the variables
-of one rendering in JSON, the content of tokenizer.json, a text."""
+of one rendering in JSON, the content of tokenizer.json, a text, what `masks.Masks` takes, a
+`masks.MaskRequest`."""
 
 
 class Answer(TypedDict):
-    """The text of a rendering, the ids of a text, or the problem that prevented it."""
+    """The text of a rendering or a mask, the ids of a text, or the problem that prevented it."""
 
     text: str | None
     ids: list[int] | None
@@ -160,11 +167,12 @@ def render(template: jinja2.Template, variables: dict[str, object]) -> str:
 
 
 class Sandbox:
-    """The template and the tokenizer of one model, once they are loaded."""
+    """Template, tokenizer and vocabulary of one model, once they are loaded."""
 
     def __init__(self) -> None:
         self._template: jinja2.Template | None = None
         self._tokenizer: tokenizers.Tokenizer | None = None
+        self._masks: Masks | None = None
 
     def answer(self, request: bytes) -> Answer:
         """Do what a request asks for; see the module's constants.
@@ -193,6 +201,12 @@ class Sandbox:
         if kind == LOAD_TOKENIZER:
             self._tokenizer = load_tokenizer(content.decode())
             return "", None
+        if kind == LOAD_VOCABULARY:
+            self._masks = _load_masks(content.decode())
+            return "", None
+        if kind == MASK:
+            assert self._masks is not None
+            return self._masks.answer(content), None
         assert self._tokenizer is not None
         special = kind == ENCODE_WITH_SPECIAL_TOKENS
         encoding = self._tokenizer.encode(content.decode(), add_special_tokens=special)
@@ -213,6 +227,20 @@ def load_tokenizer(text: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _load_masks(content: str) -> Masks:
+    """Make what the file beside this one has: Pals is not on this process's path.
+
+    Raises:
+        Exception: The library refuses the vocabulary.
+    """
+    spec = importlib.util.spec_from_file_location("masks", Path(__file__).with_name("masks.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Masks(content)
+
+
 def serve(connection: socket.socket, *, before_each: Callable[[bytes, int], None]) -> None:
     """Answer requests until the other side closes.
 
@@ -230,26 +258,38 @@ def serve(connection: socket.socket, *, before_each: Callable[[bytes, int], None
         send(connection, json.dumps(sandbox.answer(request)).encode())
 
 
-def _renew_limits(kind: bytes, size: int) -> None:
-    """Let the process use so much CPU time and memory more, even if nobody stops it."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    allowed_s = MAX_CPU_S + size / SLOWEST_BYTES_PER_S
-    soft = math.ceil(used.ru_utime + used.ru_stime + allowed_s)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-    is_template = kind in (LOAD_TEMPLATE, RENDER)
-    more = MAX_TEMPLATE_MEMORY_BYTES if is_template else MAX_TOKENIZER_MEMORY_BYTES
-    # macOS has no /proc and refuses to set this limit; the deadline still holds there
-    with contextlib.suppress(ValueError, OSError):
+class Limits:
+    """What the process may use for a request, even if nobody stops it."""
+
+    def __init__(self) -> None:
+        self._most_with_grammars: int | None = None
+
+    def renew(self, kind: bytes, size: int) -> None:
+        """Allow so much CPU time and memory more; grammars stay, and share what they may have."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        allowed_s = MAX_CPU_S + size / SLOWEST_BYTES_PER_S
+        soft = math.ceil(used.ru_utime + used.ru_stime + allowed_s)
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+        # macOS has no /proc and refuses to set this limit; the deadline still holds there
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (self._memory(kind), resource.RLIM_INFINITY))
+
+    def _memory(self, kind: bytes) -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        total = pages * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (total, resource.RLIM_INFINITY))
+        held = pages * resource.getpagesize()
+        if kind == MASK:
+            if self._most_with_grammars is None:
+                self._most_with_grammars = held + MAX_GRAMMARS_MEMORY_BYTES
+            return self._most_with_grammars
+        is_template = kind in (LOAD_TEMPLATE, RENDER)
+        return held + (MAX_TEMPLATE_MEMORY_BYTES if is_template else MAX_TOKENIZER_MEMORY_BYTES)
 
 
 def main() -> None:
     """Serve the socket that is standard input."""
     with socket.socket(fileno=os.dup(0)) as connection, contextlib.suppress(EOFError, OSError):
-        serve(connection, before_each=_renew_limits)
+        serve(connection, before_each=Limits().renew)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ class RunningShard:
     """A shard that serves until its scope is cancelled."""
 
     node: Node
+    shard: ServedShard
     scope: trio.CancelScope
     finished: trio.Event
 
@@ -136,10 +137,11 @@ async def start_shard(
 ) -> RunningShard:
     """Load and serve a shard; returns once it is announced."""
     load = loader(swarm, layers, dtype)
-    ready, finished, scope, nodes = trio.Event(), trio.Event(), trio.CancelScope(), []
+    ready, finished, scope = trio.Event(), trio.Event(), trio.CancelScope()
+    served: list[tuple[Node, ServedShard]] = []
 
-    def on_ready(node: Node, _: ServedShard) -> None:
-        nodes.append(node)
+    def on_ready(node: Node, shard: ServedShard) -> None:
+        served.append((node, shard))
         ready.set()
 
     async def run() -> None:
@@ -150,7 +152,7 @@ async def start_shard(
     nursery.start_soon(run)
     with trio.fail_after(DEADLINE_S):
         await ready.wait()
-    return RunningShard(nodes[0], scope, finished)
+    return RunningShard(*served[0], scope, finished)
 
 
 async def start_chain(

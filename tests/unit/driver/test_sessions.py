@@ -15,7 +15,9 @@ from pals.driver.sessions import SessionClient
 from pals.driver.state import SampledToken, SessionEvent, SessionRequest
 from pals.errors import (
     AdmissionTimeout,
+    GrammarTimeout,
     InvalidFrame,
+    InvalidGrammar,
     LinkRefused,
     NoChain,
     PalsError,
@@ -30,13 +32,17 @@ from pals.errors import (
 )
 from pals.net.announce import Announcement
 from pals.net.control import (
+    MAX_HISTORY_TOKENS,
     Ack,
     Close,
+    Failed,
+    GrammarSpec,
     Open,
     Opened,
     Refused,
     Stats,
     StatsRequest,
+    answer_of,
     decode_control,
     history_of,
 )
@@ -54,7 +60,7 @@ from pals.net.wire import (
     sampled_shape,
     scored_shape,
 )
-from pals.types import LayerRange, PeerId, Sampling, SessionId
+from pals.types import Grammar, LayerRange, PeerId, Sampling, SessionId
 
 pytestmark = pytest.mark.trio
 
@@ -62,6 +68,7 @@ MANIFEST = b"m" * 32
 MODEL = ServedModel(
     model_id="test/m", manifest=MANIFEST, num_layers=4, max_position_embeddings=64, hidden_size=8
 )
+GRAMMAR = Grammar(kind="lark", source="start: /x/")
 A, B, C, D = (PeerId(f"12D3KooW{name}-abcdefgh") for name in "ABCD")
 
 
@@ -190,12 +197,15 @@ class Bench:
         self.links.client = self.client
         self.events: list[SessionEvent] = []
 
-    async def open(self, count: int = 3, sampling: Sampling | None = None):
+    async def open(
+        self, count: int = 3, sampling: Sampling | None = None, grammar: Grammar | None = None
+    ):
         request = SessionRequest(
             prompt=(1, 2),
             max_new_tokens=count,
             stop_token_ids=(),
             sampling=sampling or Sampling(),
+            grammar=grammar,
         )
         return await self.client.open(request, self.events.append)
 
@@ -336,6 +346,44 @@ async def test_only_the_tail_is_told_how_to_sample_and_what_penalties_count(
     assert told[B] is not None
     assert told[B].to_sampling() == Sampling(temperature=0.5, frequency_penalty=0.1)
     assert (history_of(told[B]).tolist(), told[B].answered) == ([1, 2], 0)
+
+
+async def test_only_the_tail_is_told_the_grammar_and_the_answer_that_it_goes_on_behind(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:2"), announcement(B, "2:4"))
+    session = await bench.open(grammar=GRAMMAR)
+    told = {peer: message.sampler for peer, message in bench.links.asked}
+    assert told[A] is None
+    assert told[B] is not None
+    assert told[B].grammar == GrammarSpec.of(GRAMMAR)
+    assert (told[B].history, told[B].answered) == (b"", 0)
+
+    bench.sample(B, session.attempt.session, 2)
+    assert answer_of(session.build_sampler()) == [7]
+    session.tokens = [7] * (MAX_HISTORY_TOKENS + 1)
+    with pytest.raises(InvalidGrammar, match="cannot go on"):
+        session.build_sampler()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(InvalidGrammar.code, InvalidGrammar), (GrammarTimeout.code, GrammarTimeout)],
+)
+async def test_a_grammar_that_a_tail_cannot_enforce_ends_the_session_and_blames_nobody(
+    nursery: trio.Nursery, code: str, error: type[PalsError]
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"), announcement(C, "0:4"))
+    session = await bench.open(grammar=GRAMMAR)
+    tail = session.chain.tail.peer
+    bench.client.on_control(
+        tail, Failed(session=session.attempt.session, code=code, problem="too large")
+    )
+    await trio.testing.wait_all_tasks_blocked()
+
+    (event,) = bench.events
+    assert isinstance(event, error)
+    assert len(bench.links.asked) == 1
 
 
 async def test_without_penalties_nobody_is_told_the_prompt(nursery: trio.Nursery) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from pals.engine.batch import Step
 from pals.engine.compute_core import Compute, SamplingChanges
 from pals.engine.work import (
+    AllowedTokens,
     Array,
     PenaltyHistory,
     RowSampling,
@@ -64,7 +65,8 @@ class PageRunner:
         self.on_open()
         if self.open_failure is not None:
             raise self.open_failure
-        if not sampling.presence_penalty:
+        is_masked = history is not None and history.is_masked
+        if not (sampling.presence_penalty or is_masked):
             return RowSampling(sampling, 0)
         if not self.free_slots:
             raise ShardBusy(peer="me", problem="no room for penalties")
@@ -75,6 +77,10 @@ class PageRunner:
         if row_sampling.slot:
             assert row_sampling.slot not in self.free_slots
             self.free_slots.append(row_sampling.slot)
+
+    def set_allowed(self, row_sampling: RowSampling, allowed: AllowedTokens) -> None:
+        assert row_sampling.slot
+        self._note(f"allow {allowed.tolist()}")
 
     def run(
         self, step: Step, inputs: Sequence[Array], samplings: Sequence[RowSampling | None]

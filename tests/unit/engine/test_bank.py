@@ -27,6 +27,7 @@ from pals.types import Sampling
 from tests.unit.engine.chains import counting_compilations
 
 VOCAB, SLOTS = 50, 4
+WORDS = 2
 
 
 def read(bank: Bank) -> list[object]:
@@ -91,7 +92,7 @@ def test_the_next_session_of_a_slot_finds_nothing_of_the_last() -> None:
     used = reset_slot(
         build_bank(VOCAB, SLOTS), 1, Sampling(logit_bias=((3, 1.0),)), prompt=[4], answer=[5]
     )
-    used = set_allowed(used, 1, np.arange(VOCAB) == 9)
+    used = set_allowed(used, 1, pack_bits(np.arange(VOCAB) == 9))
 
     assert read(reset_slot(used, 1, Sampling())) == read(build_bank(VOCAB, SLOTS))
 
@@ -104,9 +105,9 @@ def test_the_next_session_of_a_slot_finds_nothing_of_the_last() -> None:
         lambda bank: reset_slot(bank, 1, Sampling(), prompt=[VOCAB]),
         lambda bank: reset_slot(bank, 1, Sampling(), answer=[3, -1]),
         lambda bank: reset_slot(bank, 1, Sampling(logit_bias=((VOCAB, 1.0),))),
-        lambda bank: set_allowed(bank, 1, np.zeros(VOCAB, bool)),
-        lambda bank: set_allowed(bank, 1, np.ones(VOCAB - 1, bool)),
-        lambda bank: set_allowed(bank, 1, np.ones(VOCAB, np.int32)),
+        lambda bank: set_allowed(bank, 1, np.zeros(WORDS, np.uint32)),
+        lambda bank: set_allowed(bank, 1, np.ones(WORDS - 1, np.uint32)),
+        lambda bank: set_allowed(bank, 1, np.ones(WORDS, np.int32)),
         lambda bank: count_tokens(bank, [SLOTS], [1]),
         lambda bank: count_tokens(bank, [1], [VOCAB]),
         lambda bank: count_tokens(bank, [1, 1], [3]),
@@ -167,7 +168,7 @@ def test_warming_has_no_effect_and_leaves_nothing_to_compile() -> None:
 
     with counting_compilations() as compiled:
         bank = reset_slot(bank, 3, Sampling(), prompt=list(range(40)), answer=[1])
-        bank = set_allowed(bank, 2, np.arange(VOCAB) > 3)
+        bank = set_allowed(bank, 2, pack_bits(np.arange(VOCAB) > 3))
         count_tokens(bank, [1] * 200, [2] * 200)
 
     assert not compiled

@@ -363,6 +363,22 @@ def test_fork_that_the_sampler_has_no_room_for_is_refused_and_its_rows_do_not_ru
     assert [owner for owner, _ in tokens_of(bench.result())] == ["a"]
 
 
+def test_what_a_row_may_sample_is_set_before_the_step_that_samples_it(bench: Bench) -> None:
+    masked = PenaltyHistory(np.zeros(0, np.int32), 0, is_masked=True)
+    bench.compute.open(request("a"), "a", Sampling(), masked)
+    bench.start("b")
+    prompt = replace(row("a", "prefill", 0, PROMPT), allowed=np.array([5], np.uint32))
+    bench.add(prompt)
+    bench.result()
+    bench.add(row("b", "decode", 3, [4]))
+    bench.result()
+    bench.add(replace(row("a", "decode", 3, [4]), allowed=np.array([6], np.uint32)))
+    bench.result()
+
+    calls = [call for call in bench.runner.calls if call.startswith(("allow", "run"))]
+    assert calls == ["run", "allow [5]", "run", "run", "allow [6]", "run"]
+
+
 def test_room_of_a_closed_session_is_free_once_its_step_has_run(bench: Bench) -> None:
     bench.open("a", sampling=PENALISED)
     bench.compute.start()

@@ -38,7 +38,7 @@ def device_bytes(shard: Shard) -> int:
     """Return what a warmed-up shard takes on its device."""
     workspace = max(program.workspace_bytes for program in shard.warmup())
     memory = shard.memory_bytes()
-    return memory.weights + memory.kv + workspace
+    return memory.weights + memory.kv + memory.bank + workspace
 
 
 def assert_plan_is_right(
@@ -50,7 +50,8 @@ def assert_plan_is_right(
     shard = Shard.load(snapshot, layers, dtype=dtype, limits=limits)
 
     memory = shard.memory_bytes()
-    assert (planned.weights, planned.kv) == (memory.weights, memory.kv)
+    held = (memory.weights, memory.kv, memory.bank)
+    assert (planned.weights, planned.kv, planned.bank) == held
     assert planned.device == pytest.approx(device_bytes(shard), rel=TOLERANCE)
 
 
@@ -205,7 +206,9 @@ def made_plan(weights: list[int]) -> ModelPlan:
         LayerPlan(layers=(layer,), weights=size << 20, kv_per_token=1 << 10, workspace=1 << 20)
         for layer, size in enumerate(weights)
     )
-    ends = EndsPlan(embedding=300 << 20, head=301 << 20, both=302 << 20, sampling=1 << 20)
+    ends = EndsPlan(
+        embedding=300 << 20, head=301 << 20, both=302 << 20, sampling=1 << 20, bank=1 << 20
+    )
     return ModelPlan(kinds=kinds, ends=ends, limits=EngineLimits(), num_programs=4)
 
 
@@ -218,6 +221,14 @@ def test_a_shard_of_one_end_holds_its_weights_and_one_of_both_a_tied_embedding_o
     mib = [plan.plan_range(LayerRange.parse(r)).weights >> 20 for r in ("0:1", "1:2", "2:3", "0:3")]
 
     assert mib == [310, 10, 311, 332]
+
+
+def test_the_tail_alone_holds_the_bank_of_the_sampler():
+    plan = made_plan([10, 10, 10])
+
+    assert [plan.plan_range(LayerRange.parse(r)).bank for r in ("0:2", "2:3", "0:3")] == [
+        0, 1 << 20, 1 << 20
+    ]  # fmt: skip
 
 
 @given(sizes, st.integers(0, 12 << 30))

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals.engine.bank import Bank, build_bank, count_tokens, reset_slot, set_allowed
+from pals.engine.bank import (
+    Bank,
+    build_bank,
+    count_tokens,
+    pack_bits,
+    reset_slot,
+    set_allowed,
+)
 from pals.engine.drawing import pick_likeliest
 from pals.engine.sampler import Sampled, sample, score_tokens
 from pals.engine.sampling_rows import RowSampling, build_sampling_rows, needs_slot
@@ -189,7 +196,7 @@ def test_penalties_change_the_draw_as_the_reference_does(
     logits = draw_logits(1)
     allowed = np.random.default_rng(5).random(VOCAB) < 0.5 if has_mask else np.ones(VOCAB, bool)
     bank = reset_slot(build_bank(VOCAB, SLOTS), 5, sampling, prompt=PROMPT, answer=ANSWER)
-    bank = set_allowed(bank, 5, allowed) if has_mask else bank
+    bank = set_allowed(bank, 5, pack_bits(allowed)) if has_mask else bank
     changed = reference.penalise(logits[0], sampling, PROMPT, ANSWER, allowed)
 
     # the same noise over logits that were changed beforehand: the tokens must agree
@@ -302,7 +309,7 @@ class Case:
 
     def fill(self, bank: Bank, slot: int) -> Bank:
         bank = reset_slot(bank, slot, self.sampling, prompt=self.prompt, answer=self.answer)
-        return bank if self.allowed is None else set_allowed(bank, slot, self.allowed)
+        return bank if self.allowed is None else set_allowed(bank, slot, pack_bits(self.allowed))
 
 
 tokens = st.integers(0, VOCAB - 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pals.config import CACHE_DIR_VARIABLE
+from pals.engine.bank import pack_bits
 from pals.engine.bank_slots import DEFAULT_BANK_SLOTS
 from pals.engine.sampling_rows import RowSampling
 from pals.engine.shard import Shard
@@ -80,6 +81,22 @@ def test_a_bias_needs_no_history(shard: Shard) -> None:
     biased = shard.open_sampling(Sampling(logit_bias=((77, 100.0),)), None)
 
     assert generate(shard, biased, 3) == [77] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_only_what_is_allowed_is_sampled_until_something_else_is(
+    shard: Shard, temperature: float
+) -> None:
+    masked = PenaltyHistory(np.zeros(0, np.int32), 0, is_masked=True)
+    row_sampling = shard.open_sampling(Sampling(temperature=temperature), masked)
+    few = np.isin(np.arange(shard.config.vocab_size), [3, 200])
+
+    shard.set_allowed(row_sampling, pack_bits(few))
+    some = generate(shard, row_sampling, 6)
+    shard.set_allowed(row_sampling, pack_bits(np.arange(len(few)) == 258))
+
+    assert set(some) <= {3, 200}
+    assert generate(shard, row_sampling, 2) == [258, 258]
 
 
 def test_tokens_of_a_draft_count_when_they_are_accepted(shard: Shard) -> None:

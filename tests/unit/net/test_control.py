@@ -23,6 +23,7 @@ from pals.net.control import (
     Control,
     Failed,
     Fork,
+    GrammarSpec,
     Hop,
     Open,
     Opened,
@@ -31,13 +32,15 @@ from pals.net.control import (
     Sampler,
     Stats,
     StatsRequest,
+    answer_of,
     decode_control,
     encode_control,
     history_of,
     session_of,
     split_names,
 )
-from pals.types import PeerId, Sampling
+from pals.net.wire import MAX_CONTROL_BYTES
+from pals.types import MAX_GRAMMAR_BYTES, Grammar, PeerId, Sampling
 
 PEER = PeerId("peer-a")
 SESSION = b"s" * 16
@@ -196,6 +199,11 @@ def encoded_sampler(field: str, value: object) -> bytes:
         ("seed", -1),
         ("logprobs", -1),
         ("logprobs", 21),
+        ("grammar", {"kind": "lark", "source": "a" * (MAX_GRAMMAR_BYTES + 1)}),
+        ("grammar", {"kind": "lark", "source": "é" * (MAX_GRAMMAR_BYTES // 2 + 1)}),
+        ("grammar", {"kind": "regex", "source": "a"}),
+        ("grammar", {"kind": "lark"}),
+        ("grammar", {"kind": "lark", "source": "a", "more": 1}),
         ("history", b"123"),
         ("history", bytes(4 * MAX_HISTORY_TOKENS + 4)),
         ("answered", 3),
@@ -215,6 +223,8 @@ def test_sampler_with_a_value_out_of_range_is_refused(field: str, value: object)
         ("history", bytes(4 * MAX_HISTORY_TOKENS)),
         ("answered", 2),
         ("logprobs", None),
+        ("grammar", {"kind": "json_schema", "source": "é" * (MAX_GRAMMAR_BYTES // 2)}),
+        ("grammar", {"kind": "json_object", "source": ""}),
     ],
 )
 def test_sampler_with_a_value_at_its_limit_is_taken(field: str, value: object) -> None:
@@ -230,6 +240,25 @@ def test_names_and_ids_are_read_one_by_one() -> None:
     assert split_names(b"n" * 16 + b"m" * 16) == (b"n" * 16, b"m" * 16)
     assert split_names(b"") == ()
     assert history_of(SAMPLER).tolist() == [1, 2]
+    assert answer_of(SAMPLER) == [2]
+    assert answer_of(Sampler()) == []
+
+
+def test_a_grammar_on_the_wire_is_a_grammar() -> None:
+    grammar = Grammar(kind="json_schema", source='{"type": "object"}')
+    assert GrammarSpec.of(grammar).to_grammar() == grammar
+
+
+def test_the_largest_message_fits_a_frame() -> None:
+    grammar = GrammarSpec(kind="lark", source="a" * MAX_GRAMMAR_BYTES)
+    sampler = msgspec.structs.replace(
+        SAMPLER,
+        grammar=grammar,
+        history=bytes(4 * MAX_HISTORY_TOKENS),
+        logit_bias=((2**31 - 1, 0.1),) * MAX_LOGIT_BIAS,
+    )
+    opened = msgspec.structs.replace(OPEN, sampler=sampler, names=bytes(MAX_NAMES_BYTES))
+    assert len(encode_control(opened)) <= MAX_CONTROL_BYTES
 
 
 @pytest.mark.parametrize("field", ["step_ms", "queue_ms", "handover_ms", "codec_ms", "turn_ms"])
