@@ -4,6 +4,7 @@ A profile is one folder (mode 0700)::
 
     identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
     api.keys                  names and hashes of the endpoint's API keys, 0600: `pals.api.keys`
+    chat_history.json         what was typed in `pals run`, 0600
     node.lock                 held by the process that runs with this identity
     enrolment.lock            held by the process that enters a swarm, or changes one
     hosted.db, redeem.key, redeem.addresses  a backend inside the profile: `pals.net.hosted`
@@ -83,6 +84,11 @@ def config_dir(option: Path | None = None) -> Path:
 def cache_dir() -> Path:
     """Return the folder of imported models and compiled programs."""
     return Path(os.environ.get(CACHE_DIR_VARIABLE) or platformdirs.user_cache_path("pals"))
+
+
+def programs_dir() -> Path:
+    """Return the folder of compiled programs."""
+    return cache_dir() / "xla"
 
 
 def debug_enabled() -> bool:

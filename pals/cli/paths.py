@@ -47,7 +47,7 @@ def places(profile: Path) -> dict[str, Path | None]:
         "swarms": profile / "swarms",
         "cache": cache,
         "models": cache / "models",
-        "programs": cache / "xla",
+        "programs": config.programs_dir(),
         "hub cache": Path(HF_HUB_CACHE),
         "presets": config.presets_folder(),
         "logs": None,

@@ -24,7 +24,7 @@ from typing import cast
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from pals.config import PRIVATE_FILE, PRIVATE_FOLDER, cache_dir
+from pals.config import PRIVATE_FILE, PRIVATE_FOLDER, programs_dir
 
 ENTRY_SUFFIX = "-cache"
 _USE_SUFFIX = "-atime"
@@ -37,7 +37,7 @@ _HUGE_LIMIT = 1 << 50
 
 def programs_folder() -> Path:
     """Return the folder of compiled programs."""
-    return cache_dir() / "xla"
+    return programs_dir()
 
 
 def use_compilation_cache(folder: Path) -> None:

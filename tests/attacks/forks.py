@@ -36,6 +36,7 @@ LAZY = (
     "pals.net.moving",
     "pals.net.fitting",
     "pals.net.removal",
+    "pals.net.report_socket",
     "pals.net.standing",
     "pals.net.telling",
 )

@@ -136,7 +136,9 @@ def play_membership(stage: Stage) -> None:
         load_or_create_identity(stage.profile(name)).peer_id for name in ("member", "guest")
     )
     for command in ("status", "swarm list", "swarm show", "peers list"):
-        stage.run(command, *(["--offline"] if command == "peers list" else []))
+        stage.run(command, *(["--offline"] if command in ("peers list", "status") else []))
+    stage.run("ps")
+    stage.run("ping", member, "--count", "1", status=None)
     stage.run("swarm move", stage.url)
     stage.run("swarm appoint", member)
     key_file = stage.folder / "kept" / "operator.pem"
@@ -171,7 +173,18 @@ def play_refusals(stage: Stage) -> None:
     stage.run("shard", "--layers", "0:2", *NOWHERE, status=2, **held)
     stage.run("shard", "--layers", "0:2", status=2, PALS_SWARM_SECRET=damaged_secret)
     stage.run("serve", "--port", "0", *NOWHERE, status=2, **held)
+    stage.run("run", stage.model, "a prompt", *NOWHERE, status=2, **held)
+    stage.run("run", stage.model, *NOWHERE, stdin="a prompt", status=2, **held)
     stage.run("serve", "--port", "0", status=2, **(held | {"PALS_API_KEY": SHORT_KEY}))
+
+
+def play_one_for_two(stage: Stage) -> None:
+    """Make a swarm, and join one, by the commands that go on as a shard which is refused."""
+    layers = ("--layers", "0:2", *NOWHERE)
+    stage.run("create", stage.model, "--backend", stage.url, *layers, of="founder", status=2)
+    stage.run("join", *layers, of="joiner", status=2, PALS_INVITE=stage.invite())
+    for name in ("founder", "joiner"):
+        stage.note_profile(name)
 
 
 def play_without_backend(stage: Stage) -> None:
@@ -200,6 +213,8 @@ def play_short_servers(stage: Stage) -> None:
     """Play what takes long in other tests up to where its secrets are read."""
     stage.run("doctor", "--offline", status=None, **IN_ENVIRONMENT)
     stage.run("demo", "--shards", "0", status=2, **IN_ENVIRONMENT)
+    stage.run("paths", **IN_ENVIRONMENT)
+    stage.run("completion", "bash")
     stage.run("models plan", stage.model, "--memory", "much", status=2)
 
 
@@ -257,6 +272,7 @@ def test_m11_no_command_shows_a_secret(tmp_path: Path) -> None:
         with stage.profile("operator").lock():  # as a server holds it, which tells the members
             play_membership(stage)
         play_models(stage)
+        play_one_for_two(stage)
         play_short_servers(stage)
         play_without_backend(stage)
     assert not found_in(stage.secrets, *watch.command_lines)
@@ -274,6 +290,8 @@ def test_m11_no_command_shows_a_secret_in_processes_of_their_own(tmp_path: Path)
         stage.run("login", typed, of="late", status=2)
         play_membership(stage)
         play_models(stage)
+        play_one_for_two(stage)
+        play_short_servers(stage)
         stage.run("models plan", stage.model)
         stage.run("doctor", status=None, **IN_ENVIRONMENT)
         play_demo(stage, pals)

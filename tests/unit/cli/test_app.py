@@ -120,6 +120,30 @@ def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
     assert "--frobnicate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("tokens", "suggestion"),
+    [(["serve", "--prot", "1"], "--port"), (["status", "--jsn"], "--json")],
+)
+def test_an_unknown_option_suggests_the_nearest(
+    tokens: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tokens) == 2
+
+    err = capsys.readouterr().err
+    assert err.startswith("error: unknown option: --")
+    assert f"hint: did you mean `{suggestion}`?" in err
+
+
+def test_completion_knows_the_commands_and_their_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["completion", "bash"]) == 0
+
+    script = capsys.readouterr().out
+    assert [name for name in COMMANDS if name.split()[-1] not in script] == []
+    assert "wait-for-peers" in script
+
+
 def test_an_expected_error_is_printed_with_its_hint_and_status(
     boom, capsys: pytest.CaptureFixture[str]
 ) -> None:
