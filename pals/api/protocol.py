@@ -36,7 +36,8 @@ class ConnectionLimits:
     Attributes:
         head_s: Seconds for the head of a request, from the connection or its first byte.
         write_s: Seconds in which a client takes what was written to it.
-        per_address: Connections from one IPv4 address or IPv6 /64.
+        per_address: Connections from one IPv4 address or IPv6 /64; more than may run and wait,
+            so that a busy client is told that it is one.
         per_loopback: The same for this machine, whose address all local clients share,
             and a reverse proxy with all of its own clients.
         total: Connections from everywhere.
@@ -44,7 +45,7 @@ class ConnectionLimits:
 
     head_s: float = 10.0
     write_s: float = 30.0
-    per_address: int = 64
+    per_address: int = 160
     per_loopback: int = 256
     total: int = 512
 

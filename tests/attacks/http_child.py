@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pals import config
 from pals.api.gate import GateSettings
-from pals.api.keys import open_keys
+from pals.api.key_file import open_keys
 from pals.api.openai import build_openai_app
 from pals.api.server import HttpServer, listen
 from pals.cli.logs import configure_logs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pals.api.keys import FILE_NAME, create_key, revoke_key
+from pals.api.key_file import FILE_NAME, create_key, revoke_key
 from pals.api.server import listen
 from pals.cli.app import run
 from pals.errors import PublicBindWithoutKey

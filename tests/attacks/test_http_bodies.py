@@ -70,6 +70,20 @@ def test_h5_what_asks_for_too_much_is_refused_before_any_work(
     assert not driver.calls
 
 
+def test_h5_no_more_candidates_are_made_than_are_wanted(
+    endpoint: Endpoint, driver: FakeDriver
+) -> None:
+    driver.calls.clear()
+
+    for extra in ({"best_of": 10**9}, {"best_of": -1}, {"n": 10**9}):
+        answer = endpoint.post(
+            {"model": "test/tiny", "prompt": "hi"} | extra, path="/v1/completions"
+        )
+        assert 400 <= answer.status < 500
+        assert answer.code
+    assert not driver.calls
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pals.api.keys import KeyFile, create_key, revoke_key
+from pals.api.key_file import KeyFile, create_key, revoke_key
 from tests.attacks.raw_http import CHAT, CHAT_PATH, Endpoint
 from tests.fakes import FakeDriver
 from tests.integration.api.servers import running

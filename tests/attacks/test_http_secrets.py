@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pals.api.keys import FILE_NAME, create_key
+from pals.api.key_file import FILE_NAME, create_key
 from tests.attacks.http_child import Child, started
 from tests.attacks.raw_http import CHAT, CHAT_PATH, Answer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pals.api.keys import FILE_NAME, KeyFile
+from pals.api.key_file import FILE_NAME, KeyFile
 from pals.cli.app import run
 
 
