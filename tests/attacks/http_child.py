@@ -53,7 +53,7 @@ class ShowingDriver(FakeDriver):
         if os.environ.get(WAY_OUT_VARIABLE):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as raw:
                 raw.connect(("127.0.0.1", 9))
-        self.pieces = (hashlib.sha256(repr((messages, params)).encode()).hexdigest(),)
+        self.script = (hashlib.sha256(repr((messages, params)).encode()).hexdigest(),)
         return await super().chat(messages, params)
 
 
@@ -109,13 +109,16 @@ def main(profile: Path) -> None:
     keys = open_keys(config.take_environment(config.API_KEY_VARIABLE), None, profile)
     listener = listen("127.0.0.1", 0, has_keys=keys is not None)
     gate = GateSettings.for_bind(listener.host, listener.port, keys=keys)
+    driver = ShowingDriver()
 
     def announce(url: str) -> None:
         sys.stdout.write(f"{url}\n")
         sys.stdout.flush()
         sys.addaudithook(tell_ways_out)
 
-    HttpServer(build_openai_app(ShowingDriver(), gate=gate), listener, on_ready=announce).run()
+    HttpServer(
+        build_openai_app({driver.model_id: driver}, gate=gate), listener, on_ready=announce
+    ).run()
 
 
 def tell_ways_out(event: str, arguments: tuple[object, ...]) -> None:

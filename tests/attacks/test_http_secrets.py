@@ -11,6 +11,7 @@ import pytest
 from pals.api.key_file import FILE_NAME, create_key
 from tests.attacks.http_child import Child, started
 from tests.attacks.raw_http import CHAT, CHAT_PATH, Answer
+from tests.waiting import wait_until
 
 PROMPT = "canary-prompt-7f3a"
 HEADER = "canary-header-7f3a"
@@ -129,6 +130,7 @@ def test_h8_no_log_and_no_refusal_holds_what_anybody_said(
         answers = [child.endpoint.post(said | {"stream": s}, allowed) for s in (False, True)]
         refused = refusals(child, allowed)
         other = child.endpoint.post(said, f"Authorization: Bearer {ENVIRONMENT_KEY}")
+        wait_until(lambda: '"key":"environment"' in child.log())
         log = child.log()
 
     assert [answer.status for answer in (*answers, other)] == [200] * 3
@@ -189,6 +191,13 @@ def test_h9_no_header_steers_it(child: Child, name: str) -> None:
 
     assert told(answer) == told(child.endpoint.post(CHAT | {"seed": 1}))
     assert child.ways_out() == []
+
+
+def test_h9_what_the_driver_is_asked_can_be_told_apart(child: Child) -> None:
+    """Else nothing above could fail."""
+    answers = [told(child.endpoint.post(CHAT | {"seed": seed})) for seed in (1, 2)]
+
+    assert len(set(answers)) == 2
 
 
 def test_h9_the_watch_sees_a_way_out(tmp_path_factory: pytest.TempPathFactory) -> None:
