@@ -3,7 +3,7 @@
 A profile is one folder (mode 0700)::
 
     identity.key              Ed25519 private key, PEM, 0600: the libp2p identity
-    api.keys                  names and hashes of the endpoint's API keys, 0600: `pals.api.keys`
+    api.keys                  names and hashes of the endpoint's API keys, 0600: `pals.api.key_file`
     chat_history.json         what was typed in `pals run`, 0600
     node.lock                 held by the process that runs with this identity
     enrolment.lock            held by the process that enters a swarm, or changes one

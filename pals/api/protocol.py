@@ -21,6 +21,8 @@ from pals.api.heads import MAX_HEAD_BYTES, check_head
 from pals.api.problems import JSON_TYPE, problem_json
 from pals.errors import InvalidRequest, PalsError
 
+MAX_CHUNKS = 16384
+
 _log = logging.getLogger(__name__)
 
 
@@ -34,7 +36,8 @@ class ConnectionLimits:
     Attributes:
         head_s: Seconds for the head of a request, from the connection or its first byte.
         write_s: Seconds in which a client takes what was written to it.
-        per_address: Connections from one IPv4 address or IPv6 /64.
+        per_address: Connections from one IPv4 address or IPv6 /64; more than may run and wait,
+            so that a busy client is told that it is one.
         per_loopback: The same for this machine, whose address all local clients share,
             and a reverse proxy with all of its own clients.
         total: Connections from everywhere.
@@ -42,7 +45,7 @@ class ConnectionLimits:
 
     head_s: float = 10.0
     write_s: float = 30.0
-    per_address: int = 64
+    per_address: int = 160
     per_loopback: int = 256
     total: int = 512
 
@@ -56,19 +59,32 @@ class StrictConnection(h11.Connection):
     """h11's connection, whose requests have heads as `check_head` wants them.
 
     Attributes:
-        refusal: Why the last head was refused.
+        refusal: Why a request was refused.
     """
 
     refusal: PalsError | None = None
 
+    _chunks: int = 0
+
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        if self.their_state is h11.IDLE:
-            try:
+        try:
+            if self.their_state is h11.IDLE:
                 check_head(self.trailing_data[0])
-            except PalsError as error:
-                self.refusal = error
-                raise h11.RemoteProtocolError(str(error), error.http_status) from error
-        return super().next_event()
+            event = super().next_event()
+            self._count_chunks(event)
+        except PalsError as error:
+            self.refusal = error
+            raise h11.RemoteProtocolError(str(error), error.http_status) from error
+        return event
+
+    def _count_chunks(self, event: h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]) -> None:
+        """Bound the work that a body of tiny chunks is, of which each takes as long as a large."""
+        if isinstance(event, h11.Request):
+            self._chunks = 0
+        elif isinstance(event, h11.Data) and event.chunk_start:
+            self._chunks += 1
+            if self._chunks > MAX_CHUNKS:
+                raise InvalidRequest(problem=f"the body is in more than {MAX_CHUNKS} chunks")
 
 
 class GuardedProtocol(H11Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Generator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +57,8 @@ def backend(
             such a URL. With a password only in the file or in `PALS_DATABASE_URL`.
         key_file: Key that signs how new the list is, made on the first start; `backend.key`
             beside the SQLite file or in the profile folder when left out.
-        public_name: Also answer under this `Host`, such as `pals.example.org`.
+        public_name: Also answer under this `Host`, such as `pals.example.org`, or the
+            address at which a router forwards to it.
         p2p_port: Also let machines join over libp2p at this port, 0 for a free one.
         announce: Multiaddr at which a port forward leads there, such as
             `/ip4/203.0.113.7/tcp/8471`.
@@ -127,9 +127,8 @@ def _serve(
     from pals.backend.limiter import BackendLimiter
     from pals.cli.interrupt import exiting_on_termination
 
-    gate = GateSettings.for_bind(listener.host, listener.port)
-    if public_name is not None:
-        gate = replace(gate, hosts=gate.hosts | {public_name.lower()})
+    names = () if public_name is None else (public_name,)
+    gate = GateSettings.for_bind(listener.host, listener.port, hosts=names)
 
     def announce_ready(url: str) -> None:
         if as_json:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from pals import config
-from pals.api.keys import FILE_NAME, create_key, load_keys, revoke_key
+from pals.api.key_file import FILE_NAME, create_key, load_keys, revoke_key
 from pals.cli import console
 from pals.cli.formats import format_moment
 from pals.cli.options import ConfigDir, Json

@@ -18,6 +18,7 @@ from cyclopts import Parameter, validators
 
 from pals import config
 from pals.cli import console
+from pals.cli.logs import TextFormatter
 from pals.cli.options import ConfigDir, SwarmName, Tokens, read_size
 from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.engine.memory import Memory
@@ -375,9 +376,9 @@ def leaving_note(drain_s: float, sessions: int) -> None:
 
 def configure_logging(*, verbose: bool) -> None:
     """Log to stderr: warnings, or with ``verbose`` what happens; ids and times only."""
-    logging.basicConfig(
-        level=logging.ERROR, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(TextFormatter())
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
     logging.getLogger("pals").setLevel(logging.INFO if verbose else logging.WARNING)
     # It logs whatever strangers send it as errors; the host reports what matters.
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)

@@ -14,7 +14,7 @@ from cyclopts import Parameter, validators
 from pals import config
 from pals.api.admission import Admission
 from pals.api.gate import GateSettings
-from pals.api.keys import open_keys
+from pals.api.key_file import open_keys
 from pals.api.openai.app import build_openai_app
 from pals.api.server import HttpServer, Listener, check_public_bind, listen
 from pals.api.waiting_line import LineLimits

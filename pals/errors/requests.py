@@ -55,7 +55,10 @@ class HostRefused(InvalidRequest):
 
     code = "misdirected_request"
     message = "this endpoint does not answer for that host name"
-    hint_template = "use the address it printed when it started, or name it in `[serve] hosts`"
+    hint_template = (
+        "use the address it printed when it started; whoever runs it can name others: "
+        "`[serve] hosts` in a preset, `pals backend --public-name`"
+    )
     http_status = 421
 
 

@@ -160,6 +160,16 @@ def play_models(stage: Stage) -> None:
     stage.run("warmup", "nobody/no-model", "--layers", "0:2", status=None)
 
 
+def play_keys(stage: Stage) -> None:
+    made = stage.run("keys create", "laptop", "--json", shows=True)
+    key = str(json.loads(made.out)["key"])
+    stage.secrets.add(key.encode())
+    stage.run("keys create", "laptop", status=2)
+    stage.run("keys list")
+    stage.run("keys revoke", key, status=2)
+    stage.run("keys revoke", "laptop")
+
+
 def play_refusals(stage: Stage) -> None:
     """Play what takes a secret with one that is in the wrong place, or of no use."""
     invite = stage.invite("--backend", GONE)
@@ -268,6 +278,7 @@ def test_m11_no_command_shows_a_secret(tmp_path: Path) -> None:
     with watched(tmp_path) as (pals, watch, stage), open_forks(pals, tmp_path) as forks:
         stage.start = forks.run
         play_beginning(stage)
+        play_keys(stage)
         play_refusals(stage)
         with stage.profile("operator").lock():  # as a server holds it, which tells the members
             play_membership(stage)
@@ -285,6 +296,7 @@ def test_m11_no_command_shows_a_secret_in_processes_of_their_own(tmp_path: Path)
     with watched(tmp_path) as (pals, watch, stage):
         play_beginning(stage)
         play_servers(stage, pals)
+        play_keys(stage)
         play_refusals(stage)
         typed = stage.invite()
         stage.run("login", typed, of="late", status=2)

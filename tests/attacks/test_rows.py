@@ -7,8 +7,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "security.md"
-ROW = re.compile(r"^\| ([MP]\d+) \|.*\| ([^|]+) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([MPH]\d+) \|.*\| ([^|]+) \|$", re.MULTILINE)
 ROWS = {f"M{n}" for n in range(1, 13)} | {f"P{n}" for n in range(1, 16)}
+ROWS |= {f"H{n}" for n in range(1, 11)}
 
 
 def test_every_row_names_files_with_tests_of_its_name() -> None:

@@ -36,8 +36,6 @@ def execve(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Replaced(path, arguments, environment)
 
     monkeypatch.setattr(os, "execve", replace)
-    # It would set the levels of every later test.
-    monkeypatch.setattr(serve_command, "configure_logging", lambda *, verbose: None)
 
 
 @pytest.fixture
