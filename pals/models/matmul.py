@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pals.models.processor import has_bf16_tiles
+
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
     """Return the precision that keeps float32 exact on devices that would round it."""
@@ -15,7 +17,7 @@ def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
 
 
 FEW_ROWS = 64
-"""Up to so many rows, XLA on CPU is faster with the matrix on the left of the product."""
+"""Up to so many rows of bf16 it is faster to have the matrix on the left, see `_multiply_left`."""
 
 
 def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -28,24 +30,27 @@ def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     Returns:
         [M, out] in float32.
     """
-    if x.shape[0] > FEW_ROWS:
-        return _contract(x, matrix)
-    return lax.platform_dependent(x, matrix, cpu=_multiply_few, default=_contract)
-
-
-def _multiply_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Multiply few rows on CPU, where XLA packs the right operand anew at each call.
-
-    Packing a matrix takes longer than the product of up to some thirty rows, which are packed
-    instead when they stand on the right (1.7 x faster).
-    """
     rows = x.shape[0]
     if rows == 1:
         # XLA's CPU matrix-vector loop has no bf16 path and writes the whole matrix out in
         # float32 at each call; two rows reach its matrix-matrix kernels (10x faster).
         x = jnp.pad(x, ((0, 1), (0, 0)))
+    if rows <= FEW_ROWS and matrix.dtype == jnp.bfloat16 and has_bf16_tiles():
+        product = lax.platform_dependent(x, matrix, cpu=_multiply_left, default=_contract)
+    else:
+        product = _contract(x, matrix)
+    return product[:rows]
+
+
+def _multiply_left(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiply few rows with the matrix as the left operand of the product.
+
+    XLA on CPU packs the right operand anew at each call, which takes longer for the matrix than
+    the product does. But only a processor with tiles is fast with few columns on the right:
+    others take twice as long as with the matrix there.
+    """
     # Without the barrier XLA exchanges the operands to save the transposition.
-    return lax.optimization_barrier(_contract(matrix, x)).T[:rows]
+    return lax.optimization_barrier(_contract(matrix, x)).T
 
 
 def _contract(left: jax.Array, right: jax.Array) -> jax.Array:

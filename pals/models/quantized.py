@@ -101,7 +101,8 @@ def _multiply_integers(rows: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply int8 rows [M, in] by [out, in] exactly; returns int32 [M, out]."""
     if rows.shape[0] > PACKED_ROWS:
         return _contract(rows, matrix)
-    # The right operand is packed at each call, see `matmul._multiply_few`.
+    # XLA on CPU packs the right operand anew at each call, and exchanges the two again to save
+    # the transposition where there is no barrier.
     return lax.optimization_barrier(_contract(matrix, rows)).T
 
 
