@@ -60,6 +60,12 @@ RULES = (
         to="one row",
     ),
     Rule(
+        name="matrix on the left",
+        way=Way(program="matrix on the left"),
+        other=Way(program="matrix on the right"),
+        to="matrix on the right",
+    ),
+    Rule(
         name="sums in float32",
         way=Way(program="sums in float32"),
         other=Way(program="sums in bfloat16"),

@@ -20,6 +20,7 @@ KV_HEADS, GROUPS, HEAD_DIM = 8, 4, 128
 POSITIONS = 4096
 LAYERS = 8
 BATCH_ROWS = 32
+FEW_ROWS = 8
 STACK_SHARE = 4
 """Stacked layers are so many times narrower, so that all of them take two matrices' room."""
 
@@ -107,6 +108,21 @@ def prepare_matmul(rows: int, sums: str, size: int) -> Run:
     return lambda: multiply(x, matrix).block_until_ready()
 
 
+def prepare_sides(is_left: bool, size: int) -> Run:
+    """Multiply a few rows with the matrix as the left or the right operand of the product."""
+    import jax
+
+    @jax.jit
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        operands = (matrix, x) if is_left else (x, matrix)
+        contracted = (((1,), (1,)), ((), ()))
+        product = jax.lax.dot_general(*operands, contracted, preferred_element_type="float32")
+        return jax.lax.optimization_barrier(product).T if is_left else product
+
+    x, matrix = draw(FEW_ROWS, size), draw(7 * size // 2, size)
+    return lambda: multiply(x, matrix).block_until_ready()
+
+
 def prepare_attention(is_settled: bool, size: int) -> Run:
     """Write a token to a cache that is given up, and attend to all of it."""
     import jax
@@ -177,6 +193,8 @@ def prepare_layers(is_scanned: bool, size: int) -> Run:
 PROGRAMS: dict[str, Callable[[int], Run]] = {
     "one row": partial(prepare_matmul, 1, "float32"),
     "two rows": partial(prepare_matmul, 2, "float32"),
+    "matrix on the left": partial(prepare_sides, True),
+    "matrix on the right": partial(prepare_sides, False),
     "sums in float32": partial(prepare_matmul, BATCH_ROWS, "float32"),
     "sums in bfloat16": partial(prepare_matmul, BATCH_ROWS, "bfloat16"),
     "barrier": partial(prepare_attention, True),

@@ -190,8 +190,10 @@ class Batcher:
     def finish(self, step: Step, seconds: float) -> None:
         """Take that a step has run, and how long it took."""
         self._costs.note(step.program, seconds)
-        if step.rows and step.chunk is None:
-            self._decode_s = seconds
+        decoding_s = min(seconds, self._seconds_of(len(step.rows), step.program.row_tokens))
+        self._pace.note_step(seconds, decoding_s)
+        if decoding_s:
+            self._decode_s = decoding_s
         for row in step.all_rows:
             running = self._sessions.running.get(row.session)
             if running is not None and running.is_started:  # else another has its id by now
@@ -309,8 +311,7 @@ class Batcher:
             return []
         self._sessions.move_to_next_row(running)
         most = min(row.tokens, self._tokens_with_room(running, row))
-        alone = self._buckets.choose(len(draft.rows), 1, 0, draft.pages) if draft.rows else None
-        spent_s = 0.0 if alone is None else self._costs.seconds(alone)
+        spent_s = self._seconds_of(len(draft.rows))
         options: list[tuple[Program, ChunkOption]] = []
         for size in self._buckets.chunk_sizes:
             tokens = min(size, most)
@@ -329,17 +330,18 @@ class Batcher:
 
     def _pay(self, options: list[tuple[Program, ChunkOption]], draft: _Draft) -> ChunkOption | None:
         """Return the chunk that prompts have saved for, while others decode."""
-        step_s = self._decode_s
-        if draft.rows:
-            program = self._buckets.choose(len(draft.rows), 1, 0, draft.pages)
-            assert program is not None
-            step_s = self._costs.seconds(program)
         sizes = [option for _, option in options]
-        chosen = self._pace.choose(sizes, step_s)
+        least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])
+        step_s = self._seconds_of(len(draft.rows)) or self._decode_s
+        chosen = self._pace.choose(sizes, least_s, step_s, in_gap=not draft.rows)
         if chosen is None:
-            paid_at = self._pace.pays_at(min(option.cost_s for option in sizes))
-            self._wake_at = min(self._wake_at, paid_at)
+            self._wake_at = min(self._wake_at, self._pace.pays_at(least_s))
         return chosen
+
+    def _seconds_of(self, rows: int, row_tokens: int = 1, chunk_tokens: int = 0) -> float:
+        """Return how long a step of so many rows takes; 0 for none at all."""
+        program = self._buckets.choose(rows, row_tokens, chunk_tokens, 1)
+        return 0.0 if program is None else self._costs.seconds(program)
 
 
 def _fullest(options: list[tuple[Program, ChunkOption]]) -> ChunkOption:

@@ -51,11 +51,16 @@ class ChunkOption:
 
 @dataclass(slots=True)
 class PrefillPace:
-    """A purse of seconds for prompts, which fills with time while something waits.
+    """A purse of seconds for prompts, which those who decode fill while prompts wait.
 
-    It holds at most what a chunk takes that has its share of one step, or the smallest one
-    where that is more: a chunk is never so long that others notice more than its share of
-    their steps, and the smallest comes when it has been saved for.
+    Each step of theirs puts in the share of it that prompts may have. So does, at half that
+    rate, the time in which no step runs: their rows are at other shards, which may be on the
+    same processor, but a prompt must not wait for rows that come seldom.
+
+    Whoever decodes waits for all of a chunk beside its row, but only for the rest of one that
+    began in the gap before its row came. So chunks wait for gaps: beside rows there is one
+    only when the purse is full, which is when no gap has come. It is full with what the
+    smallest chunk takes, or one that has its share of a step where that is more.
 
     Attributes:
         share: Of the time, for prompts; above 0, below 1.
@@ -64,30 +69,50 @@ class PrefillPace:
     share: float
     _purse_s: float = field(default=float("inf"))
     _filled_at: float | None = None
+    _ran_s: float = 0.0
+
+    @property
+    def _gap_rate(self) -> float:
+        return self.share / 2
 
     def fill(self, now: float) -> None:
-        """Put in the share of the time since the last call."""
+        """Put in the share of the time since the last call in which no step ran."""
         if self._filled_at is not None:
-            self._purse_s += self.share * max(0.0, now - self._filled_at)
-        self._filled_at = now
+            self._purse_s += self._gap_rate * max(0.0, now - self._filled_at - self._ran_s)
+        self._filled_at, self._ran_s = now, 0.0
+
+    def note_step(self, seconds: float, decoding_s: float) -> None:
+        """Put in the share of a step.
+
+        Args:
+            seconds: What it took.
+            decoding_s: What of that it would have taken without its chunk.
+        """
+        self._ran_s += seconds
+        self._purse_s += decoding_s * self.share / (1 - self.share)
 
     def rest(self) -> None:
         """Note that no prompt waits: the next one begins at once."""
         self._purse_s = float("inf")
 
-    def choose(self, options: Sequence[ChunkOption], step_s: float) -> ChunkOption | None:
+    def choose(
+        self, options: Sequence[ChunkOption], least_s: float, step_s: float, *, in_gap: bool
+    ) -> ChunkOption | None:
         """Return the longest chunk that can be paid for now, and take that out.
 
         Args:
             options: At least one.
+            least_s: How long the smallest chunk takes alone.
             step_s: How long a step of those who decode takes without a chunk.
+            in_gap: No row goes with the chunk.
         """
         smallest_s = min(option.cost_s for option in options)
-        most_s = max(smallest_s, step_s * self.share / (1 - self.share))
-        self._purse_s = min(self._purse_s, most_s)
-        paid = [o for o in options if o.cost_s <= self._purse_s + ROUNDING_S]
-        if not paid:
+        full_s = max(least_s, smallest_s, step_s * self.share / (1 - self.share))
+        self._purse_s = min(self._purse_s, full_s)
+        needed_s = smallest_s if in_gap else full_s
+        if self._purse_s + ROUNDING_S < needed_s:
             return None
+        paid = [o for o in options if o.cost_s <= self._purse_s + ROUNDING_S]
         chosen = max(paid, key=lambda option: (option.tokens, -option.cost_s))
         self._purse_s -= chosen.cost_s
         return chosen
@@ -97,6 +122,6 @@ class PrefillPace:
         self._purse_s += cost_s
 
     def pays_at(self, cost_s: float) -> float:
-        """Return when the purse will hold ``cost_s``, on the clock of `fill`."""
+        """Return when the purse will hold ``cost_s`` if no step runs, on the clock of `fill`."""
         assert self._filled_at is not None
-        return self._filled_at + max(0.0, cost_s - self._purse_s) / self.share
+        return self._filled_at + max(0.0, cost_s - self._purse_s) / self._gap_rate

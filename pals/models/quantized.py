@@ -28,6 +28,9 @@ from pals.models.spread import device_number
 FEW_ROWS = 16
 """Up to so many rows, two planes cost about what one does (decode, short tails of prompts)."""
 
+PACKED_ROWS = 32
+"""Up to so many rows of integers, planes counted, it is faster to pack them than the matrix."""
+
 CHUNK_COLUMNS = 512
 """Columns of an int4 matrix that are widened at a time for many rows on CPU."""
 
@@ -95,7 +98,16 @@ def multiply_planes(rows: Planes, matrix: jax.Array) -> jax.Array:
 
 
 def _multiply_integers(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    return lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    """Multiply int8 rows [M, in] by [out, in] exactly; returns int32 [M, out]."""
+    if rows.shape[0] > PACKED_ROWS:
+        return _contract(rows, matrix)
+    # XLA on CPU packs the right operand anew at each call, and exchanges the two again to save
+    # the transposition where there is no barrier.
+    return lax.optimization_barrier(_contract(matrix, rows)).T
+
+
+def _contract(left: jax.Array, right: jax.Array) -> jax.Array:
+    return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
 def matmul_int8(
