@@ -34,7 +34,7 @@ from pals.engine.cache import build_cache, kv_bytes, page_format
 from pals.engine.compile_cache import programs_folder, use_compilation_cache
 from pals.engine.memory import find_memory
 from pals.engine.pacing import StepCosts
-from pals.engine.pages import SCRATCH_PAGE, PageCopy, PagePool
+from pals.engine.pages import SCRATCH_PAGE, PageCopy, PageFormat, PagePool
 from pals.engine.prefix import PrefixScope
 from pals.engine.sampling_rows import (
     RowSampling,
@@ -112,13 +112,7 @@ class Shard:
         self._spec = spec
         self._numerics = numerics
         self.limits = spec.limits
-        self.page_format = page_format(
-            config,
-            layers,
-            page_tokens=spec.limits.page_tokens,
-            dtype=numerics.compute,
-            devices=numerics.devices,
-        )
+        self.page_format = _page_format(config, layers, spec.limits, numerics)
         self.kv_bytes = kv_bytes(spec.limits, self.page_format)
         self.is_head = layers.start == 0
         self.is_tail = layers.stop == config.num_layers
@@ -435,13 +429,7 @@ def with_cache_that_fits(
 ) -> EngineLimits:
     """Return limits that name the bytes of the cache, by what this machine has free."""
     numerics = Numerics.of(spec.dtype, spec.quantization, devices=spec.devices)
-    format_ = page_format(
-        config,
-        layers,
-        page_tokens=limits.page_tokens,
-        dtype=numerics.compute,
-        devices=spec.devices,
-    )
+    format_ = _page_format(config, layers, limits, numerics)
     parameters = AbstractModel.build(config, layers, numerics).parameters.values()
     weights = sum(map(device_bytes, parameters))
     is_host = numerics.platform == "cpu"
@@ -456,15 +444,21 @@ def build_programs(
     config: ModelConfig, layers: LayerRange, *, numerics: Numerics, limits: EngineLimits
 ) -> Programs:
     """Return the programs of a shard, none of them compiled yet."""
-    format_ = page_format(
+    format_ = _page_format(config, layers, limits, numerics)
+    num_pages = kv_bytes(limits, format_) // format_.page_bytes
+    return Programs(config, layers, numerics=numerics, limits=limits, num_pages=num_pages)
+
+
+def _page_format(
+    config: ModelConfig, layers: LayerRange, limits: EngineLimits, numerics: Numerics
+) -> PageFormat:
+    return page_format(
         config,
         layers,
         page_tokens=limits.page_tokens,
         dtype=numerics.compute,
         devices=numerics.devices,
     )
-    num_pages = kv_bytes(limits, format_) // format_.page_bytes
-    return Programs(config, layers, numerics=numerics, limits=limits, num_pages=num_pages)
 
 
 def check_limits(limits: EngineLimits, config: ModelConfig) -> None:

@@ -169,6 +169,12 @@ def test_programs_of_another_shard_are_refused_with_what_differs(file: Path):
     )
 
 
+def test_programs_for_another_number_of_devices_are_refused(file: Path):
+    warmup(FakeShard(), export_to=file)
+
+    assert refused(file, replace(SPEC, devices=2)) == ("devices of the shard: `1` there, `2` here")
+
+
 def test_programs_of_another_machine_are_refused_with_what_differs(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
