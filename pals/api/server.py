@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import math
 import socket
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -25,6 +27,8 @@ BACKLOG = 128
 KEEP_ALIVE_S = 30
 GRACEFUL_SHUTDOWN_S = 3
 FORCED_CHECK_S = 0.1
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +163,7 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_log_failure)
         await super().startup(sockets)
         self._on_ready()
 
@@ -176,6 +181,13 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(FORCED_CHECK_S)
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def _log_failure(_loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    """Log what nobody handled; asyncio would quote it, and it may quote what people wrote."""
+    error = context.get("exception")
+    frames = traceback.format_tb(error.__traceback__) if isinstance(error, Exception) else []
+    _log.error("internal error: %s\n%s", type(error).__name__, "".join(frames))
 
 
 def _uvicorn_config(app: ASGIApp, limits: ConnectionLimits, drain_s: float) -> uvicorn.Config:

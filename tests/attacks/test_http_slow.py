@@ -119,6 +119,23 @@ def test_h7_a_stream_that_is_dripped_out_of_the_buffer_is_ended_too(stack: ExitS
     assert driver.completions[0].completion_tokens < 1000
 
 
+def test_h7_64_run_64_wait_and_the_next_is_told_so(stack: ExitStack) -> None:
+    driver = FakeDriver(["a"], end=None)
+    admission = Admission()
+    endpoint = Endpoint(stack.enter_context(running(driver, admission=admission)))
+    crowd = [opened(stack, endpoint, POST + BODY) for _ in range(128)]
+    wait_until(lambda: admission.standing() == Standing(running=64, waiting=64))
+
+    refused = endpoint.post(CHAT)
+
+    assert (refused.status, refused.code) == (429, "rate_limit_exceeded")
+    assert endpoint.ask("GET", "/v1/models").status == 200
+    assert ConnectionLimits().per_address > len(crowd) + 2
+    for raw in crowd[:64]:
+        raw.close()
+    wait_until(lambda: admission.standing() == Standing(running=64, waiting=0))
+
+
 def test_h7_a_client_that_leaves_gives_its_place_to_the_next(stack: ExitStack) -> None:
     driver = FakeDriver(["a"], end=None)
     admission = Admission(LineLimits(running=1, waiting=1))

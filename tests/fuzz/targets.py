@@ -80,6 +80,7 @@ from pals.swarm.requests import open_request, sign_request
 from pals.swarm.roster import MAX_MEMBERS, Roster, apply, next_entry
 from pals.swarm.sealing import SEALED_BYTES, open_secret, seal_secret
 from pals.types import LayerRange, SessionId
+from tests.fuzz.heads import head_seeds, run_head
 from tests.unit.swarm.chains import NOW, SECRET, Chain, exchange, identity
 
 OPERATOR, MEMBER, INVITED = identity(1), identity(3), identity(4)
@@ -486,5 +487,6 @@ TARGETS = {
     "scores": Target(run_scores, scores_seeds),
     "notice": Target(run_notice, lambda: (encode_notice(Notice(PEER, 3)),), skip=0),
     "news": Target(run_news, news_seeds, skip=0),
+    "head": Target(run_head, head_seeds),
     "meeting": Target(run_meeting, lambda: (msgspec.msgpack.encode(Ask(ports=(4001,))),), skip=0),
 }

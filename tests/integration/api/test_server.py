@@ -102,3 +102,28 @@ def wait_until_refused(url: str) -> None:
         except httpx.TransportError:
             return
     raise AssertionError("it still takes requests")
+
+
+def test_what_nobody_handles_is_logged_without_its_text() -> None:
+    program = PROGRAM.replace(
+        "HttpServer(",
+        """
+import asyncio
+
+class Failing(FakeDriver):
+    async def chat(self, messages, params):
+        asyncio.get_running_loop().call_soon(int, "canary")
+        return await super().chat(messages, params)
+
+driver = Failing()
+app = build_openai_app({driver.model_id: driver}, gate=gate)
+HttpServer(""",
+    )
+    with started(program) as (process, url):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=QUESTION)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+
+    assert answer.status_code == 200
+    assert "internal error: ValueError" in said
+    assert "canary" not in said
