@@ -73,6 +73,13 @@ def note(text: str) -> None:
     _to_stderr(_with_literals(text))
 
 
+def aside(text: str) -> None:
+    """Write a piece of a line to stderr, paler than what is data."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        Text(_printable(text), style="dim"), end=""
+    )
+
+
 def warn(text: str) -> None:
     """Write a warning to stderr; only when the user can act on it."""
     _to_stderr(Text("warning: ", style="yellow") + _with_literals(text))

@@ -144,13 +144,9 @@ def _read_piped() -> str:
 
 
 def _answer_once(driver: Driver, conversation: Conversation, text: str, *, json: bool) -> None:
-    from pals.cli.chat.turns import Answer, stream_answer
+    from pals.cli.chat.turns import Answer, show_nothing, show_piece, stream_answer
 
-    def show(piece: str) -> None:
-        if not json:
-            console.out(piece, end="")
-
-    answer = Answer()
+    answer, show = Answer(), show_nothing if json else show_piece
     asyncio.run(stream_answer(driver, conversation, text, answer, show=show))
     if json:
         console.json(answer.document(driver.model_id))

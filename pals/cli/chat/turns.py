@@ -16,7 +16,7 @@ from pals.cli.chat.conversation import COMMANDS, BadCommand, Command, Conversati
 from pals.cli.chat.terminal import Terminal
 from pals.driver.interface import Completion, Driver
 from pals.errors import PalsError
-from pals.text.answers.pieces import Content, Reasoning
+from pals.text.answers.pieces import Content, Piece, Reasoning
 
 QUIET_S = 1.0
 """Seconds before anybody is told that the first token is awaited."""
@@ -28,6 +28,7 @@ class Answer:
 
     Attributes:
         pieces: Its text.
+        thoughts: What the model wrote to itself first.
         completion: Where it comes from; None before a chain took it.
         finish_reason: Why it ended; empty while it has not.
         first_s: Seconds until the first token.
@@ -35,6 +36,7 @@ class Answer:
     """
 
     pieces: list[str] = field(default_factory=list[str])
+    thoughts: list[str] = field(default_factory=list[str])
     completion: Completion | None = None
     finish_reason: str = ""
     first_s: float = 0.0
@@ -51,6 +53,7 @@ class Answer:
             "schema": 1,
             "model": model,
             "text": self.text,
+            "reasoning": "".join(self.thoughts),
             "finish_reason": self.finish_reason,
             "prompt_tokens": 0 if made is None else made.prompt_tokens,
             "completion_tokens": 0 if made is None else made.completion_tokens,
@@ -66,7 +69,7 @@ async def stream_answer(
     text: str,
     answer: Answer,
     *,
-    show: Callable[[str], None],
+    show: Callable[[Piece], None],
 ) -> None:
     """Ask the driver, show what comes, and keep it in ``answer``, also when cancelled.
 
@@ -85,8 +88,9 @@ async def stream_answer(
             for piece in delta.pieces:
                 if isinstance(piece, Content):
                     answer.pieces.append(piece.text)
-                if isinstance(piece, Content | Reasoning):
-                    show(piece.text)
+                elif isinstance(piece, Reasoning):
+                    answer.thoughts.append(piece.text)
+                show(piece)
     finally:
         notice.cancel()
         answer.seconds = time.perf_counter() - started_s
@@ -162,7 +166,7 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         answer = self._last = Answer()
-        streaming = stream_answer(self._driver, self._conversation, text, answer, show=_show)
+        streaming = stream_answer(self._driver, self._conversation, text, answer, show=show_piece)
         try:
             self._runner.run(streaming)
         except KeyboardInterrupt:
@@ -232,5 +236,13 @@ def _print_help() -> None:
     console.note("Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, leaves")
 
 
-def _show(text: str) -> None:
-    console.out(text, end="")
+def show_piece(piece: Piece) -> None:
+    """Show text as data, and what the model writes to itself as an aside."""
+    if isinstance(piece, Content):
+        console.out(piece.text, end="")
+    elif isinstance(piece, Reasoning):
+        console.aside(piece.text)
+
+
+def show_nothing(_: Piece) -> None:
+    """Show nothing: the answer is printed whole."""

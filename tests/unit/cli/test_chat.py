@@ -13,8 +13,9 @@ import pytest
 from pals.cli.chat.conversation import BadCommand, Command, Conversation, parse_line
 from pals.cli.chat.terminal import MAX_HISTORY, History, Terminal
 from pals.cli.chat.turns import Answer, Chat, stream_answer
-from pals.driver.interface import GenerateParams
+from pals.driver.interface import Delta, GenerateParams
 from pals.errors import InvalidConfig, NoChain, ProfileExposed, ShardLost
+from pals.text.answers.pieces import Content, Piece, Reasoning
 from tests.fakes import FakeDriver
 
 LOST = ShardLost(peer="p", layers="0:2", problem="gone")
@@ -135,6 +136,19 @@ def test_each_turn_is_sent_with_those_before_it(
     assert all(completion.closed.is_set() for completion in driver.completions)
 
 
+def test_what_the_model_writes_to_itself_is_an_aside_and_no_part_of_the_turn(
+    runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thought = Delta(pieces=(Reasoning("hm\x1b["), Content("yes")))
+
+    conversation = talk(runner, FakeDriver([thought]), "one")
+
+    captured = capsys.readouterr()
+    assert captured.out == "yes\n\n"
+    assert "hm\ufffd[" in captured.err
+    assert conversation.turns[-1].content == "yes"
+
+
 def test_clear_forgets_the_turns_and_keeps_the_rest(runner: asyncio.Runner) -> None:
     driver = FakeDriver()
 
@@ -184,7 +198,7 @@ def test_a_bad_command_ends_nothing(
     assert "did you mean `/help`?" in err
     assert "no setting `tmp`" in err
     assert "`/save FILE`" in err
-    assert "peer-a 0:2 -> peer-b 2:4" in err
+    assert "peer-a[0:2] -> peer-b[2:4]" in err
     assert len(driver.calls) == 1
 
 
@@ -206,7 +220,7 @@ def test_a_cancelled_answer_is_closed_and_keeps_what_came() -> None:
     async def cancel_after(pieces: int) -> None:
         seen = asyncio.Event()
 
-        def show(_: str) -> None:
+        def show(_: Piece) -> None:
             if len(answer.pieces) == pieces:
                 seen.set()
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
 from pals.cli import paths, ping, ps, status
 from pals.cli import run as run_command
@@ -255,3 +257,33 @@ def test_standard_input_is_read_up_to_a_limit(
 
     with pytest.raises(InvalidConfig, match="more than 8 characters"):
         run_command._question(None)
+
+
+# --- status: looking again -----------------------------------------------------------
+
+
+@pytest.mark.trio
+async def test_status_is_shown_anew_until_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock
+) -> None:
+    shown: list[float] = []
+
+    async def look_at_all(*_: object) -> list[object]:
+        return []
+
+    @asynccontextmanager
+    async def open_looks(*_: object, offline: bool) -> AsyncIterator[dict[str, object]]:
+        assert offline
+        yield {}
+
+    monkeypatch.setattr(status, "_look_at_all", look_at_all)
+    monkeypatch.setattr(status, "_open_looks", open_looks)
+    monkeypatch.setattr(status, "_print_json", lambda *_: shown.append(trio.current_time()))
+    show = partial(status._show, Profile(Path()), [], offline=True, json=True)
+    with trio.move_on_after(11):
+        await show(watch=5)
+    began = len(shown)
+    await show(watch=None)
+
+    assert [round(at - shown[0]) for at in shown[:began]] == [0, 5, 10]
+    assert len(shown) == began + 1
