@@ -161,6 +161,7 @@ def _build_driver(
     from pals.driver.local import LocalDriver
     from pals.text.answers.format import AnswerFormat
     from pals.text.child import TextChild
+    from pals.text.grammar import GrammarChecker, GrammarMasks
     from pals.text.template import ChatTemplate
     from pals.text.tokenizer import Tokenizer
 
@@ -175,4 +176,5 @@ def _build_driver(
         eos_token_ids=tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids),
         vocab_size=snapshot.config.vocab_size,
         answers=AnswerFormat.detect(snapshot.path, tokenizer),
+        grammars=GrammarChecker(GrammarMasks.of(snapshot)),
     )

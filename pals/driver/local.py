@@ -31,9 +31,10 @@ from pals.driver.sessions import SessionClient
 from pals.driver.shard_times import ShardTimes
 from pals.driver.state import SessionRequest
 from pals.driver.turns import turn_of
-from pals.errors import InvalidRequest
+from pals.errors import InvalidGrammar, InvalidRequest
 from pals.text.answers.format import AnswerFormat, PlainParser
 from pals.text.answers.pieces import Content
+from pals.text.grammar import GrammarChecker
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from pals.types import Grammar, Sampling
@@ -63,6 +64,7 @@ class LocalDriver:
         eos_token_ids: Ids that end an answer.
         vocab_size: Rows of the model's embedding; by default the tokenizer's.
         answers: How the model's family writes its answers.
+        grammars: Says which grammars the shards can enforce; None leaves that to them.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class LocalDriver:
         eos_token_ids: Iterable[int],
         vocab_size: int | None = None,
         answers: AnswerFormat | None = None,
+        grammars: GrammarChecker | None = None,
     ) -> None:
         self._network = network
         self._client = client
@@ -84,6 +87,8 @@ class LocalDriver:
         self._template = template
         self._eos_token_ids = tuple(sorted(eos_token_ids))
         self._answers = answers or AnswerFormat()
+        self._grammars = grammars
+        self._checking = asyncio.Lock()
         self._scorer = TokenScorer(tokenizer)
         self._times = ShardTimes(self.report)
         self.vocab_size = vocab_size or tokenizer.vocab_size
@@ -101,7 +106,7 @@ class LocalDriver:
         """Start answers; see `pals.driver.interface.Driver.chat` for what it raises."""
         asked_at, use = time.perf_counter(), params.tools
         prompt = await asyncio.to_thread(self._render, messages, params)
-        grammar = self._grammar(params, prompt.tail)
+        grammar = await self._grammar(params, prompt.tail)
         reading = self._reading(params, kept_tokens=self._answers.kept_tokens)
         readers = [
             AnswerReader(i, reading, self._answers.parser(use, prompt_tail=prompt.tail))
@@ -186,13 +191,32 @@ class LocalDriver:
         finally:
             sessions.close_all()
 
-    def _grammar(self, params: GenerateParams, prompt_tail: str) -> Grammar | None:
+    async def _grammar(self, params: GenerateParams, prompt_tail: str) -> Grammar | None:
         """Return what an answer in a conversation may consist of, reasoning and calls included."""
+        grammar = None
         if params.grammar is not None:
-            return self._answers.after_reasoning(params.grammar, prompt_tail=prompt_tail)
-        if params.tools is not None:
-            return self._answers.grammar(params.tools, prompt_tail=prompt_tail)
-        return None
+            grammar = self._answers.after_reasoning(params.grammar, prompt_tail=prompt_tail)
+        elif params.tools is not None:
+            grammar = self._answers.grammar(params.tools, prompt_tail=prompt_tail)
+        if grammar is not None and self._grammars is not None:
+            await self._check(grammar, "tools" if params.grammar is None else "response_format")
+        return grammar
+
+    async def _check(self, grammar: Grammar, param: str) -> None:
+        """Refuse a grammar that cannot be enforced before a session opens.
+
+        Raises:
+            InvalidGrammar: It is one.
+        """
+        assert self._grammars is not None
+        if self._grammars.knows(grammar):
+            return
+        try:
+            # one after another: each may take seconds, and threads are few
+            async with self._checking:
+                await asyncio.to_thread(self._grammars.check, grammar)
+        except InvalidGrammar as error:
+            raise InvalidGrammar(problem=str(error), param=param) from None
 
     # --- answers ---------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ from pals.net.wire import (
     scored_shape,
     tokens_shape,
 )
+from pals.text.grammar import check_source
 from pals.types import PeerId, Sampling, short_id
 
 STATS_DEADLINE_S = 5.0
@@ -134,11 +135,13 @@ class SessionClient:
             SessionRefused: A shard does not take the session.
             ShardBusy: A shard has no room, and there is no other chain.
             DeadlineExceeded: The request's time is over.
-            InvalidGrammar: The last shard cannot enforce the request's grammar.
+            InvalidGrammar: The grammar is too long, or the last shard cannot enforce it.
             GrammarTimeout: It takes too long to.
             PeerError: A shard could not be reached or did not answer.
             ProtocolError: A shard speaks another wire version, or has another secret.
         """
+        if request.grammar is not None:
+            check_source(request.grammar)
         session = _new_session(request, sink)
         await self._start(session, self._supervisor.begin(session))
         return session

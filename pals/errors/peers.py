@@ -203,11 +203,11 @@ class AdmissionTimeout(CapacityError):
 
 
 class PenaltySlotsTaken(CapacityError):
-    """A session with penalties or a bias on a shard that holds as many as it can."""
+    """A session with penalties, a bias or a grammar on a shard that holds as many as it can."""
 
     code = "PALS-PENALTIES-FULL"
-    message = "the last shard holds {slots} sessions with penalties or logit_bias, its most"
-    hint_template = "try again in a moment, or without penalties and logit_bias"
+    message = "the last shard holds {slots} sessions with penalties, a bias or a grammar, its most"
+    hint_template = "try again in a moment, or without penalties, logit_bias and a schema"
 
 
 class PeerSessionsFull(CapacityError):

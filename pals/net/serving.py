@@ -29,7 +29,7 @@ from pals.net.model_shape import ModelShape
 from pals.net.node import Node, NodeOptions, open_node
 from pals.net.ring import SessionTable
 from pals.net.shard_service import ShardService
-from pals.text.grammar import GrammarMasks
+from pals.text.grammar import TOKENIZER_NAME, GrammarMasks
 from pals.types import EngineLimits, LayerRange, ShardSpec
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pals.models.snapshot import Snapshot
 
 OWN_RECORD_DEADLINE_S = 3.0
-TOKENIZER_NAME = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +112,8 @@ def load_shard(
 
 def _masks_of(snapshot: Snapshot) -> GrammarMasks | None:
     """Return what knows grammars, unless the model has no tokenizer; nothing starts yet."""
-    path = snapshot.path / TOKENIZER_NAME
-    if not path.is_file():
-        return None
-    return GrammarMasks(path, snapshot.config.vocab_size, snapshot.config.eos_token_ids)
+    has_tokenizer = (snapshot.path / TOKENIZER_NAME).is_file()
+    return GrammarMasks.of(snapshot) if has_tokenizer else None
 
 
 def read_shard(

@@ -9,7 +9,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 
 import msgspec
 
@@ -17,6 +16,7 @@ from pals.errors import PalsError
 from pals.text import sandbox
 
 START_DEADLINE_S = 30.0
+ENDED = "the process that runs it was ended"
 
 MakeError = Callable[[str], PalsError]
 """Makes the error to raise of a problem in words."""
@@ -33,6 +33,7 @@ class TextChild:
         self._lock = threading.Lock()
         self._loaded: dict[bytes, tuple[bytes, float]] = {}
         self._process: _Process | None = None
+        self._times_closed = 0
 
     def load(self, kind: bytes, content: bytes, deadline_s: float, error: MakeError) -> None:
         """Load a template, a tokenizer or a vocabulary, in place of an earlier one.
@@ -68,17 +69,29 @@ class TextChild:
         """
         with self._lock:
             was_running = self._process is not None and self._process.alive
+            times_closed = self._times_closed
             process = self._running(error)
             if again and was_running:
-                with suppress(_Ended):
+                try:
                     return process.ask(kind + content, deadline_s, error, ended=_Ended)
+                except _Ended:
+                    if times_closed != self._times_closed:
+                        raise error(ENDED) from None
             return self._running(error).ask(kind + content, deadline_s, error)
 
     def close(self) -> None:
-        """End the process now; a later request starts another."""
-        with self._lock:
-            if self._process is not None:
-                self._process.stop()
+        """End the process now, without an answer for who waits; a later request starts another."""
+        self._times_closed += 1
+        process = self._process
+        if process is None:
+            return
+        if self._lock.acquire(blocking=False):
+            try:
+                process.stop()
+            finally:
+                self._lock.release()
+        else:  # whoever reads from it has to close what it reads from
+            process.kill()
 
     def _running(self, error: MakeError) -> _Process:
         if self._process is None or not self._process.alive:
@@ -110,6 +123,7 @@ class _Process:
                 env=_child_environment(),
             )
         self._socket = ours
+        self.kill = process.kill
         self.stop = weakref.finalize(self, _stop, process, ours)
 
     @property
@@ -136,7 +150,7 @@ class _Process:
             raise error(f"no result within {deadline_s:.1f} s") from None
         except (OSError, EOFError, ValueError):
             self.stop()
-            raise (ended or error)("the process that runs it was ended") from None
+            raise (ended or error)(ENDED) from None
         if answer["problem"] is not None:
             raise error(answer["problem"])
         return answer

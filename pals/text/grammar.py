@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
@@ -27,8 +28,12 @@ from pals.text.sandbox import LOAD_VOCABULARY, MASK
 from pals.types import MAX_GRAMMAR_BYTES, MAX_TOKENIZER_BYTES, Grammar
 
 if TYPE_CHECKING:
+    from pals.models.snapshot import Snapshot
     from pals.text.masks import Beginning, MaskRequest
 
+_log = logging.getLogger(__name__)
+
+TOKENIZER_NAME = "tokenizer.json"
 LOAD_DEADLINE_S = 20.0
 BEGIN_DEADLINE_S = 5.0
 """To compile a grammar, and to follow it through the answer so far."""
@@ -95,6 +100,12 @@ class GrammarMasks:
         self._keys = itertools.count()
         self._ended: deque[int] = deque()
 
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> GrammarMasks:
+        """Return what knows the grammars of a model; nothing is read or started yet."""
+        config = snapshot.config
+        return cls(snapshot.path / TOKENIZER_NAME, config.vocab_size, config.eos_token_ids)
+
     def begin(
         self, grammar: Grammar, stop_token_ids: Iterable[int] = (), tokens: Sequence[int] = ()
     ) -> GuidedAnswer:
@@ -108,7 +119,7 @@ class GrammarMasks:
         Raises:
             InvalidGrammar: The source is too long or no text, or no list of ids.
         """
-        _check_source(grammar)
+        check_source(grammar)
         forced = self._read_ids(grammar.source) if grammar.kind == "tokens" else None
         return GuidedAnswer(
             key=next(self._keys),
@@ -213,47 +224,44 @@ class GrammarMasks:
 class GrammarChecker:
     """Says before a request is taken whether its grammar can be enforced.
 
-    One thread uses it at a time. It remembers what it was asked last: programs send one schema
-    again and again.
+    It remembers those that can: programs send one schema again and again.
 
     Attributes:
         masks: Of a child process that nothing else waits for.
     """
 
     masks: GrammarMasks
-    _known: OrderedDict[Grammar, str | None] = field(
-        default_factory=OrderedDict[Grammar, str | None]
-    )
+    _known: OrderedDict[Grammar, None] = field(default_factory=OrderedDict[Grammar, None])
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Return whether a grammar was found good before; takes no time."""
+        return grammar in self._known
 
     def check(self, grammar: Grammar) -> None:
-        """Compile a grammar; waits for that, a few seconds at most.
+        """Compile a grammar; waits for that, a few seconds at most. On one thread at a time.
 
         Raises:
             InvalidGrammar: It does not compile: a keyword of the schema that is not supported
-                is named. Or it exceeds its limits.
-            CorruptModel: The tokenizer is none that grammars work with.
+                is named. Or it exceeds its limits, or the model's tokenizer is none that
+                grammars work with.
         """
-        if grammar not in self._known:
-            self._known[grammar] = self._find_problem(grammar)
-        self._known.move_to_end(grammar)
-        problem = self._known[grammar]
+        if grammar in self._known:
+            self._known.move_to_end(grammar)
+            return
+        try:
+            answer = self.masks.begin(grammar)
+            self.masks.next_mask(answer)
+        except CorruptModel as error:
+            _log.warning("grammars: %s", error)
+            raise _refused("the model's tokenizer is none that grammars work with") from error
+        self.masks.end(answer)
+        self._known[grammar] = None
         if len(self._known) > MAX_CHECKED:
             self._known.popitem(last=False)
-        if problem is not None:
-            raise InvalidGrammar(problem=problem)
 
     def close(self) -> None:
         """End the child process now."""
         self.masks.close()
-
-    def _find_problem(self, grammar: Grammar) -> str | None:
-        try:
-            answer = self.masks.begin(grammar)
-            self.masks.next_mask(answer)
-        except InvalidGrammar as error:
-            return str(error)
-        self.masks.end(answer)
-        return None
 
 
 def _beginning_of(answer: GuidedAnswer) -> Beginning:
@@ -261,7 +269,12 @@ def _beginning_of(answer: GuidedAnswer) -> Beginning:
     return {"kind": grammar.kind, "source": grammar.source, "stops": answer.stop_token_ids}
 
 
-def _check_source(grammar: Grammar) -> None:
+def check_source(grammar: Grammar) -> None:
+    """Raise unless the source of a grammar is text, and no longer than shards take.
+
+    Raises:
+        InvalidGrammar: It is not.
+    """
     try:
         size = len(grammar.source.encode())
     except UnicodeEncodeError:

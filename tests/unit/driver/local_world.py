@@ -15,6 +15,7 @@ from pals.driver.routes import ServedModel
 from pals.driver.state import SampledToken, SessionRequest, Sink
 from pals.text.answers.format import AnswerFormat
 from pals.text.answers.pieces import Content
+from pals.text.grammar import GrammarChecker
 from pals.text.tokenizer import Tokenizer
 from pals.types import Sampling
 
@@ -127,7 +128,12 @@ class FakeTemplate:
 class Bench:
     """A driver on a fake network."""
 
-    def __init__(self, tokenizer: Tokenizer, answers: AnswerFormat | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        answers: AnswerFormat | None = None,
+        grammars: GrammarChecker | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.client = FakeClient()
         self.template = FakeTemplate()
@@ -143,6 +149,7 @@ class Bench:
             eos_token_ids=[eos_of(tokenizer), 3],
             vocab_size=VOCAB,
             answers=answers,
+            grammars=grammars,
         )
 
     async def chat(self, text: str = "hey", **params: Any) -> Completion:

@@ -4,17 +4,19 @@ import asyncio
 import time
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from pals.driver.interface import Delta, GenerateParams, HopReport, MadeCall, Message
 from pals.driver.state import SampledToken, SessionRequest
-from pals.errors import InvalidFrame, InvalidRequest, NoChain, ShardLost
+from pals.errors import InvalidFrame, InvalidGrammar, InvalidRequest, NoChain, ShardLost
 from pals.text.answers.families import HERMES
 from pals.text.answers.format import AnswerFormat
 from pals.text.answers.pieces import Content
 from pals.text.answers.tools import ToolSpec, ToolUse
+from pals.text.grammar import GrammarChecker
 from pals.text.tokenizer import Tokenizer
 from pals.types import Grammar, Sampling
 from tests.unit.driver.local_world import (
@@ -215,6 +217,40 @@ def test_a_tool_that_has_to_be_called_is_a_grammar(bench: Bench) -> None:
     [request] = bench.client.requests
     assert request.grammar is not None
     assert request.grammar.kind == "lark"
+
+
+class FakeChecker:
+    """Refuses the schemas that hold ``bad``."""
+
+    def __init__(self) -> None:
+        self.checked: list[Grammar] = []
+
+    def knows(self, grammar: Grammar) -> bool:
+        return grammar in self.checked
+
+    def check(self, grammar: Grammar) -> None:
+        if "bad" in grammar.source:
+            raise InvalidGrammar(problem="Unimplemented keys: bad")
+        self.checked.append(grammar)
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_before_a_session_opens(
+    tokenizer: Tokenizer,
+) -> None:
+    checker = FakeChecker()
+    bench = Bench(tokenizer, grammars=cast("GrammarChecker", checker))
+    good, bad = (Grammar(kind="json_schema", source=f'{{"{k}": 1}}') for k in ("good", "bad"))
+
+    async def main() -> None:
+        for _ in range(2):
+            await bench.chat(grammar=good)
+        with pytest.raises(InvalidGrammar, match="bad") as caught:
+            await bench.chat(grammar=bad)
+        assert caught.value.fields["param"] == "response_format"
+
+    run(main)
+    assert [request.grammar for request in bench.client.requests] == [good, good]
+    assert checker.checked == [good]
 
 
 # --- several answers -----------------------------------------------------------------

@@ -60,7 +60,7 @@ from pals.net.wire import (
     sampled_shape,
     scored_shape,
 )
-from pals.types import Grammar, LayerRange, PeerId, Sampling, SessionId
+from pals.types import MAX_GRAMMAR_BYTES, Grammar, LayerRange, PeerId, Sampling, SessionId
 
 pytestmark = pytest.mark.trio
 
@@ -364,6 +364,15 @@ async def test_only_the_tail_is_told_the_grammar_and_the_answer_that_it_goes_on_
     session.tokens = [7] * (MAX_HISTORY_TOKENS + 1)
     with pytest.raises(InvalidGrammar, match="cannot go on"):
         session.build_sampler()
+
+
+async def test_a_grammar_that_no_shard_takes_is_refused_before_one_is_asked(
+    nursery: trio.Nursery,
+) -> None:
+    bench = Bench(nursery, announcement(A, "0:4"))
+    with pytest.raises(InvalidGrammar, match=str(MAX_GRAMMAR_BYTES)):
+        await bench.open(grammar=Grammar(kind="lark", source="é" * MAX_GRAMMAR_BYTES))
+    assert bench.links.asked == []
 
 
 @pytest.mark.parametrize(

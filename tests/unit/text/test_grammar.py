@@ -4,6 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pals.text.tokenizer import Tokenizer
 from pals.types import MAX_GRAMMAR_BYTES, Grammar
 from tests.checkpoints import EOS_ID, START_ID, VOCAB_SIZE, write_tokenizer
 from tests.unit.text.tokenizers_for_tests import save_byte_level, save_sentencepiece
+from tests.waiting import wait_until
 
 PADDED_SIZE = 300
 OBJECT = Grammar(kind="json_object")
@@ -218,6 +220,8 @@ def test_a_model_without_a_usable_tokenizer_says_so(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text('"/etc/passwd"')
     with pytest.raises(CorruptModel, match="no object"):
         GrammarMasks(tmp_path / "tokenizer.json", 10).next_mask(_any_answer())
+    with pytest.raises(InvalidGrammar, match="tokenizer"):
+        GrammarChecker(GrammarMasks(tmp_path / "tokenizer.json", 10)).check(OBJECT)
     save_sentencepiece(tmp_path, "metaspace")
     with pytest.raises(CorruptModel, match="decoder"):
         GrammarMasks(tmp_path / "tokenizer.json", 10).next_mask(_any_answer())
@@ -229,16 +233,14 @@ def _any_answer() -> GuidedAnswer:
 
 def test_a_grammar_that_was_checked_is_not_compiled_again(masks: GrammarMasks):
     checker = GrammarChecker(masks)
+    assert not checker.knows(OBJECT)
     checker.check(OBJECT)
-    with pytest.raises(InvalidGrammar):
-        checker.check(lark("start: nowhere"))
     process = masks._child._process
     masks._child._process = None  # whoever asks would start another
 
     checker.check(OBJECT)
-    with pytest.raises(InvalidGrammar, match="nowhere"):
-        checker.check(lark("start: nowhere"))
 
+    assert checker.knows(OBJECT)
     assert masks._child._process is None
     masks._child._process = process
 
@@ -293,6 +295,18 @@ def test_an_answer_whose_tokens_take_long_again_and_again_is_given_up(
 
     with pytest.raises(InvalidGrammar, match="1 tokens took"):
         masks.next_mask(answer)
+
+
+def test_closing_waits_for_no_grammar(masks: GrammarMasks):
+    masks.next_mask(masks.begin(OBJECT))
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(masks.next_mask, masks.begin(SLOW_TO_COMPILE))
+        wait_until(masks._child._lock.locked)
+        masks.close()
+        with pytest.raises(InvalidGrammar, match="was ended"):
+            asked.result()
+
+    assert bits(masks.next_mask(masks.begin(OBJECT))) == set(b"{")
 
 
 def test_what_the_process_holds_of_answers_that_are_over_is_given_back(masks: GrammarMasks):
