@@ -188,11 +188,8 @@ class LocalDriver:
 
     def _grammar(self, params: GenerateParams, prompt_tail: str) -> Grammar | None:
         """Return what an answer in a conversation may consist of, reasoning and calls included."""
-        if params.grammar is not None:
-            return self._answers.after_reasoning(params.grammar, prompt_tail=prompt_tail)
-        if params.tools is not None:
-            return self._answers.grammar(params.tools, prompt_tail=prompt_tail)
-        return None
+        answers, answer = self._answers, params.grammar
+        return answers.grammar(params.tools, prompt_tail=prompt_tail, answer=answer)
 
     # --- answers ---------------------------------------------------------------------
 
