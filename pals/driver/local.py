@@ -193,11 +193,8 @@ class LocalDriver:
 
     async def _grammar(self, params: GenerateParams, prompt_tail: str) -> Grammar | None:
         """Return what an answer in a conversation may consist of, reasoning and calls included."""
-        grammar = None
-        if params.grammar is not None:
-            grammar = self._answers.after_reasoning(params.grammar, prompt_tail=prompt_tail)
-        elif params.tools is not None:
-            grammar = self._answers.grammar(params.tools, prompt_tail=prompt_tail)
+        answers, answer = self._answers, params.grammar
+        grammar = answers.grammar(params.tools, prompt_tail=prompt_tail, answer=answer)
         if grammar is not None and self._grammars is not None:
             await self._check(grammar, "tools" if params.grammar is None else "response_format")
         return grammar

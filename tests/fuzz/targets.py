@@ -82,6 +82,8 @@ from pals.swarm.sealing import SEALED_BYTES, open_secret, seal_secret
 from pals.types import LayerRange, SessionId
 from tests.fuzz.heads import head_seeds, run_head
 from tests.unit.swarm.chains import NOW, SECRET, Chain, exchange, identity
+from tests.unit.text.answers.reading import format_of, joined, read
+from tests.unit.text.answers.transcripts import TRANSCRIPTS
 
 OPERATOR, MEMBER, INVITED = identity(1), identity(3), identity(4)
 PEER = MEMBER.peer_id
@@ -472,6 +474,32 @@ def run_meeting(data: bytes) -> bool:
     return True
 
 
+# --- answers -----------------------------------------------------------------------------
+
+MAX_ANSWER_BYTES = 300
+
+
+def run_answer(data: bytes) -> bool:
+    """Read what a tail may make a model seem to have written: family, cut, text."""
+    if len(data) < 2:
+        return False
+    transcripts = list(TRANSCRIPTS.values())
+    transcript, step = transcripts[data[0] % len(transcripts)], 1 + data[1] % 16
+    answers = format_of(transcript.family, transcript.thinking, transcript.special)
+    text = data[2 : 2 + MAX_ANSWER_BYTES].decode("utf-8", "replace")
+    parts = [text[at : at + step] for at in range(0, len(text), step)]
+    read_whole = joined(read(answers, [text], prompt_tail=transcript.prompt_tail))
+    assert joined(read(answers, parts, prompt_tail=transcript.prompt_tail)) == read_whole
+    shown = [part[1] for part in read_whole if part[0] in ("content", "reasoning")]
+    assert not any(mark in told for mark in transcript.special for told in shown)
+    return True
+
+
+def answer_seeds() -> tuple[bytes, ...]:
+    texts = [transcript.text.encode() for transcript in TRANSCRIPTS.values()]
+    return tuple(bytes([number, 3]) + text for number, text in enumerate(texts))
+
+
 TARGETS = {
     "invite": Target(run_invite, invite_seeds),
     "record": Target(run_record, record_seeds, skip=0),
@@ -488,5 +516,6 @@ TARGETS = {
     "notice": Target(run_notice, lambda: (encode_notice(Notice(PEER, 3)),), skip=0),
     "news": Target(run_news, news_seeds, skip=0),
     "head": Target(run_head, head_seeds),
+    "answer": Target(run_answer, answer_seeds),
     "meeting": Target(run_meeting, lambda: (msgspec.msgpack.encode(Ask(ports=(4001,))),), skip=0),
 }

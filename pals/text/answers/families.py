@@ -80,6 +80,11 @@ class Syntax:
     after: str = ""
     tags: Tags | None = None
 
+    @property
+    def is_bare(self) -> bool:
+        """A call is a JSON object with no mark before it."""
+        return (self.before or self.name).startswith("{")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:

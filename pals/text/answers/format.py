@@ -14,6 +14,7 @@ from pals.text.answers.grammar import (
     after_analysis,
     after_thinking,
     answer_expression,
+    answer_or_call,
     calls_expression,
     final_message,
     text_or_calls,
@@ -121,41 +122,60 @@ class AnswerFormat:
         calls = Calls(tools, several=use is None or use.parallel)
         return ReaderParser(source, self._read(source, calls, prompt_tail))
 
-    def grammar(self, use: ToolUse, *, prompt_tail: str = "") -> Grammar | None:
-        """Return the grammar that makes an answer call as ``use`` demands; None if it is free.
+    def grammar(
+        self, use: ToolUse | None, *, prompt_tail: str = "", answer: Grammar | None = None
+    ) -> Grammar | None:
+        """Return what a whole answer may consist of, its reasoning included; None if it is free.
 
         Args:
-            use: Tools of which one has to be called, or whose schemas bind.
+            use: The tools of the request, of which one may have to be called.
             prompt_tail: As in `parser`.
+            answer: What the content has to be. Of kind ``json_object`` or ``json_schema``;
+                another is the grammar of the whole answer, and returned as it is.
         """
         tools = callable_tools(use)
-        must_call = use.named or use.choice == "required"
-        if not tools or not (must_call or any(tool.strict for tool in tools)):
+        must_call = bool(tools) and use is not None and (use.named or use.choice == "required")
+        if answer is None and not (must_call or any(tool.strict for tool in tools)):
             return None
+        if answer is not None and self._is_whole(answer, tools, prompt_tail):
+            return answer
         writer = GrammarWriter(self.tokens)
-        calls = calls_expression(writer, self.family, tools, several=use.parallel)
-        if not must_call and self.family is HARMONY:
-            calls = f"{calls} | {final_message(writer, 'TEXT')}"
-        elif not must_call:
-            calls = text_or_calls(self.family, calls)
-        return writer.lark(self._after_reasoning(writer, calls, prompt_tail))
+        if must_call:
+            content = self._calls(writer, use, tools)
+        elif answer is None:
+            content = self._free_content(writer, self._calls(writer, use, tools))
+        else:
+            content = self._json_content(writer, answer_expression(writer, answer), use, tools)
+        return writer.lark(self._after_reasoning(writer, content, prompt_tail))
 
-    def after_reasoning(self, grammar: Grammar, *, prompt_tail: str) -> Grammar:
-        """Return a grammar for the whole answer of which ``grammar`` is the content.
+    def _is_whole(self, answer: Grammar, tools: Sequence[ToolSpec], prompt_tail: str) -> bool:
+        """Return whether there is nothing that a grammar for the content leaves out."""
+        is_json = answer.kind in ("json_object", "json_schema")
+        reasons = self.thinking is not None and not self.thinking.over(prompt_tail)
+        return not is_json or not (tools or reasons or self.family is HARMONY)
 
-        Args:
-            grammar: Of kind ``json_object`` or ``json_schema``; another is returned as it is.
-            prompt_tail: As in `parser`.
-        """
-        is_json = grammar.kind in ("json_object", "json_schema")
-        is_over = self.thinking is None or self.thinking.over(prompt_tail)
-        if not is_json or (is_over and self.family is not HARMONY):
-            return grammar
-        writer = GrammarWriter(self.tokens)
-        answer = answer_expression(writer, grammar)
+    def _calls(self, writer: GrammarWriter, use: ToolUse | None, tools: Sequence[ToolSpec]) -> str:
+        several = use is None or use.parallel
+        return calls_expression(writer, self.family, tools, several=several)
+
+    def _free_content(self, writer: GrammarWriter, calls: str) -> str:
+        """Return an expression for any text with calls in it, or instead of it."""
         if self.family is HARMONY:
-            answer = final_message(writer, answer)
-        return writer.lark(self._after_reasoning(writer, answer, prompt_tail))
+            return f"{final_message(writer, 'TEXT')} | {calls}"
+        return text_or_calls(self.family, calls)
+
+    def _json_content(
+        self,
+        writer: GrammarWriter,
+        answer: str,
+        use: ToolUse | None,
+        tools: Sequence[ToolSpec],
+    ) -> str:
+        """Return an expression for an answer in JSON, or calls instead of it."""
+        if self.family.syntax.is_bare:
+            return answer_or_call(writer, answer, tools)
+        content = final_message(writer, answer) if self.family is HARMONY else answer
+        return f"{content} | {self._calls(writer, use, tools)}" if tools else content
 
     def _after_reasoning(self, writer: GrammarWriter, answer: str, prompt_tail: str) -> str:
         if self.family is HARMONY:

@@ -17,6 +17,7 @@ from pals.text.answers.reasoning import Thinking
 from pals.text.answers.tools import ToolSpec
 from pals.types import Grammar
 
+_DEFINITIONS = ("$defs", "definitions")
 _TEXT = "TEXT: /(?s:.*)/"
 _NO_OBJECT = r"[^{ \n](?s:.*)"
 _GAP = r"GAP: /[ \n]{0,4}/"
@@ -67,15 +68,15 @@ class GrammarWriter:
         self._rules.append(f"{name}[suffix={_quoted(close)}]: TEXT")
         return name
 
-    def json(self, schema: object, *, lenient: bool = False) -> str:
+    def json(self, schema: Mapping[str, object], *, lenient: bool = False) -> str:
         """Return an expression for JSON that follows a schema.
 
         Args:
-            schema: The JSON schema.
+            schema: The JSON schema; it may have options of its own.
             lenient: Leave out of it what the grammar compiler does not know.
         """
         options = {**_COMPACT, "lenient": True} if lenient else _COMPACT
-        body = {**cast("dict[str, object]", schema), "x-guidance": options}
+        body = {"x-guidance": options, **schema}
         return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
 
     def _mark(self, name: str) -> str:
@@ -116,13 +117,15 @@ def _tagged(
     writer: GrammarWriter, tags: Tags, schema: Mapping[str, object], *, lenient: bool
 ) -> str:
     """Return an expression for keys and values in the order of the schema's properties."""
-    properties = cast("dict[str, object]", schema.get("properties") or {})
-    required = cast("list[object]", schema.get("required") or [])
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, dict):
+        return ""
+    needed = cast("list[object]", required) if isinstance(required, list) else []
+    definitions = {key: schema[key] for key in _DEFINITIONS if key in schema}
     pairs = [
         _pair(writer, tags, key, {**cast("dict[str, object]", value), **definitions}, lenient)
-        + ("" if key in required else "?")
-        for key, value in properties.items()
+        + ("" if key in needed else "?")
+        for key, value in cast("dict[str, object]", properties).items()
         if isinstance(value, dict)
     ]
     return " ".join(pairs)
@@ -143,7 +146,7 @@ def _pair(
 
 
 def _any_of(texts: Iterable[object]) -> str:
-    return " | ".join(_quoted(str(text)) for text in texts)
+    return " | ".join(json.dumps(str(text), ensure_ascii=False) for text in texts)
 
 
 # --- answers -------------------------------------------------------------------------
@@ -152,12 +155,34 @@ def _any_of(texts: Iterable[object]) -> str:
 def answer_expression(writer: GrammarWriter, grammar: Grammar) -> str:
     """Return an expression for the JSON that ``grammar`` describes."""
     schema = json.loads(grammar.source) if grammar.kind == "json_schema" else {"type": "object"}
-    return writer.rule(f"%json {json.dumps({'x-guidance': _SPACED, **schema}, ensure_ascii=False)}")
+    return writer.json({"x-guidance": _SPACED, **schema})
+
+
+def answer_or_call(writer: GrammarWriter, answer: str, tools: Sequence[ToolSpec]) -> str:
+    """Return an expression for JSON that is an answer or a bare call of a tool.
+
+    The library reads both at once only if their options are the same and no literal begins one.
+    """
+    calls = [_bare_call(writer, tool) for tool in tools]
+    return " | ".join([answer, *calls])
+
+
+def _bare_call(writer: GrammarWriter, tool: ToolSpec) -> str:
+    parameters = {"type": "object", **(tool.parameters or {})}
+    definitions = {key: parameters.pop(key) for key in _DEFINITIONS if key in parameters}
+    call = {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, "parameters": parameters},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+        "x-guidance": _SPACED,
+    }
+    return writer.json({**call, **definitions})
 
 
 def text_or_calls(family: Family, calls: str) -> str:
     """Return an expression for any text, in which a call that is begun follows its schema."""
-    if (family.syntax.before or family.syntax.name).startswith("{"):
+    if family.syntax.is_bare:
         return f"/{_NO_OBJECT}/? | {calls}"
     return f"TEXT ( {calls} TEXT )*"
 

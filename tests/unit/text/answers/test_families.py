@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from pals.text.answers.families import FAMILIES, PLAIN, family_of
@@ -34,3 +37,9 @@ def test_without_a_template_the_architecture_decides(model_type: object, name: s
 def test_no_mark_begins_or_holds_another(family: object):
     marks = family.marks  # type: ignore[attr-defined]
     assert not any(a in b for a in marks for b in marks if a != b)
+
+
+def test_every_family_is_in_the_documentation():
+    text = (Path(__file__).parents[4] / "docs/answers.md").read_text()
+    named = re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE)
+    assert sorted(named) == sorted(family.name for family in (*FAMILIES, PLAIN))

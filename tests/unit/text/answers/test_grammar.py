@@ -170,10 +170,10 @@ def test_json_is_asked_of_the_content_and_not_of_the_reasoning(
     model = answers(tokenizer, family, thinking)
     schema = Grammar(kind="json_schema", source=json.dumps(SCHEMA))
     for head in before:
-        grammar = model.after_reasoning(schema, prompt_tail="")
+        grammar = model.grammar(None, answer=schema)
         assert judge(grammar, head + '{ "a": \n1}') == "whole"
         assert judge(grammar, head + '{"b": 1}') == "not"
-        anything = model.after_reasoning(Grammar(kind="json_object"), prompt_tail="")
+        anything = model.grammar(None, answer=Grammar(kind="json_object"))
         assert judge(anything, head + '{"b": 1}') == "whole"
         assert judge(anything, head + "[1]") == "not"
 
@@ -185,13 +185,40 @@ def test_json_is_asked_of_the_content_and_not_of_the_reasoning(
 def test_another_grammar_stays_as_it_is(thinking: Thinking, kind: str, tail: str):
     grammar = Grammar(kind=kind, source="start: /a/")  # type: ignore[arg-type]
     model = AnswerFormat(family=HERMES, thinking=thinking)
-    assert model.after_reasoning(grammar, prompt_tail=tail) is grammar
+    assert model.grammar(None, prompt_tail=tail, answer=grammar) is grammar
+
+
+@EVERY_FAMILY
+def test_an_answer_in_json_may_be_a_call_instead(
+    tokenizer: Tokenizer, judge: Judge, family: Family
+):
+    model, head = answers(tokenizer, family), FINAL if family is HARMONY else ""
+    schema = Grammar(kind="json_schema", source=json.dumps(SCHEMA))
+    free, must = model.grammar(TOOLS, answer=schema), model.grammar(REQUIRED, answer=schema)
+    never = model.grammar(replace(TOOLS, choice="none"), answer=schema)
+    assert judge(free, head + '{"a": 1}') == judge(free, written(family, PARIS)) == "whole"
+    assert judge(free, head + "Hello") == judge(free, head + '{"b": 1}') == "not"
+    assert judge(must, head + '{"a": 1}') == "not"
+    assert judge(must, written(family, PARIS)) == "whole"
+    assert never == schema or judge(never, head + '{"a": 1}') == "whole"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"properties": []}, {"properties": {"a": 1}}, {"properties": {"a": {}}, "required": 1}],
+)
+def test_an_odd_schema_of_a_tool_makes_a_grammar_or_one_that_does_not_compile(
+    parameters: dict[str, object],
+):
+    use = ToolUse(tools=(replace(NOW, parameters=parameters),), choice="required")
+    for family in FAMILIES:
+        assert AnswerFormat(family=family).grammar(use) is not None
 
 
 def test_texts_and_choices_between_tags_are_held_to_their_schema(
     tokenizer: Tokenizer, judge: Judge
 ):
-    unit = {"type": "string", "enum": ["km", "mi"]}
+    unit = {"type": "string", "enum": ["km", ""]}
     schema = {"type": "object", "properties": {"unit": unit, "note": {"type": "string"}}}
     use = ToolUse(tools=(replace(NOW, parameters=schema),), choice="required")
     for family in (f for f in FAMILIES if f.syntax.tags is not None):

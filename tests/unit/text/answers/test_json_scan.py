@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pals.text.answers.json_scan import MAX_DEPTH, MAX_SCALAR_CHARACTERS, JsonScanner
@@ -34,6 +34,7 @@ def scan(text: str) -> tuple[JsonScanner, int, str]:
     return scanner, size, written
 
 
+@settings(max_examples=50)
 @given(CONTAINERS, st.sampled_from([None, 1]), st.booleans())
 def test_a_value_is_followed_to_its_end_and_not_beyond(
     value: object, indent: int | None, ascii_only: bool
@@ -45,6 +46,7 @@ def test_a_value_is_followed_to_its_end_and_not_beyond(
     assert (size, written) == (len(text), text)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_it_takes_what_a_json_library_takes(data: st.DataObject):
     text = json.dumps(data.draw(CONTAINERS))
@@ -62,6 +64,7 @@ def test_it_takes_what_a_json_library_takes(data: st.DataObject):
     assert (scanner.done and not scanner.failed and size == len(text)) == is_json(text)
 
 
+@settings(max_examples=50)
 @given(CONTAINERS, st.integers(1, 5))
 def test_pieces_make_no_difference(value: object, step: int):
     text = json.dumps(value)

@@ -39,7 +39,7 @@ def whole_content(answers: AnswerFormat, text: str) -> str:
     return "".join(part[1] for part in pieces if part[0] == "content")
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.data())
 def test_content_ends_before_the_stop_string_that_completes_first(data: st.DataObject):
     stops = data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=4, unique=True))

@@ -30,7 +30,7 @@ def test_an_answer_streamed_character_by_character_is_what_it_consists_of(name: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_no_cut_of_an_answer_changes_it(name: str, data: st.DataObject):
     transcript = TRANSCRIPTS[name]
@@ -42,7 +42,7 @@ def test_no_cut_of_an_answer_changes_it(name: str, data: st.DataObject):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_an_answer_that_breaks_off_is_read_alike_however_it_is_cut(name: str, data: st.DataObject):
     transcript = TRANSCRIPTS[name]
@@ -68,7 +68,7 @@ FRAGMENTS = st.sampled_from(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_no_cut_of_any_text_changes_what_is_read_and_no_special_token_is_shown(
     name: str, data: st.DataObject
@@ -87,7 +87,7 @@ def test_no_cut_of_any_text_changes_what_is_read_and_no_special_token_is_shown(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_a_mark_is_never_shown_in_part_while_it_is_written(name: str, data: st.DataObject):
     """What came out by any place is what comes out of the text without the mark begun there."""
