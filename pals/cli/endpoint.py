@@ -161,18 +161,22 @@ def _build_driver(
     from pals.driver.local import LocalDriver
     from pals.text.answers.format import AnswerFormat
     from pals.text.child import TextChild
+    from pals.text.grammar import GrammarChecker, GrammarMasks
     from pals.text.template import ChatTemplate
     from pals.text.tokenizer import Tokenizer
 
     child = TextChild()
     tokenizer = Tokenizer.load(snapshot.path, child)
+    eos = tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids)
+    masks = GrammarMasks(snapshot.path / "tokenizer.json", snapshot.config.vocab_size, eos)
     return LocalDriver(
         network,
         client,
         served,
         tokenizer,
         ChatTemplate.load(snapshot.path, child),
-        eos_token_ids=tokenizer.eos_token_ids.union(snapshot.config.eos_token_ids),
+        eos_token_ids=eos,
         vocab_size=snapshot.config.vocab_size,
         answers=AnswerFormat.detect(snapshot.path, tokenizer),
+        grammars=GrammarChecker(masks),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,9 +32,10 @@ from pals.driver.sessions import SessionClient
 from pals.driver.shard_times import ShardTimes
 from pals.driver.state import SessionRequest
 from pals.driver.turns import turn_of
-from pals.errors import InvalidRequest
+from pals.errors import InvalidGrammar, InvalidRequest
 from pals.text.answers.format import AnswerFormat, PlainParser
 from pals.text.answers.pieces import Content
+from pals.text.grammar import GrammarChecker
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from pals.types import Grammar, Sampling
@@ -63,6 +65,8 @@ class LocalDriver:
         eos_token_ids: Ids that end an answer.
         vocab_size: Rows of the model's embedding; by default the tokenizer's.
         answers: How the model's family writes its answers.
+        grammars: Says which grammars can be enforced, before a session opens; None leaves
+            that to the last shard.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class LocalDriver:
         eos_token_ids: Iterable[int],
         vocab_size: int | None = None,
         answers: AnswerFormat | None = None,
+        grammars: GrammarChecker | None = None,
     ) -> None:
         self._network = network
         self._client = client
@@ -84,6 +89,8 @@ class LocalDriver:
         self._template = template
         self._eos_token_ids = tuple(sorted(eos_token_ids))
         self._answers = answers or AnswerFormat()
+        self._grammars = grammars
+        self._checking = threading.Lock()
         self._scorer = TokenScorer(tokenizer)
         self._times = ShardTimes(self.report)
         self.vocab_size = vocab_size or tokenizer.vocab_size
@@ -102,6 +109,9 @@ class LocalDriver:
         asked_at, use = time.perf_counter(), params.tools
         prompt = await asyncio.to_thread(self._render, messages, params)
         grammar = self._grammar(params, prompt.tail)
+        if grammar is not None:
+            param = "tools" if params.grammar is None else "response_format"
+            await asyncio.to_thread(self._check_grammar, grammar, param)
         reading = self._reading(params, kept_tokens=self._answers.kept_tokens)
         readers = [
             AnswerReader(i, reading, self._answers.parser(use, prompt_tail=prompt.tail))
@@ -193,6 +203,15 @@ class LocalDriver:
         if params.tools is not None:
             return self._answers.grammar(params.tools, prompt_tail=prompt_tail)
         return None
+
+    def _check_grammar(self, grammar: Grammar, param: str) -> None:
+        if self._grammars is None:
+            return
+        try:
+            with self._checking:
+                self._grammars.check(grammar)
+        except InvalidGrammar as error:
+            raise InvalidGrammar(problem=str(error), param=param) from None
 
     # --- answers ---------------------------------------------------------------------
 

@@ -127,7 +127,9 @@ class FakeTemplate:
 class Bench:
     """A driver on a fake network."""
 
-    def __init__(self, tokenizer: Tokenizer, answers: AnswerFormat | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, answers: AnswerFormat | None = None, grammars: Any = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.client = FakeClient()
         self.template = FakeTemplate()
@@ -143,6 +145,7 @@ class Bench:
             eos_token_ids=[eos_of(tokenizer), 3],
             vocab_size=VOCAB,
             answers=answers,
+            grammars=grammars,
         )
 
     async def chat(self, text: str = "hey", **params: Any) -> Completion:

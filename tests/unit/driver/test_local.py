@@ -10,7 +10,7 @@ import pytest
 
 from pals.driver.interface import Delta, GenerateParams, HopReport, MadeCall, Message
 from pals.driver.state import SampledToken, SessionRequest
-from pals.errors import InvalidFrame, InvalidRequest, NoChain, ShardLost
+from pals.errors import InvalidFrame, InvalidGrammar, InvalidRequest, NoChain, ShardLost
 from pals.text.answers.families import HERMES
 from pals.text.answers.format import AnswerFormat
 from pals.text.answers.pieces import Content
@@ -215,6 +215,40 @@ def test_a_tool_that_has_to_be_called_is_a_grammar(bench: Bench) -> None:
     [request] = bench.client.requests
     assert request.grammar is not None
     assert request.grammar.kind == "lark"
+
+
+class Refusing:
+    """Refuses every grammar."""
+
+    def __init__(self) -> None:
+        self.checked: list[Grammar] = []
+
+    def check(self, grammar: Grammar) -> None:
+        self.checked.append(grammar)
+        raise InvalidGrammar(problem="no")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"grammar": Grammar(kind="json_object")}, "response_format"),
+        ({"tools": ToolUse(tools=(ToolSpec(name="f"),), choice="required")}, "tools"),
+    ],
+)
+def test_a_grammar_that_cannot_be_enforced_is_refused_before_a_session_opens(
+    tokenizer: Tokenizer, fields: dict[str, object], param: str
+) -> None:
+    refusing = Refusing()
+    bench = Bench(tokenizer, grammars=refusing)
+
+    async def main() -> None:
+        with pytest.raises(InvalidGrammar) as caught:
+            await bench.chat(**fields)
+        assert caught.value.fields["param"] == param
+
+    run(main)
+    assert len(refusing.checked) == 1
+    assert bench.client.requests == []
 
 
 # --- several answers -----------------------------------------------------------------

@@ -25,8 +25,11 @@ WORDS = st.sampled_from(
     ["user", "assistant", "tool", "text", "function", "required", "none", "json_schema", "f", ""]
 )
 NAMES = st.sampled_from(
-    ["role", "content", "type", "text", "function", "name", "arguments", "id", "tool_call_id", "tool_calls"]
-    + ["json_schema", "schema", "parameters", "allowed_tools", "mode", "tools"]
+    (
+        *("role", "content", "type", "text", "function", "name", "arguments", "id"),
+        *("tool_call_id", "tool_calls", "json_schema", "schema", "parameters"),
+        *("allowed_tools", "mode", "tools"),
+    )
 )
 SCALARS = (
     st.none()
