@@ -272,6 +272,7 @@ class Driver(Protocol):
             ContextTooLong: The messages and the answer do not fit.
             TemplateError: The model's chat template refuses the messages.
             InvalidText: They are no text that the tokenizer takes.
+            InvalidGrammar: What the answer may consist of cannot be enforced.
             NoChain: No reachable shards cover every layer.
             SessionRefused: A shard does not take the session.
             StepTimeout: A shard did not answer in time.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import trio
 from openai import APITimeoutError, BadRequestError, OpenAI, Stream
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from pals import config
 from pals.driver.bridge import TrioThread
@@ -22,6 +25,8 @@ from pals.driver.local import LocalDriver
 from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
 from pals.models.gguf import DEMO_MODEL_ID
+from pals.models.snapshot import Snapshot
+from pals.text.grammar import GrammarChecker, GrammarMasks
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from pals.types import EngineLimits
@@ -87,6 +92,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Itera
         patch.setenv(config.CACHE_DIR_VARIABLE, str(shared_cache))
         chain = network.start()
     tokenizer = Tokenizer.load(checkpoint)
+    vocab_size = Snapshot.open(checkpoint, str(checkpoint)).config.vocab_size
+    masks = GrammarMasks(checkpoint / "tokenizer.json", vocab_size, tokenizer.eos_token_ids)
     driver = LocalDriver(
         network,
         chain.sessions,
@@ -94,6 +101,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Itera
         tokenizer,
         ChatTemplate.load(checkpoint),
         eos_token_ids=tokenizer.eos_token_ids,
+        vocab_size=vocab_size,
+        grammars=GrammarChecker(masks),
     )
     try:
         with running(driver) as url:
@@ -305,6 +314,71 @@ def test_embeddings_are_unit_vectors_that_repeat(world: World, client: OpenAI) -
     assert np.linalg.norm(first) == pytest.approx(1, abs=1e-5)
     assert first == pytest.approx(again, abs=1e-3)
     assert float(first @ other) < 0.999
+
+
+def test_an_echoed_prompt_is_scored_as_the_model_scores_its_own_words(
+    world: World, client: OpenAI
+) -> None:
+    prompt = PARIS["prompt_ids"][-6:]
+    made = client.completions.create(
+        model=DEMO_MODEL_ID, prompt=prompt, max_tokens=4, temperature=0, logprobs=1
+    ).choices[0]
+    ids = [*prompt, *world.tokenizer.encode(made.text, add_special_tokens=False)]
+
+    echoed = client.completions.create(
+        model=DEMO_MODEL_ID, prompt=ids, max_tokens=0, echo=True, logprobs=1
+    ).choices[0]
+
+    assert echoed.text == world.tokenizer.decode(ids)
+    assert echoed.logprobs.token_logprobs[0] is None
+    assert echoed.logprobs.token_logprobs[-4:] == pytest.approx(
+        made.logprobs.token_logprobs, abs=0.05
+    )
+    assert echoed.logprobs.tokens[-4:] == made.logprobs.tokens
+
+
+class City(BaseModel):
+    name: Literal["Paris", "Rome"]
+    capital: bool
+
+
+def test_an_answer_has_the_form_that_the_request_gives(client: OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=DEMO_MODEL_ID,
+        messages=PARIS["messages"],
+        response_format=City,
+        max_tokens=40,
+        temperature=0,
+    )
+
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
+def test_a_form_that_cannot_be_enforced_is_refused_by_name(client: OpenAI) -> None:
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+    with pytest.raises(BadRequestError) as caught:
+        complete(client, PARIS, response_format=form)
+
+    assert (caught.value.code, caught.value.param) == ("invalid_grammar", "response_format")
+
+
+def test_a_tool_that_has_to_be_called_is_called(client: OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+
+    [choice] = complete(client, PARIS, tools=[tool], tool_choice="required").choices
+
+    assert choice.finish_reason == "tool_calls"
+    function = choice.message.tool_calls[0].function
+    assert function.name == "weather"
+    assert json.loads(function.arguments)["city"] in ("Paris", "Rome")
 
 
 def test_headers_name_the_shards_of_the_route(client: OpenAI) -> None:
