@@ -1,7 +1,8 @@
-"""One JSON string, object or array, followed while it is written (RFC 8259)."""
+"""JSON as models write it: whole values, and one followed while it is written (RFC 8259)."""
 
 from __future__ import annotations
 
+import json
 import re
 
 MAX_DEPTH = 64
@@ -12,6 +13,36 @@ SCALAR_END = frozenset(",]}" + SPACE)
 SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 _ESCAPED = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
+
+
+def parse_json(text: str) -> object:
+    """Return the value of a text; control characters may stand in its strings.
+
+    Raises:
+        ValueError: It is no JSON, or too deep.
+    """
+    try:
+        return json.loads(text, strict=False, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+def _refuse(name: str) -> object:
+    raise ValueError(name)
+
+
+def write_json(value: object) -> str:
+    """Return the text of a value, with escapes only where it could not be sent without."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() or _is_unicode(text) else json.dumps(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class JsonScanner:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from pals.text.answers.json_scan import SCALAR, SCALAR_END, SPACE, JsonScanner
+from pals.text.answers.json_scan import (
+    SCALAR,
+    SCALAR_END,
+    SPACE,
+    JsonScanner,
+    parse_json,
+    write_json,
+)
 from pals.text.answers.pieces import Content, ToolArguments, ToolCall
 from pals.text.answers.source import Reader, Source, until
 
@@ -251,8 +257,8 @@ def read_call(
 
 def _decode(text: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text)
+    except ValueError:
         raise MalformedCall from None
 
 
@@ -270,7 +276,7 @@ def text_of_arguments(value: object) -> str:
         return "{}"
     if not isinstance(value, dict):
         raise MalformedCall
-    return json.dumps(cast("dict[str, object]", value), ensure_ascii=False)
+    return write_json(cast("dict[str, object]", value))
 
 
 def whole_call(calls: Calls, name: object, arguments: object) -> Reader[None]:

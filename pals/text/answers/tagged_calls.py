@@ -6,11 +6,11 @@ it wants something else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 from pals.text.answers.json_calls import HERMES_CLOSE, HERMES_OPEN
+from pals.text.answers.json_scan import parse_json, write_json
 from pals.text.answers.pieces import Content, ToolArguments, ToolCall
 from pals.text.answers.region import Calls, MalformedCall, Region, read_call
 from pals.text.answers.source import Reader, Source, skip_space, until
@@ -132,7 +132,7 @@ class _ArgumentWriter:
         """
         types = frozenset(_types_of(self._properties.get(key)))
         region.held = ""
-        yield self._write((", " if self._count else "{") + _json(key) + ": ")
+        yield self._write((", " if self._count else "{") + write_json(key) + ": ")
         self._count += 1
         if types == frozenset({"string"}):
             yield from self._string(region, close)
@@ -142,7 +142,7 @@ class _ArgumentWriter:
         region.held = ""
         if self._lines:
             text = text.removeprefix("\n").removesuffix("\n")
-        yield self._write(_json(_typed(text, types)))
+        yield self._write(write_json(_typed(text, types)))
 
     def _string(self, region: Region, close: str) -> Reader[None]:
         """Yield a text while it is written; the line feeds next to its tags are the tags'."""
@@ -154,7 +154,7 @@ class _ArgumentWriter:
             text, is_first = text.removeprefix("\n") if is_first else text, False
             size = len(text) - (self._lines and text.endswith("\n"))
             if size:
-                yield self._write(_json(text[:size])[1:-1])
+                yield self._write(write_json(text[:size])[1:-1])
             text = text[size:]
         _, mark = yield from region.before([close])
         _check(mark == close)
@@ -164,16 +164,12 @@ class _ArgumentWriter:
         return ToolArguments(self._index, text)
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _typed(text: str, types: frozenset[str]) -> object:
     """Return the value that a text stands for, where it may be of ``types``; all if empty."""
     word = text.strip()
     try:
-        value: object = _PYTHON_WORDS[word] if word in _PYTHON_WORDS else json.loads(word)
-    except (ValueError, RecursionError):
+        value: object = _PYTHON_WORDS[word] if word in _PYTHON_WORDS else parse_json(word)
+    except ValueError:
         return text
     fits = not types or any(_is_of_type(value, name) for name in types)
     return value if fits or "string" not in types else text

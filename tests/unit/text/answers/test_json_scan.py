@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pals.text.answers.json_scan import MAX_DEPTH, MAX_SCALAR_CHARACTERS, JsonScanner
+from pals.text.answers.json_scan import (
+    MAX_DEPTH,
+    MAX_SCALAR_CHARACTERS,
+    JsonScanner,
+    parse_json,
+    write_json,
+)
 
 TEXTS = st.text('a"\\é\n', max_size=6)
 LEAVES = st.sampled_from([None, True, 0, -7, 0.5, -1e30]) | TEXTS
@@ -18,14 +24,10 @@ CONTAINERS = st.lists(VALUES, max_size=3) | st.dictionaries(KEYS, VALUES, max_si
 
 
 def is_json(text: str) -> bool:
-    def refuse(name: str) -> object:
-        raise ValueError(name)
-
     try:
-        value = json.loads(text, strict=False, parse_constant=refuse)
+        return isinstance(parse_json(text), str | list | dict)
     except ValueError:
         return False
-    return isinstance(value, str | list | dict)
 
 
 def scan(text: str) -> tuple[JsonScanner, int, str]:
@@ -97,3 +99,14 @@ def test_it_remembers_only_so_much():
     assert deep.failed
     assert long.failed
     assert scan("[" * MAX_DEPTH + "]" * MAX_DEPTH)[0].done
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", "{", "[" * 100_000, "", "'a'"])
+def test_what_is_no_json_has_no_value(text: str):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_text_is_written_as_it_is_unless_it_could_not_be_sent():
+    assert write_json({"é": "\n"}) == '{"é": "\\n"}'
+    assert write_json(["é\ud800"]) == '["\\u00e9\\ud800"]'
