@@ -46,7 +46,7 @@ class MaskSource(Protocol):
 
 _Found = AllowedTokens | Exception | None
 _FindAll = Callable[[], list[_Found]]
-RunInThread = Callable[[_FindAll], Awaitable[list[_Found]]]
+_RunInThread = Callable[[_FindAll], Awaitable[list[_Found]]]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -82,7 +82,6 @@ class Guides:
         masks: Knows the grammars; None where the shard is no tail, or has no tokenizer.
         submit: Takes rows that may run now.
         fail: Ends a session.
-        run: Calls a function on a thread.
     """
 
     def __init__(
@@ -92,13 +91,13 @@ class Guides:
         *,
         submit: Callable[[Sequence[InputRow]], None],
         fail: Callable[[ShardSession, PalsError], None],
-        run: RunInThread | None = None,
     ) -> None:
         self._local = local
         self._masks = masks
         self._submit = submit
         self._fail = fail
-        self._run_in_thread = run or partial(trio.to_thread.run_sync, abandon_on_cancel=True)
+        self._run_in_thread: _RunInThread
+        self._run_in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True)
         self._guided: dict[ShardSession, _Guided] = {}
         self._steps: deque[_Guided] = deque()
         self._begins: deque[_Guided] = deque()
