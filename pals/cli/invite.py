@@ -196,6 +196,7 @@ def _print_invite(invite: Invite, *, qr: bool, json: bool) -> None:
         if qr:
             console.out(_qr_code(text))
         console.note(f"invite {key}: run this line on the other machine")
+        console.note("with `pals join` in place of `pals login` it serves layers at once")
     _warn_of_loopback(invite.backend_url)
 
 

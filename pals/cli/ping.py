@@ -114,7 +114,8 @@ def _print(report: PingReport) -> None:
         console.error(report.problem, hint=report.hint)
         return
     found = summarize(report.tries_ms)
-    text = f"{len(report.tries_ms)} tries, {found['loss']:.0%} lost"
+    tries = "1 try" if len(report.tries_ms) == 1 else f"{len(report.tries_ms)} tries"
+    text = f"{tries}, {found['loss']:.0%} lost"
     if found["avg_ms"] is not None:
         spread = "/".join(f"{found[name]:.1f}" for name in ("min_ms", "avg_ms", "max_ms"))
         text += f", min/avg/max {spread} ms"

@@ -63,7 +63,7 @@ def _print_json(found: ProcessReport | None, starting: str | None) -> None:
 
 def _print(found: ProcessReport) -> None:
     memory, age = format_bytes(found.memory_bytes), format_age(found.uptime_s)
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (
             found.pid,
             role.role,
@@ -76,7 +76,9 @@ def _print(found: ProcessReport) -> None:
         )
         for role in found.roles
     ]
-    console.table(HEADERS, rows or [(found.pid, "member", "", "", "", "", memory, age)])
+    if all(role.role == "backend" for role in found.roles):  # a shard that loads is none yet
+        rows.append((found.pid, "member", "", "", "", "", memory, age))
+    console.table(HEADERS, rows)
     console.out("")
     console.out(f"swarm    {found.swarm}")
     console.out(f"peer     {found.peer}")

@@ -231,7 +231,9 @@ def _print_advice(standing: Standing, report: SwarmReport | None) -> None:
         return
     if not report.models:
         model = standing.entry.model
-        console.note(f"{name}: nobody serves any layers: run `pals shard {model}`")
+        console.note(
+            f"{name}: nobody serves layers yet: `pals shard {model}` does, once it is loaded"
+        )
     for model in report.models:
         for problem in model.problems:
             console.warn(problem.text)

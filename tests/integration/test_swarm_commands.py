@@ -164,6 +164,30 @@ def test_status_shows_the_shards_of_every_model(
     assert paths[own] == "this machine"
 
 
+def test_status_of_a_profile_with_which_nothing_runs_looks_around_by_itself(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ("--config-dir", str(world.first.operator.path))
+
+    assert run(["status", "--json", *at]) == 0
+    models = document(capsys)["swarms"][0]["models"]
+    assert run(["status", "--json", "--offline", *at]) == 0
+    offline = document(capsys)["swarms"][0]["models"]
+
+    assert [len(model["shards"]) for model in models] == [1, 1]
+    assert offline is None
+
+
+def test_ping_of_a_profile_with_which_nothing_runs_links_by_itself(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer, at = peer_id(world.first.peers[0]), ("--config-dir", str(world.first.operator.path))
+
+    assert run(["ping", peer, "--count", "1", *LOOPBACK, *at]) == 0
+
+    assert "1 try, 0% lost" in capsys.readouterr().out
+
+
 def test_ps_shows_the_shard_of_a_profile(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["ps", "--json", *world.at(1)]) == 0
 
