@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.unit.models.tiny_configs import OWN_KEYS
+from tests.unit.engine.spread_shards import MODULES
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -97,7 +97,7 @@ def families(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", [name for name in OWN_KEYS if name != "gemma3"])
+@pytest.mark.parametrize("family", MODULES)
 def test_every_family_answers_on_several_devices_as_on_one(families, family):
     for devices in (2, 4):
         assert_same(families[f"{family}-{devices}"])
@@ -105,7 +105,7 @@ def test_every_family_answers_on_several_devices_as_on_one(families, family):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", [name for name in OWN_KEYS if name != "gemma3"])
+@pytest.mark.parametrize("family", MODULES)
 def test_plan_counts_what_each_device_holds(families, family):
     plan = families[f"{family}-plan"]
 
