@@ -35,8 +35,9 @@ def tables(*rows):
     )
 
 
-def written(shape, rows, news):
-    zeros = jnp.zeros((KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM), storage_dtype(news.dtype))
+def written(shape, rows, news, platform="cpu"):
+    stored = storage_dtype(news.dtype, platform)
+    zeros = jnp.zeros((KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM), stored)
     made = make_rows(CONFIG, shape, tables(*rows))
     keys, values = jax.jit(update_cache)((zeros, zeros), (news, -news), made)
     found = np.asarray(keys).view(news.dtype)
@@ -53,13 +54,16 @@ def expected_of(rows, parts, dtype=np.float32):
     return pages
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_tokens_of_short_rows_go_to_their_pages_and_padding_to_nobodys(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "platform"),
+    [(np.float32, "cpu"), (ml_dtypes.bfloat16, "cpu"), (ml_dtypes.bfloat16, "gpu")],
+)
+def test_tokens_of_short_rows_go_to_their_pages_and_padding_to_nobodys(dtype, platform):
     shape = StepShape(3, 2)
     rows = [(3, 2, [5, 2]), (6, 1, [1, 8]), (0, 0, [7])]
     news = draw(shape.tokens, KV_HEADS, HEAD_DIM).astype(dtype)
 
-    found = written(shape, rows, news)
+    found = written(shape, rows, news, platform)
 
     expected = expected_of(rows, [news[0:2], news[2:4], news[4:6]], dtype)
     np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
