@@ -44,6 +44,7 @@ class Attention(nnx.Module):
             if attention.sinks
             else None
         )
+        self.platform = numerics.platform
         self.kernel: AttentionKernel = numerics.attention
         self.config = attention
 
@@ -58,7 +59,8 @@ class Attention(nnx.Module):
             if self.q_norm is not None and self.k_norm is not None:
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             table = rows.rope[self.config.rope]
-            cache = update_cache(cache, (rotate(keys, table), values), rows)
+            news = (rotate(keys, table), values)
+            cache = update_cache(cache, news, rows, self.platform)
             view = View(
                 scale=self.config.scale,
                 window=self.config.window,

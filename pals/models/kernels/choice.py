@@ -18,9 +18,6 @@ from pals.types import AttentionChoice
 KERNELS: dict[str, PallasKernel] = {"gpu": "triton", "tpu": "mosaic"}
 """Of the platforms that have one, as jax names them."""
 
-LANES = 128
-"""Numbers in a row of a TPU's vector registers, which a page's rows have to fill."""
-
 Layers = Sequence[AttentionConfig | LatentAttentionConfig]
 
 Trial = Callable[[PallasKernel, AttentionConfig, Numerics, int], str | None]
@@ -88,8 +85,6 @@ def _problem(
 def _width_problem(kernel: PallasKernel, width: int) -> str | None:
     if kernel == "triton" and (width < 16 or width & (width - 1)):
         return f"Triton computes with powers of two from 16 on, and heads have {width} numbers"
-    if kernel == "mosaic" and width % LANES:
-        return f"a TPU's rows have {LANES} numbers, of which heads of {width} are no multiple"
     return None
 
 

@@ -5,12 +5,11 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from pals.models.configs import read_config
 from pals.models.grouped import BATCH_BLOCKS
 from pals.models.kernels.choice import KERNELS
 from pals.types import LayerRange
 from tests.unit.engine.exports import MIXED, TRITON, export_step
-from tests.unit.models.tiny_configs import DENSE, OWN_KEYS, tiny_config
+from tests.unit.models.tiny_configs import OWN_KEYS, tiny_config
 
 PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
 HEAD, MIDDLE, TAIL = (LayerRange(start, start + 1) for start in range(3))
@@ -28,11 +27,6 @@ WITH_TRITON = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
 """From jax 0.12 on, which has no other one for GPUs before NVIDIA's H100; see docs/decisions.md."""
-
-
-def wide_heads(model_type):
-    """Return a tiny config whose heads are as wide as a TPU's registers."""
-    return read_config({"model_type": model_type, **DENSE, **OWN_KEYS[model_type], "head_dim": 128})
 
 
 def check(exported, platform, layers, *, hidden=jnp.bfloat16):
@@ -72,7 +66,7 @@ def test_heads_and_tails_are_exported(layers, platform):
 @ON_ALL
 @WITH_TRITON
 def test_kernels_are_exported(platform):
-    exported = export_step(wide_heads("gpt_oss"), HEAD, platform, "bf16", KERNELS[platform])
+    exported = export_step(tiny_config("gpt_oss"), HEAD, platform, "bf16", KERNELS[platform])
 
     check(exported, platform, HEAD)
     called = re.findall(r"custom_call @(\S+)\(", exported.mlir_module())
@@ -98,6 +92,6 @@ def test_every_family_is_exported_in_every_dtype(model_type, dtype, layers, plat
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss", "llama", "mistral", "qwen3_moe"])
 def test_every_view_is_exported_with_kernels(model_type, dtype, platform):
-    exported = export_step(wide_heads(model_type), MIDDLE, platform, dtype, KERNELS[platform])
+    exported = export_step(tiny_config(model_type), MIDDLE, platform, dtype, KERNELS[platform])
 
     assert KERNEL_CALLS[platform] in exported.mlir_module()

@@ -44,7 +44,7 @@ def test_plain_xla_is_taken_when_asked_for():
         ("gpu", [LAYER, LATENT], "latent attention"),
         ("gpu", [LAYER, replace(LAYER, head_dim=80)], "heads have 80 numbers"),
         ("gpu", [replace(LAYER, head_dim=8)], "heads have 8 numbers"),
-        ("tpu", [replace(LAYER, head_dim=64)], "heads of 64 are no multiple"),
+        ("tpu", [LATENT], "latent attention"),
     ],
 )
 def test_what_no_kernel_carries_is_left_to_plain_xla_with_the_reason(platform, layers, reason):
