@@ -56,6 +56,7 @@ def export_step(
     device = DEVICES[platform]
     mesh = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
     unchecked = [DisabledSafetyCheck.custom_call(TRITON)]
+    arguments = programs._arguments(MIXED)
+    step = steps.step(arguments, step_shape(MIXED))
     with jax.sharding.use_abstract_mesh(mesh):
-        exporting = export(steps._step, platforms=[device.platform], disabled_checks=unchecked)
-        return exporting(*programs._arguments(MIXED), shape=step_shape(MIXED))
+        return export(step, platforms=[device.platform], disabled_checks=unchecked)(*arguments)
