@@ -10,7 +10,15 @@ from typing import Annotated
 import msgspec
 
 from pals.errors import InvalidConfig
-from pals.types import Dtype, EngineLimits, GroupSize, PrefillCodec, Quantization, parse_bytes
+from pals.types import (
+    AttentionChoice,
+    Dtype,
+    EngineLimits,
+    GroupSize,
+    PrefillCodec,
+    Quantization,
+    parse_bytes,
+)
 
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _Places = Annotated[int, msgspec.Meta(ge=1, le=4096)]
@@ -69,6 +77,7 @@ class ShardSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     int4_group_size: GroupSize = 128
     quantize_activations: bool = True
     devices: _Devices = 1
+    attention: AttentionChoice = "auto"
     max_sessions: int = 256
     max_rows: int = 64
     max_context_tokens: int = 131072

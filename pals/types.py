@@ -31,6 +31,9 @@ Dtype = Literal["bf16", "f32", "int8", "int4"]
 PrefillCodec = Literal["raw", "int8"]
 """How the hidden states of prompts are written on the wire."""
 
+AttentionChoice = Literal["auto", "xla", "pallas"]
+"""How a shard attends: in plain XLA, or by a kernel for its device, where there is one."""
+
 ActivationDtype = Literal["bf16", "f32"]
 """In what hidden states are computed and travel."""
 
@@ -195,12 +198,14 @@ class ShardSpec:
 
     Attributes:
         devices: Of this machine, over which each layer is spread.
+        attention: How its layers attend.
     """
 
     dtype: Dtype = "bf16"
     limits: EngineLimits
     quantization: Quantization = DEFAULT_QUANTIZATION
     devices: int = 1
+    attention: AttentionChoice = "auto"
 
 
 def parse_bytes(text: str) -> int:

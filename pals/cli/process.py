@@ -27,6 +27,7 @@ from pals.net.nat.addresses import read_announced
 from pals.settings import Settings, ShardSettings
 from pals.swarm.identity import Identity, load_or_create_identity
 from pals.types import (
+    AttentionChoice,
     Dtype,
     GroupSize,
     LayerRange,
@@ -229,6 +230,13 @@ class ShardOptions:
     group_size: Annotated[
         GroupSize | None, Parameter(help="Columns that share a scale in `int4`.")
     ] = None
+    attention: Annotated[
+        AttentionChoice | None,
+        Parameter(
+            help="`pallas` for the kernel of this machine's GPU or TPU, `xla` for none; `auto` "
+            "takes the kernel where it fits the model and works here."
+        ),
+    ] = None
     context: Tokens = None
     sessions: Annotated[
         int | None, Parameter(validator=_AtLeastOne, help="Most sessions at one time.")
@@ -290,6 +298,7 @@ class ShardOptions:
             limits=limits,
             quantization=quantization,
             devices=self.devices or settings.devices,
+            attention=self.attention or settings.attention,
         )
 
     def make_role(

@@ -32,7 +32,7 @@ def page_format(
         [(heads_of_device(heads, devices), width) for heads, width in config.cache_shapes(layer)]
         for layer in range(layers.start, layers.stop)
     ]
-    size = token_bytes(shapes, element_bytes=storage_dtype(dtype).itemsize)
+    size = token_bytes(shapes, element_bytes=dtype.itemsize)
     return PageFormat(page_tokens=page_tokens, token_bytes=size)
 
 
@@ -52,6 +52,7 @@ def abstract_cache(
     num_pages: int,
     page_tokens: int,
     dtype: jnp.dtype,
+    platform: str,
     mesh: Mesh | None = None,
 ) -> AbstractCache:
     """Return the shapes of the cache, [K, P, p, W] for each array that a layer keeps.
@@ -62,10 +63,11 @@ def abstract_cache(
         num_pages: P, the scratch page included.
         page_tokens: p.
         dtype: In which the layers compute.
+        platform: On which, as jax names it.
         mesh: Devices, each of which has its own heads; None for a single one. A head that
             several of them have is there several times.
     """
-    stored = storage_dtype(dtype)
+    stored = storage_dtype(dtype, platform)
     devices = 1 if mesh is None else mesh.size
     sharding = None if mesh is None else place(mesh, 0, ndim=4)
 
@@ -92,6 +94,11 @@ def lone_cache(config: ModelConfig, layers: LayerRange, *, tokens: int, dtype: j
     page_tokens = EngineLimits().page_tokens
     num_pages = 1 - (-tokens // page_tokens)
     shapes = abstract_cache(
-        config, layers, num_pages=num_pages, page_tokens=page_tokens, dtype=dtype
+        config,
+        layers,
+        num_pages=num_pages,
+        page_tokens=page_tokens,
+        dtype=dtype,
+        platform=jax.default_backend(),
     )
     return build_cache(shapes)

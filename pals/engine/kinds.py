@@ -60,6 +60,7 @@ def shard_kind(config: ModelConfig, layers: LayerRange, spec: ShardSpec) -> dict
         **{name: str(value) for name, value in limits.items()},
         "kv_bytes": str(spec.limits.kv_bytes),
         "devices of the shard": str(spec.devices),
+        "attention": spec.attention,
     }
 
 

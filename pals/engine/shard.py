@@ -7,6 +7,7 @@ word of `pals.engine.batcher`, whose steps it runs.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -49,12 +50,14 @@ from pals.errors import InvalidConfig, InvalidStep, LayersOutsideModel
 from pals.models.build import AbstractModel
 from pals.models.config import ModelConfig
 from pals.models.decoder import Cache
+from pals.models.kernels.choice import choose_attention
 from pals.models.loading import LoadedParameters, load_shard_parameters
 from pals.models.numerics import Numerics
 from pals.models.snapshot import Snapshot
 from pals.models.spread import device_bytes
 from pals.types import (
     DEFAULT_QUANTIZATION,
+    AttentionChoice,
     Dtype,
     EngineLimits,
     LayerRange,
@@ -62,6 +65,8 @@ from pals.types import (
     Sampling,
     ShardSpec,
 )
+
+_log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 4096
 
@@ -134,16 +139,19 @@ class Shard:
         limits: EngineLimits,
         quantization: Quantization = DEFAULT_QUANTIZATION,
         devices: int = 1,
+        attention: AttentionChoice = "auto",
     ) -> Shard:
         """Read the weights of ``layers`` to the device and reserve the cache.
 
-        Several devices divide each layer among them (`pals.models.spread`).
+        Several devices divide each layer among them (`pals.models.spread`). Which
+        ``attention`` was chosen, and why, is logged.
 
         Raises:
             TooFewDevices: This machine has fewer.
             CannotDivide: The model cannot be divided among so many.
             LayersOutsideModel: The model has fewer layers.
-            InvalidConfig: A limit is out of range, or beyond the model's own context.
+            InvalidConfig: A limit is out of range, or beyond the model's own context, or the
+                attention that was asked for cannot be used here.
             CorruptModel: The weights do not fit the config.
             UnsupportedModel: The weights have a dtype that is not read.
         """
@@ -153,6 +161,10 @@ class Shard:
         check_limits(limits, config)
         use_compilation_cache(programs_folder())
         numerics = Numerics.of(dtype, quantization, devices=devices)
+        kinds = config.attention[layers.start : layers.stop]
+        chosen = choose_attention(attention, kinds, numerics, limits.page_tokens)
+        _log.info("attention of layers %s by %s: %s", layers, chosen.kernel, chosen.reason)
+        numerics = replace(numerics, attention=chosen.kernel)
         programs = build_programs(config, layers, numerics=numerics, limits=limits)
         loaded = load_shard_parameters(snapshot, layers, numerics, programs.parameters)
         return cls(
@@ -163,6 +175,7 @@ class Shard:
                 limits=limits,
                 quantization=quantization,
                 devices=devices,
+                attention=attention,
             ),
             numerics=numerics,
             programs=programs,

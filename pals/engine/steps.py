@@ -89,6 +89,7 @@ class Programs:
             num_pages=num_pages,
             page_tokens=limits.page_tokens,
             dtype=numerics.compute,
+            platform=numerics.platform,
             mesh=numerics.mesh,
         )
         self._config = config

@@ -45,11 +45,15 @@ class WholeSteps:
 
     def lower(self, arguments: StepArguments, shape: StepShape) -> jax.stages.Lowered:
         """Trace a step of such arguments."""
+        return self.step(arguments, shape).lower(*arguments)
+
+    def step(self, arguments: StepArguments, shape: StepShape) -> jax.stages.Wrapped:
+        """Return the step of such arguments, which nothing has traced yet."""
         places = places_of(arguments)
         results = PartitionSpec(), places.cache, places.bank, PartitionSpec()
         run = run_apart(partial(self._run_step, shape), self._mesh, tuple(places), results)
         # Plain flat tuples cross the jit boundary: flattening modules takes milliseconds.
-        return jax.jit(run, donate_argnums=(1, 2)).lower(*arguments)
+        return jax.jit(run, donate_argnums=(1, 2))
 
     def _run_step(
         self,

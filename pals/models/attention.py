@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pals.models.config import AttentionConfig, ModelConfig
+from pals.models.kernels.choice import attend_by
 from pals.models.layers import Linear, RMSNorm
-from pals.models.numerics import Numerics
+from pals.models.numerics import AttentionKernel, Numerics
 from pals.models.paged import LayerCache, Rows, update_cache
 from pals.models.rope import rotate
 from pals.models.spread import Split, check_divides, heads_of_device, own_heads
-from pals.models.walk import View, attend
+from pals.models.walk import View
 
 
 class Attention(nnx.Module):
@@ -43,6 +44,8 @@ class Attention(nnx.Module):
             if attention.sinks
             else None
         )
+        self.platform = numerics.platform
+        self.kernel: AttentionKernel = numerics.attention
         self.config = attention
 
     def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
@@ -56,13 +59,14 @@ class Attention(nnx.Module):
             if self.q_norm is not None and self.k_norm is not None:
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             table = rows.rope[self.config.rope]
-            cache = update_cache(cache, (rotate(keys, table), values), rows)
+            news = (rotate(keys, table), values)
+            cache = update_cache(cache, news, rows, self.platform)
             view = View(
                 scale=self.config.scale,
                 window=self.config.window,
                 sinks=None if self.sinks is None else self.sinks[...],
             )
-            mixed = attend(rotate(queries, table), cache, rows, view)
+            mixed = attend_by(self.kernel, rotate(queries, table), cache, rows, view)
             return self.o_proj(mixed.reshape(x.shape[0], -1)), cache
 
 

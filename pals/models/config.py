@@ -207,6 +207,7 @@ class ModelConfig(ABC):
         tie_word_embeddings: The LM head is the embedding matrix.
         eos_token_ids: Tokens that end an answer, in the order of config.json.
         rope: The rotary tables that the layers refer to.
+        attention: Of each layer.
         embedding_scale: What looked-up embeddings are multiplied by.
         norm_offset: Added to the weight of each norm.
         final_logit_softcap: Logits are squashed into this range by tanh.
@@ -224,15 +225,16 @@ class ModelConfig(ABC):
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     rope: tuple[RopeConfig, ...]
+    attention: tuple[AttentionConfig | LatentAttentionConfig, ...]
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
     final_logit_softcap: float | None = None
     quantization: QuantizationConfig | None = None
     num_mtp_layers: int = 0
 
-    @abstractmethod
     def cache_shapes(self, layer: int) -> tuple[CacheShape, ...]:
         """Return the shapes of what layer ``layer`` keeps of each token."""
+        return self.attention[layer].cache_shapes
 
     @abstractmethod
     def layer_parameters(self, layer: int) -> int:

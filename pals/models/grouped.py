@@ -11,7 +11,7 @@ It is done in one of three ways, chosen once when a model is built:
 - ``block_batches``, for GPUs: the same blocks, several at a time, so that one step fills
   the device. XLA expands a ragged product to one with *every* expert there, as on CPUs
   (docs/decisions.md has the figures).
-- ``ragged``, for TPUs, which have such a product.
+- ``ragged``, for TPUs, where there is a kernel for such a product.
 
 All give a token what it would get alone, to float rounding: a sum over its experts whose
 order follows from its own choice, not from who else is in the batch.
@@ -109,7 +109,27 @@ class ExpertMatrices(Protocol):
 def ragged_matmul_transposed(
     x: jax.Array, matrices: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    """Multiply sorted rows [P, in] by their group's matrix of [E, out, in], in float32."""
+    """Multiply sorted rows [P, in] by their group's matrix of [E, out, in], in float32.
+
+    XLA's own product on TPU turns all matrices into a copy first, at every call; a kernel
+    reads them as they lie. It does not keep float32 exact, which is for comparisons anyway.
+    """
+    if matrices.dtype == jnp.float32:
+        return _ragged_dot(x, matrices, group_sizes)
+    product: jax.Array = lax.platform_dependent(
+        x, matrices, group_sizes, tpu=_multiply_groups, default=_ragged_dot
+    )
+    return product
+
+
+def _multiply_groups(x: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    # Pallas takes as long to import as jax; few machines need it.
+    from pals.models.kernels.grouped import multiply_groups
+
+    return multiply_groups(x, matrices, group_sizes)
+
+
+def _ragged_dot(x: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot_general(
         x,
         matrices,

@@ -53,6 +53,7 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = LatentUpProjection(attention, numerics)
         v_size = attention.num_heads * attention.v_head_dim
         self.o_proj = linear(v_size, hidden_size, bias=bias, split="inputs")
+        self.platform = numerics.platform
         self.config = attention
 
     def __call__(self, x: jax.Array, cache: LayerCache, rows: Rows) -> tuple[jax.Array, LayerCache]:
@@ -60,7 +61,7 @@ class LatentAttention(nnx.Module):
         with jax.named_scope("latent_attention"):
             table = rows.rope[self.config.rope]
             queries = self.latent_queries(x, table)
-            cache = update_cache(cache, (self.latents(x, table),), rows)
+            cache = update_cache(cache, (self.latents(x, table),), rows, self.platform)
             view = View(scale=self.config.scale, value_width=self.config.kv_lora_rank)
             mixed = attend(queries, cache, rows, view)
             values = self.kv_b_proj.expand_values(mixed)

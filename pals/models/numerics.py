@@ -25,6 +25,11 @@ from pals.types import (
 
 WeightFormat = Literal["plain", "int8", "int4"]
 
+PallasKernel = Literal["triton", "mosaic"]
+
+AttentionKernel = Literal["xla"] | PallasKernel
+"""How attention is computed; see `pals.models.kernels`."""
+
 COMPUTE_DTYPES: dict[ActivationDtype, np.dtype] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f32": np.dtype(np.float32),
@@ -49,6 +54,7 @@ class Numerics:
         group_size: Columns that share a scale in int4.
         quantize_activations: Many rows may be rounded to int8 where that is faster.
         platform: ``cpu``, ``gpu`` or ``tpu``, for which formulations are chosen.
+        attention: How layers attend that have keys and values for each key head.
         moe: What changes in MoE layers.
         mesh: The devices over which each layer is spread; None for a single one.
     """
@@ -58,6 +64,7 @@ class Numerics:
     group_size: int = 128
     quantize_activations: bool = True
     platform: str = "cpu"
+    attention: AttentionKernel = "xla"
     moe: MoEOptions = field(default_factory=MoEOptions)
     mesh: Mesh | None = None
 

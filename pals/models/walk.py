@@ -9,6 +9,7 @@ have and memory for one block of each row: one program serves contexts of any le
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,10 @@ token, and where it is read for a chunk as many as the processor's cache holds s
 
 MASKED = -1e30
 """A score that weighs nothing; infinities would make NaN of rows that see nothing at all."""
+
+
+AttendRows = Callable[[jax.Array, Tables], jax.Array]
+"""Attends with [B, T, N, H], T tokens of each row; returns [B, T, N, W]."""
 
 
 class View(NamedTuple):
@@ -45,13 +50,13 @@ class View(NamedTuple):
     value_width: int | None = None
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """The softmax of each query so far, all in float32.
 
     Attributes:
-        most: [K, T G, 1], the largest score.
-        total: [K, T G, 1], the sum of weights relative to it.
-        mixed: [K, T G, W], the sum of weighted values.
+        most: [..., T G, 1], the largest score.
+        total: [..., T G, 1], the sum of weights relative to it.
+        mixed: [..., T G, W], the sum of weighted values.
     """
 
     most: jax.Array
@@ -71,17 +76,28 @@ def attend(queries: jax.Array, cache: LayerCache, rows: Rows, view: View) -> jax
     Returns:
         [M, N, W].
     """
+
+    def by_blocks_of(block_tokens: int) -> AttendRows:
+        return lambda queries, tables: _attend_rows(queries, cache, tables, view, block_tokens)
+
+    return attend_parts(
+        queries, rows, by_blocks_of(DECODE_BLOCK_TOKENS), by_blocks_of(CHUNK_BLOCK_TOKENS)
+    )
+
+
+def attend_parts(queries: jax.Array, rows: Rows, short: AttendRows, chunk: AttendRows) -> jax.Array:
+    """Attend with the short rows of a step, and then with its chunk; as `attend`."""
     shape, tables = rows.shape, rows.tables
     split = shape.short_tokens
     parts: list[jax.Array] = []
     if split:
-        short = queries[:split].reshape(shape.rows, shape.row_tokens, *queries.shape[1:])
         own = Tables(*(table[: shape.rows] for table in tables))
-        mixed = _attend_rows(short, cache, own, view, DECODE_BLOCK_TOKENS)
+        per_row = queries[:split].reshape(shape.rows, shape.row_tokens, *queries.shape[1:])
+        mixed = short(per_row, own)
         parts.append(mixed.reshape(split, *mixed.shape[2:]))
     if shape.chunk_tokens:
         own = Tables(*(table[shape.rows :] for table in tables))
-        parts.append(_attend_rows(queries[split:][None], cache, own, view, CHUNK_BLOCK_TOKENS)[0])
+        parts.append(chunk(queries[split:][None], own)[0])
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
@@ -113,7 +129,7 @@ def _attend_row(
     grouped = queries.reshape(tokens, num_kv_heads, -1, queries.shape[-1]).swapaxes(0, 1)
     grouped = grouped.reshape(num_kv_heads, -1, queries.shape[-1])
     sums = _walk(grouped, cache, row, view, num_heads // num_kv_heads, block_tokens)
-    mixed = _normalise(sums, view, tokens).astype(queries.dtype)
+    mixed = normalise(sums, view, tokens).astype(queries.dtype)
     mixed = mixed.reshape(num_kv_heads, tokens, -1, mixed.shape[-1]).swapaxes(0, 1)
     return mixed.reshape(tokens, num_heads, -1)
 
@@ -125,7 +141,7 @@ def _walk(
     view: View,
     groups: int,
     block_tokens: int,
-) -> _Sums:
+) -> Sums:
     """Sum over the blocks of a row that its queries [K, T G, H] see."""
     first = jnp.zeros((), jnp.int32)
     if view.window is not None:
@@ -133,20 +149,20 @@ def _walk(
     # A row that only pads has no tokens and no blocks.
     end = jnp.where(row.lengths > 0, row.starts + row.lengths, 0)
 
-    def add_block(number: jax.Array, sums: _Sums) -> _Sums:
+    def add_block(number: jax.Array, sums: Sums) -> Sums:
         block = number * block_tokens
         return _add_block(queries, cache, row, block, sums, view, groups, block_tokens)
 
     width = cache[-1].shape[-1] if view.value_width is None else view.value_width
-    walked: _Sums = lax.fori_loop(
-        first, -(-end // block_tokens), add_block, _empty_sums(queries, width)
+    walked: Sums = lax.fori_loop(
+        first, -(-end // block_tokens), add_block, empty_sums(queries.shape[:-1], width)
     )
     return walked
 
 
-def _empty_sums(queries: jax.Array, value_width: int) -> _Sums:
-    shape = queries.shape[:2]
-    return _Sums(
+def empty_sums(shape: tuple[int, ...], value_width: int) -> Sums:
+    """Return the sums of queries [*shape, _] that have seen nothing yet."""
+    return Sums(
         most=jnp.full((*shape, 1), MASKED, jnp.float32),
         total=jnp.zeros((*shape, 1), jnp.float32),
         mixed=jnp.zeros((*shape, value_width), jnp.float32),
@@ -158,28 +174,42 @@ def _add_block(
     cache: LayerCache,
     row: Tables,
     block: jax.Array,
-    sums: _Sums,
+    sums: Sums,
     view: View,
     groups: int,
     block_tokens: int,
-) -> _Sums:
+) -> Sums:
     """Add to the sums of [K, T G, H] the block that begins at position ``block``."""
     keys, values = _read_block(cache, row.pages, block, block_tokens, queries.dtype, view)
     columns = block + jnp.arange(block_tokens, dtype=jnp.int32)
     ages = jnp.arange(queries.shape[1], dtype=jnp.int32) // groups
     positions = (row.starts + ages)[:, None]
-    visible = columns <= positions  # [T G, S]
-    if view.window is not None:
-        visible &= columns > positions - view.window
     scores = batched_matmul(queries, keys, contract=2) * view.scale
-    scores = jnp.where(visible, scores, MASKED)
+    scores = mask(scores, positions, columns, view.window)
 
+    def mix(weights: jax.Array) -> jax.Array:
+        return batched_matmul(weights.astype(values.dtype), values, contract=1)
+
+    return add_scores(sums, scores, mix)
+
+
+def mask(
+    scores: jax.Array, positions: jax.Array, columns: jax.Array, window: int | None
+) -> jax.Array:
+    """Hide from queries at ``positions`` [T G, 1] what they do not see of ``columns`` [S]."""
+    visible = columns <= positions  # [T G, S]
+    if window is not None:
+        visible &= columns > positions - window
+    return jnp.where(visible, scores, MASKED)
+
+
+def add_scores(sums: Sums, scores: jax.Array, mix: Callable[[jax.Array], jax.Array]) -> Sums:
+    """Add a block of scores [..., T G, S]; ``mix`` multiplies their weights by its values."""
     most = jnp.maximum(sums.most, jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - most)
     kept = jnp.exp(sums.most - most)
-    mixed = batched_matmul(weights.astype(values.dtype), values, contract=1)
     total = sums.total * kept + jnp.sum(weights, axis=-1, keepdims=True)
-    return _Sums(most, total, sums.mixed * kept + mixed)
+    return Sums(most, total, sums.mixed * kept + mix(weights))
 
 
 def _read_block(
@@ -207,8 +237,8 @@ def _take_pages(array: jax.Array, ids: jax.Array) -> jax.Array:
     return array[:, ids].reshape(heads, ids.shape[0] * page_tokens, width)
 
 
-def _normalise(sums: _Sums, view: View, tokens: int) -> jax.Array:
-    """Return the weighted means, with a sink of each head [N] beside the weights."""
+def normalise(sums: Sums, view: View, tokens: int) -> jax.Array:
+    """Return the weighted means [K, T G, W], with a sink of each head beside the weights."""
     if view.sinks is None:
         return sums.mixed / sums.total
     num_kv_heads = sums.total.shape[0]

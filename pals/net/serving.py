@@ -146,6 +146,7 @@ def read_shard(
         limits=with_cache_that_fits(limits, snapshot.config, layers, spec),
         quantization=spec.quantization,
         devices=spec.devices,
+        attention=spec.attention,
     )
     return snapshot, loaded
 

@@ -508,7 +508,7 @@ def test_default_preset_states_the_defaults() -> None:
 
 def test_every_shipped_preset_loads() -> None:
     names = sorted(path.stem for path in config.presets_folder().glob("*.toml"))
-    assert {"default", "loopback-3"} <= set(names)
+    assert {"default", "loopback-3", "cuda", "tpu"} <= set(names)
     for name in names:
         assert isinstance(load_settings(name), Settings)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pals.models.config import AttentionConfig, CacheShape, ModelConfig
+from pals.models.config import AttentionConfig, ModelConfig
 from pals.models.configs.reader import (
     MAX_INTERMEDIATE_SIZE,
     MAX_POSITIONS,
@@ -17,18 +17,11 @@ from pals.models.configs.shared import CommonFields, Heads, read_layer_types
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseConfig(ModelConfig):
-    """A decoder whose layers are attention and a gated MLP, each after a norm.
-
-    Attributes:
-        attention: One for each layer.
-    """
+    """A decoder whose layers are attention and a gated MLP, each after a norm."""
 
     intermediate_size: int
     mlp_bias: bool
     attention: tuple[AttentionConfig, ...]
-
-    def cache_shapes(self, layer: int) -> tuple[CacheShape, ...]:
-        return self.attention[layer].cache_shapes
 
     def layer_parameters(self, layer: int) -> int:
         mlp = 3 * self.hidden_size * self.intermediate_size

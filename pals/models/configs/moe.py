@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from pals.models.config import (
-    AttentionConfig,
-    CacheShape,
-    LatentAttentionConfig,
     ModelConfig,
 )
 from pals.models.configs.dense import AttentionSwitches, build_attention
@@ -117,17 +114,12 @@ class SparseConfig(ModelConfig):
     """A decoder whose layers are attention and, for some or all, MoE.
 
     Attributes:
-        attention: One for each layer.
         moe: One for each layer; None for a dense one.
         intermediate_size: F of the dense layers.
     """
 
-    attention: tuple[AttentionConfig | LatentAttentionConfig, ...]
     moe: tuple[MoEConfig | None, ...]
     intermediate_size: int
-
-    def cache_shapes(self, layer: int) -> tuple[CacheShape, ...]:
-        return self.attention[layer].cache_shapes
 
     def layer_parameters(self, layer: int) -> int:
         moe = self.moe[layer]

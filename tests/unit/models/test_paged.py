@@ -35,10 +35,13 @@ def tables(*rows):
     )
 
 
-def written(shape, rows, news):
-    zeros = jnp.zeros((KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM), storage_dtype(news.dtype))
+def written(shape, rows, news, platform="cpu"):
+    stored = storage_dtype(news.dtype, platform)
+    zeros = jnp.zeros((KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM), stored)
     made = make_rows(CONFIG, shape, tables(*rows))
-    keys, values = jax.jit(update_cache)((zeros, zeros), (news, -news), made)
+    keys, values = jax.jit(update_cache, static_argnums=3)(
+        (zeros, zeros), (news, -news), made, platform
+    )
     found = np.asarray(keys).view(news.dtype)
     np.testing.assert_array_equal(np.asarray(values).view(news.dtype)[:, 1:], -found[:, 1:])
     return found
@@ -53,13 +56,22 @@ def expected_of(rows, parts, dtype=np.float32):
     return pages
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_tokens_of_short_rows_go_to_their_pages_and_padding_to_nobodys(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "platform"),
+    [
+        (np.float32, "cpu"),
+        (np.float32, "tpu"),
+        (ml_dtypes.bfloat16, "cpu"),
+        (ml_dtypes.bfloat16, "gpu"),
+        (ml_dtypes.bfloat16, "tpu"),
+    ],
+)
+def test_tokens_of_short_rows_go_to_their_pages_and_padding_to_nobodys(dtype, platform):
     shape = StepShape(3, 2)
     rows = [(3, 2, [5, 2]), (6, 1, [1, 8]), (0, 0, [7])]
     news = draw(shape.tokens, KV_HEADS, HEAD_DIM).astype(dtype)
 
-    found = written(shape, rows, news)
+    found = written(shape, rows, news, platform)
 
     expected = expected_of(rows, [news[0:2], news[2:4], news[4:6]], dtype)
     np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
@@ -83,7 +95,8 @@ def test_chunk_keeps_what_stands_in_its_first_and_last_page():
     news = draw(4, KV_HEADS, HEAD_DIM)
     rows = [(2, 4, [3, 6])]
 
-    (found,) = update_cache((old,), (jnp.array(news),), make_rows(CONFIG, shape, tables(*rows)))
+    made = make_rows(CONFIG, shape, tables(*rows))
+    (found,) = update_cache((old,), (jnp.array(news),), made, "cpu")
 
     expected = np.array(old)
     expected[:, 3, 2:], expected[:, 6, :2] = news[:2].swapaxes(0, 1), news[2:].swapaxes(0, 1)
@@ -97,6 +110,20 @@ def test_tokens_stand_in_short_rows_and_then_in_the_chunk():
     (table,) = made.rope
     positions = jnp.array([5, 6, 9, 10, 0, 1, 2])
     np.testing.assert_allclose(table.cos[:, 0], jnp.cos(positions), atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_token_keeps_what_stands_in_its_page(platform):
+    shape = StepShape(2)
+    old = jnp.array(draw(KV_HEADS, PAGES, PAGE_TOKENS, HEAD_DIM, seed=1))
+    news = draw(2, KV_HEADS, HEAD_DIM)
+    made = make_rows(CONFIG, shape, tables((2, 1, [3]), (4, 1, [5, 6])))
+
+    (found,) = update_cache((old,), (jnp.array(news),), made, platform)
+
+    expected = np.array(old)
+    expected[:, 3, 2], expected[:, 6, 0] = news
+    np.testing.assert_array_equal(found[:, 1:], expected[:, 1:])
 
 
 def test_what_is_not_finite_is_not_left_to_the_next_session():
