@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pals.driver.best import BestOf
 from pals.driver.bridge import TrioThread
 from pals.driver.choices import ChoiceSessions
 from pals.driver.completion import LocalCompletion, PromptOnly
+from pals.driver.drawing import is_scored, made, sampling_of
 from pals.driver.interface import (
     Completion,
     Delta,
@@ -37,7 +37,7 @@ from pals.text.answers.pieces import Content
 from pals.text.grammar import GrammarChecker
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
-from pals.types import Grammar, Sampling
+from pals.types import Grammar
 
 TAIL_CHARACTERS = 256
 """Of a rendered prompt, for the parser: a template may have opened the reasoning."""
@@ -110,7 +110,7 @@ class LocalDriver:
         reading = self._reading(params, kept_tokens=self._answers.kept_tokens)
         readers = [
             AnswerReader(i, reading, self._answers.parser(use, prompt_tail=prompt.tail))
-            for i in range(_made(params))
+            for i in range(made(params))
         ]
         request = self._request(prompt.tokens, params, grammar)
         return await self._start(request, params, readers, asked_at=asked_at)
@@ -124,7 +124,7 @@ class LocalDriver:
             return PromptOnly(_ended(before, params.n), prompt_tokens=len(tokens))
         context = [t for t in tokens if not self._tokenizer.is_skipped(t)][-CONTEXT_TOKENS:]
         reading = self._reading(params, context=tuple(context))
-        readers = [AnswerReader(i, reading, PlainParser()) for i in range(_made(params))]
+        readers = [AnswerReader(i, reading, PlainParser()) for i in range(made(params))]
         request = self._request(tokens, params, params.grammar)
         return await self._start(request, params, readers, before=before, asked_at=asked_at)
 
@@ -177,7 +177,7 @@ class LocalDriver:
         if params.logprobs is not None:
             scores = await self._score(tokens, params.logprobs)
         piece = (Content(text),) if text else ()
-        return [Delta(choice=i, pieces=piece, scores=scores) for i in range(_made(params))]
+        return [Delta(choice=i, pieces=piece, scores=scores) for i in range(made(params))]
 
     async def _score(self, tokens: tuple[int, ...], logprobs: int) -> tuple[TokenScore, ...]:
         first = self._scorer.unscored(tokens[0])
@@ -229,7 +229,7 @@ class LocalDriver:
             end_tokens=frozenset(self._eos_token_ids),
             kept_tokens=kept_tokens,
             stop=params.stop,
-            scored=_is_scored(params),
+            scored=is_scored(params),
             context=context,
         )
 
@@ -240,7 +240,7 @@ class LocalDriver:
             prompt=prompt,
             max_new_tokens=params.max_tokens,
             stop_token_ids=self._eos_token_ids,
-            sampling=_sampling(params, 0),
+            sampling=sampling_of(params, 0),
             grammar=grammar,
         )
 
@@ -253,7 +253,7 @@ class LocalDriver:
         before: Sequence[Delta] = (),
         asked_at: float,
     ) -> Completion:
-        others = [_sampling(params, choice) for choice in range(1, len(readers))]
+        others = [sampling_of(params, choice) for choice in range(1, len(readers))]
         sessions = ChoiceSessions(self._network, self._client, request, others)
         await sessions.open()
         self._times.refresh()
@@ -268,31 +268,6 @@ class LocalDriver:
         if len(readers) == params.n:
             return completion
         return BestOf(completion, n=params.n, scored=params.logprobs is not None)
-
-
-def _made(params: GenerateParams) -> int:
-    return params.n if params.best_of is None else max(params.n, params.best_of)
-
-
-def _is_scored(params: GenerateParams) -> bool:
-    return params.logprobs is not None or _made(params) > params.n
-
-
-def _sampling(params: GenerateParams, choice: int) -> Sampling:
-    """Return how one of the answers is sampled: they differ by their seeds."""
-    seed = secrets.randbits(64) if params.seed is None else params.seed + choice
-    return Sampling(
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        min_p=params.min_p,
-        repetition_penalty=params.repetition_penalty,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        logit_bias=params.logit_bias,
-        seed=seed % (1 << 64),
-        logprobs=(params.logprobs or 0) if _is_scored(params) else None,
-    )
 
 
 def _ended(before: Sequence[Delta], n: int) -> list[Delta]:

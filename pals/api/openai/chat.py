@@ -18,7 +18,7 @@ from pals.api.openai.sampling import generate_params
 from pals.api.openai.schema.chat import ChatRequest
 from pals.api.openai.tool_choice import tool_use
 from pals.driver.interface import GenerateParams
-from pals.errors import InvalidRequest, UnsupportedParameter
+from pals.errors import InvalidRequest
 
 
 def chat_route(endpoint: Endpoint) -> HTTPRouteHandler:
@@ -41,22 +41,18 @@ def chat_params(request: ChatRequest, *, vocab_size: int) -> GenerateParams:
 
     Raises:
         InvalidRequest: Fields that do not go together.
-        UnsupportedParameter: A combination that is not implemented.
+        UnsupportedParameter: Obfuscation is asked for.
     """
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(limits) > 1:
         problem = "`max_tokens` and `max_completion_tokens` differ: send one of them"
         raise InvalidRequest(problem=problem, param="max_tokens")
-    grammar, tools = answer_grammar(request), tool_use(request)
-    if grammar is not None and tools is not None and tools.choice != "none":
-        problem = "an answer either has a form or may call tools"
-        raise UnsupportedParameter(param="response_format", problem=problem)
     return replace(
         generate_params(request, vocab_size=vocab_size),
         max_tokens=request.max_completion_tokens or request.max_tokens,
         logprobs=_logprobs(request),
-        grammar=grammar,
-        tools=tools,
+        grammar=answer_grammar(request),
+        tools=tool_use(request),
         reasoning_effort=request.reasoning_effort,
     )
 

@@ -313,11 +313,11 @@ def test_a_format_that_is_none_is_refused_by_name(form: object, param: str) -> N
     assert refusal(response_format=form).fields["param"] == param
 
 
-def test_a_form_for_answers_that_may_call_tools_is_refused() -> None:
-    form = {"response_format": {"type": "json_object"}, "tools": [tool("f")]}
+def test_a_form_goes_together_with_tools() -> None:
+    made = params(response_format={"type": "json_object"}, tools=[tool("f")])
 
-    assert refusal(**form).fields["param"] == "response_format"
-    assert params(**form, tool_choice="none").grammar == Grammar(kind="json_object")
+    assert made.grammar == Grammar(kind="json_object")
+    assert made.tools == ToolUse(tools=(ToolSpec(name="f"),))
 
 
 # --- combinations and ranges ---------------------------------------------------------
