@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 PEERS = tuple(identity(20 + number) for number in range(8))
 SEED = 5
+TLS = ssl.create_default_context()
+"""Read once: httpx would read every authority anew for each request, of plain HTTP too."""
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
@@ -131,7 +134,9 @@ class Client:
             headers[HEADER] = sign_request(signer, method=method, path=path, body=body, at=at)
         try:
             url = self._backend.url + path
-            response = httpx.request(method, url, content=body, headers=headers, timeout=20)
+            response = httpx.request(
+                method, url, content=body, headers=headers, timeout=20, verify=TLS
+            )
         except httpx.TransportError:
             return None
         return response.json() if response.is_success else None
@@ -231,13 +236,15 @@ def play_many(backend: Backend, chain: Chain, kill: Callable[[], None], *, kills
 
     with ThreadPoolExecutor(len(PEERS)) as pool:
         clients = [pool.submit(act, number) for number in range(len(PEERS))]
-        for _ in range(kills):
-            before = len(history.entries) + 2
-            deadline = time.monotonic() + 2
-            while len(history.entries) < before and time.monotonic() < deadline:
-                time.sleep(0.01)
-            kill()
-        over.set()
+        try:
+            for _ in range(kills):
+                before = len(history.entries) + 2
+                deadline = time.monotonic() + 2
+                while len(history.entries) < before and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                kill()
+        finally:
+            over.set()
         history.lists = [client.result() for client in clients]
     return history
 
