@@ -50,7 +50,7 @@ class Effort:
     replay_every: int
 
 
-FULL_EFFORT = Effort(answers=32, answer_tokens=128, replay_every=4)
+FULL_EFFORT = Effort(answers=16, answer_tokens=96, replay_every=4)
 QUICK_EFFORT = Effort(answers=8, answer_tokens=24, replay_every=8)
 
 
