@@ -89,11 +89,11 @@ $(INTEROP_INSTALLED): $(INTEROP)/package.json $(INTEROP)/package-lock.json | $(I
 interop: $(INTEROP_INSTALLED) ## install js-libp2p, which the network's tests talk to
 
 test: $(INSTALLED) $(INTEROP_INSTALLED) ## unit and integration tests, but for the slow ones
-	$(BIN)/pytest tests/integration tests/attacks tests/vectors tests/fuzz tests/unit \
+	$(BIN)/pytest tests/integration tests/api tests/attacks tests/vectors tests/fuzz tests/unit \
 	  -m "not slow and not large" $(WORKERS)
 
 slow: $(INSTALLED) ## what takes long: leaks, crowds of members, real NATs, the largest models
-	$(AS_SHIPPED) $(BIN)/pytest tests/integration tests/attacks tests/unit -m slow --timeout 300 $(WORKERS)
+	$(AS_SHIPPED) $(BIN)/pytest tests/integration tests/api tests/attacks tests/unit -m slow --timeout 300 $(WORKERS)
 
 fuzz: $(INSTALLED) ## a million inputs to every decoder of bytes that others may send
 	printf '%s\n' $(FUZZ_TARGETS) | xargs -P 2 -I '{}' $(BIN)/python -m tests.fuzz '{}' $(FUZZ)

@@ -30,7 +30,20 @@ def _text() -> str:
 @cache
 def component(name: str) -> Schema:
     """Return one of ``components.schemas``."""
-    found = re.search(rf"^    {name}:\n((?:     .*\n|\n)+)", _text(), re.MULTILINE)
+    return _block(name, indent=4)
+
+
+@cache
+def path_item(path: str) -> Schema:
+    """Return one of ``paths``."""
+    return _block(path, indent=2)
+
+
+def _block(name: str, *, indent: int) -> Schema:
+    """Return what stands below a key that is the only one of its name and indentation."""
+    space = " " * indent
+    pattern = rf"^{space}{re.escape(name)}:\n((?:{space} .*\n|\n)+)"
+    found = re.search(pattern, _text(), re.MULTILINE)
     assert found, name
     return yaml.load(found[1], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
