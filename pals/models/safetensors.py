@@ -6,7 +6,9 @@ the library's own reader maps whole files, and a shard needs only its layers' by
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -302,7 +304,9 @@ def _parse_entry(name: str, value: object, path: Path, start: int) -> TensorEntr
     if shape is None or offsets is None or len(offsets) != 2:
         raise CorruptModel(source=path, problem=f"weight `{name}` has no shape or no offsets")
     size_bytes = offsets[1] - offsets[0]
-    if math.prod(shape) * ITEM_BYTES[dtype] != size_bytes:
+    counts = itertools.accumulate(shape, operator.mul)
+    # The library multiplies in 64 bits, and refuses what passes them before it comes to a 0.
+    if max(counts, default=0) >= 1 << 64 or math.prod(shape) * ITEM_BYTES[dtype] != size_bytes:
         raise CorruptModel(
             source=path,
             problem=f"weight `{name}` of {dtype} {list(shape)} takes {size_bytes} bytes",

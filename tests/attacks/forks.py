@@ -60,6 +60,11 @@ class Forks:
         self._process = process
         self._folder = folder
 
+    @property
+    def process_id(self) -> int:
+        """The process that forks: what it starts are commands, as of a shell."""
+        return self._process.pid
+
     def run(self, *arguments: str | Path, stdin: str = "", **variables: str) -> Finished:
         """Run a command to its end."""
         order = Order(arguments=tuple(map(str, arguments)), stdin=stdin, variables=variables)

@@ -277,6 +277,7 @@ def test_m11_no_command_shows_a_secret(tmp_path: Path) -> None:
     """In forked processes, and as far as the servers read their secrets."""
     with watched(tmp_path) as (pals, watch, stage), open_forks(pals, tmp_path) as forks:
         stage.start = forks.run
+        watch.shells.add(forks.process_id)
         play_beginning(stage)
         play_keys(stage)
         play_refusals(stage)

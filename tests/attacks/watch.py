@@ -20,6 +20,7 @@ class Watch:
     Attributes:
         command_lines: Every command line that it saw.
         inherited: The environment of each process that another of them started.
+        shells: Processes that stand for a user's shell: what they start are the commands.
     """
 
     def __init__(self, pals: Pals) -> None:
@@ -27,6 +28,7 @@ class Watch:
         self._ended = threading.Event()
         self.command_lines: set[bytes] = set()
         self.inherited: dict[int, bytes] = {}
+        self.shells: set[int] = set()
 
     def look(self) -> None:
         """Note what can be seen now."""
@@ -39,7 +41,7 @@ class Watch:
                 environ = (folder / "environ").read_bytes()
             except (OSError, IndexError):  # it ended meanwhile
                 continue
-            if parent in processes:
+            if parent in processes.keys() - self.shells:
                 self.inherited[pid] = environ
 
     @contextmanager

@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pals.errors import CorruptModel, UnsupportedModel
@@ -26,6 +26,7 @@ def path(tmp_path_factory):
 
 
 @settings(max_examples=300)
+@example(name="c", change={"shape": [1 << 47, 1 << 47, 0]}, more=b"")
 @given(
     name=st.sampled_from(["a", "b", "c", "d"]),
     change=st.fixed_dictionaries(

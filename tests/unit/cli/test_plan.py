@@ -25,7 +25,9 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[EngineLimits]:
     layers = LayerPlan(
         layers=tuple(range(80)), weights=1024 * MIB, kv_per_token=1024, workspace=100 * MIB
     )
-    ends = EndsPlan(embedding=1024 * MIB, head=1024 * MIB, both=2048 * MIB, sampling=100 * MIB)
+    ends = EndsPlan(
+        embedding=1024 * MIB, head=1024 * MIB, both=2048 * MIB, sampling=100 * MIB, bank=0
+    )
     plan = ModelPlan(kinds=(layers,), ends=ends, limits=LIMITS, num_programs=16)
 
     def plan_model(_: object, spec: ShardSpec) -> ModelPlan:
