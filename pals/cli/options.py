@@ -9,7 +9,10 @@ from typing import Annotated
 
 from cyclopts import Parameter, Token, validators
 
-from pals.types import parse_bytes
+from pals.types import LayerRange, parse_bytes
+
+AUTO = "auto"
+"""Layers that are chosen when the shard starts."""
 
 _COUNT = re.compile(r"(\d+)(k?)", re.IGNORECASE)
 
@@ -49,6 +52,15 @@ def parse_tokens(text: str) -> int:
     if match is None:
         raise ValueError(f"`{text}` is no number of tokens; write one such as 4096 or 32k")
     return int(match[1]) * (1024 if match[2] else 1)
+
+
+def parse_layers(layers: str | None) -> LayerRange | None:
+    """Read ``--layers`` of commands that may serve some too; None where there are none to read.
+
+    Raises:
+        ValueError: It is neither a range nor `AUTO`.
+    """
+    return None if layers in (None, AUTO) else LayerRange.parse(layers)
 
 
 def read_size(_: type, tokens: Sequence[Token]) -> int:

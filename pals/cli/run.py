@@ -6,7 +6,8 @@ import asyncio
 import os
 import stat
 import sys
-from dataclasses import replace
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,23 +15,24 @@ from cyclopts import Parameter, validators
 
 from pals.cli import console
 from pals.cli.interrupt import exiting_on_termination
-from pals.cli.options import Json
+from pals.cli.options import Json, parse_layers
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
     NO_SHARD_OPTIONS,
+    Member,
+    ServedRole,
     ServerOptions,
     ShardOptions,
     configure_logging,
     load_member,
 )
 from pals.errors import InvalidConfig
-from pals.types import LayerRange
+from pals.settings import Settings
 
 if TYPE_CHECKING:
     from pals.cli.chat.conversation import Conversation
     from pals.driver.interface import Driver
 
-AUTO = "auto"
 HISTORY_NAME = "chat_history.json"
 MAX_PROMPT_CHARS = 1 << 20
 
@@ -41,10 +43,8 @@ def run(
     /,
     *,
     system: str = "",
-    temperature: Annotated[
-        float | None, Parameter(validator=validators.Number(gte=0, lte=2))
-    ] = None,
-    top_p: Annotated[float | None, Parameter(validator=validators.Number(gt=0, lte=1))] = None,
+    temperature: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=2))] = 1.0,
+    top_p: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))] = 1.0,
     seed: int | None = None,
     max_tokens: Annotated[int | None, Parameter(validator=validators.Number(gte=1))] = None,
     history: bool = True,
@@ -74,49 +74,55 @@ def run(
         json: Print the answer as one JSON document on standard output; needs a prompt.
     """
     configure_logging(verbose=options.verbose)
-    layer_range = None if layers in (None, AUTO) else LayerRange.parse(layers)
-    settings = options.load_settings()
-    member = load_member(options.profile, options.swarm)
-    text = _question(prompt)
-    if json and text is None:
-        raise InvalidConfig(
-            source="--json", problem="there is no prompt", advice="name one, or pipe it in"
-        )
     from pals.cli.chat.conversation import Conversation
-    from pals.cli.endpoint import Drive, open_endpoint
     from pals.driver.interface import GenerateParams
 
-    names = (model or member.entry.model,)
+    layer_range = parse_layers(layers)
+    settings = options.load_settings()
+    member = load_member(options.profile, options.swarm)
+    text = _question(prompt, must=json)
+    model = model or member.entry.model
     also = None
     if layers is not None:
-        also = shard_options.make_role(names[0], layer_range, settings.shard, json=False)
-    params = GenerateParams(max_tokens=max_tokens, seed=seed)
-    params = params if temperature is None else replace(params, temperature=temperature)
-    params = params if top_p is None else replace(params, top_p=top_p)
+        also = shard_options.make_role(model, layer_range, settings.shard, json=False)
+    params = GenerateParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     conversation = Conversation(params=params, system=system)
-    drive = Drive(models=names, also=also)
-    kept = member.profile.path / HISTORY_NAME if history else None
+    with exiting_on_termination(), _opened(member, settings, model, also) as driver:
+        if text is not None:
+            _answer_once(driver, conversation, text, json=json)
+        else:
+            _talk(driver, conversation, member.profile.path / HISTORY_NAME if history else None)
+
+
+@contextmanager
+def _opened(
+    member: Member, settings: Settings, model: str, also: ServedRole | None
+) -> Generator[Driver]:
+    """Drive the model until the block ends."""
+    from pals.cli.endpoint import Drive, open_endpoint
+
+    drive = Drive(models=(model,), also=also)
     with (
-        exiting_on_termination(),
         member.profile.lock(),
         open_endpoint(member, settings, drive, on_crash=lambda: None) as endpoint,
     ):
         (driver,) = endpoint.drivers.values()
-        if text is not None:
-            _answer_once(driver, conversation, text, json=json)
-        else:
-            _talk(driver, conversation, kept)
+        yield driver
 
 
-def _question(prompt: str | None) -> str | None:
+def _question(prompt: str | None, *, must: bool) -> str | None:
     """Return what is asked once: the prompt, and what is piped in; None to talk instead.
+
+    Args:
+        prompt: Of the command line.
+        must: There has to be something, as for `--json`.
 
     Raises:
         InvalidConfig: It is too long, or empty.
     """
     piped = _read_piped() if _is_piped() else ""
     text = "\n\n".join(part for part in (prompt or "", piped.strip("\n")) if part)
-    if text or (prompt is None and sys.stdin.isatty()):
+    if text or (prompt is None and sys.stdin.isatty() and not must):
         return text or None
     raise InvalidConfig(
         source="the prompt", problem="it is empty", advice="write one, or pipe it in"

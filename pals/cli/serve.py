@@ -22,7 +22,7 @@ from pals.cli import console
 from pals.cli.arguments import without_option
 from pals.cli.endpoint import Drive, Endpoint, open_endpoint
 from pals.cli.interrupt import exiting_on_termination
-from pals.cli.options import Json
+from pals.cli.options import Json, parse_layers
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
     NO_SHARD_OPTIONS,
@@ -35,9 +35,6 @@ from pals.cli.process import (
     waiting_note,
 )
 from pals.settings import Settings
-from pals.types import LayerRange
-
-AUTO = "auto"
 
 
 def serve(
@@ -73,7 +70,7 @@ def serve(
     if api_key is not None:
         _move_key_to_environment(api_key)
     key = config.take_environment(config.API_KEY_VARIABLE)
-    layer_range = None if layers in (None, AUTO) else LayerRange.parse(layers)
+    layer_range = parse_layers(layers)
     settings = _with_patience(options.load_settings(), wait_for_peers)
     bind = msgspec.structs.replace(
         settings.serve,

@@ -238,13 +238,13 @@ class ComputeThread:
             for row_sampling, allowed in planned.masks:
                 self._runner.set_allowed(row_sampling, allowed)
             output = self._runner.run(planned.step, planned.inputs, planned.samplings)
+            finished_s = self._clock()
+            if output.pooled is not None:
+                with self._lock:
+                    output = self._core.pool(planned, output)
         except Exception as failure:
             self._fail(planned, failure, started_s)
             return
-        finished_s = self._clock()
-        if output.pooled is not None:
-            with self._lock:
-                output = self._core.pool(planned, output)
         # Whoever waits for the outputs need not wait for the bookkeeping.
         result = self._build_result(planned, output, started_s, finished_s)
         self._deliver(Delivery(events=(), result=result))

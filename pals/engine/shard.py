@@ -362,7 +362,9 @@ class Shard:
         places, padded = _place_samplings(step, firsts, samplings)
         sampled = self._call(step.program, arrays, padded)
         assert isinstance(sampled, Sampled)
-        pooled = np.asarray(self._pooled) if _pools(samplings[-1]) else None
+        pooled = None
+        if step.chunk is not None and _pools(samplings[-1]):
+            pooled = np.asarray(self._pooled)
         return StepOutput(hidden=None, sampled=_take(sampled, places), pooled=pooled)
 
     def _call(

@@ -128,6 +128,8 @@ class SessionTable:
         parent = self._sessions.get(SessionId(message.session))
         if parent is None or parent.driver != driver:
             raise self._refusal("there is no session of its driver to fork")
+        if parent.sampler.pooling or (message.sampler is not None and message.sampler.pooling):
+            raise self._refusal("a fork of what is pooled, or that is to be")
         if not message.position < min(parent.position + 1, parent.max_tokens - 1):
             raise self._refusal(f"a fork at {message.position} of {parent.position} tokens")
         forked = replace(
@@ -221,6 +223,8 @@ class SessionTable:
 
     def _check_short_row(self, session: ShardSession, sender: PeerId, lane: Lane, row: Row) -> None:
         _check_way(sender, lane, session.ring_upstream, Lane.DECODE)
+        if session.sampler.pooling:
+            raise InvalidFrame(peer=sender, problem="a row behind a prompt that is pooled")
         if row.position > session.position:
             problem = f"a row at position {row.position}, expected {session.position}"
             raise InvalidFrame(peer=sender, problem=problem)

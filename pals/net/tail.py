@@ -71,6 +71,7 @@ class TailOutput:
             if session is None or not row.outputs:
                 continue  # a chunk that is not its prompt's last
             if session.sampler.pooling:
+                assert row.kind == "prefill"
                 self._send_pooled(session, row, result.output)
                 continue
             tokens = ids[row.first : row.first + row.outputs]
@@ -91,7 +92,10 @@ class TailOutput:
             self._guides.advance(session, position, token, now)
 
     def _send_pooled(self, session: ShardSession, row: RowResult, output: StepOutput) -> None:
-        """Send the mean of a prompt's hidden states to its driver, once all of them are there."""
+        """Send the mean of a prompt's hidden states to its driver, once all of them are there.
+
+        What is pooled is of the step's chunk, and only such rows are of sessions that pool.
+        """
         if row.end < session.prompt_tokens or output.pooled is None:
             return
         self._table.take_sample(session, row.end, 0)
