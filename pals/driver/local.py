@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -88,7 +89,7 @@ class LocalDriver:
         self._eos_token_ids = tuple(sorted(eos_token_ids))
         self._answers = answers or AnswerFormat()
         self._grammars = grammars
-        self._checking = asyncio.Lock()
+        self._checking = ThreadPoolExecutor(1, "pals-grammars")
         self._scorer = TokenScorer(tokenizer)
         self._times = ShardTimes(self.report)
         self.vocab_size = vocab_size or tokenizer.vocab_size
@@ -192,28 +193,31 @@ class LocalDriver:
             sessions.close_all()
 
     async def _grammar(self, params: GenerateParams, prompt_tail: str) -> Grammar | None:
-        """Return what an answer in a conversation may consist of, reasoning and calls included."""
-        answers, answer = self._answers, params.grammar
-        grammar = answers.grammar(params.tools, prompt_tail=prompt_tail, answer=answer)
-        if grammar is not None and self._grammars is not None:
-            await self._check(grammar, "tools" if params.grammar is None else "response_format")
-        return grammar
-
-    async def _check(self, grammar: Grammar, param: str) -> None:
-        """Refuse a grammar that cannot be enforced before a session opens.
+        """Return what an answer in a conversation may consist of, reasoning and calls included.
 
         Raises:
-            InvalidGrammar: It is one.
+            InvalidGrammar: It cannot be enforced; so it is refused before a session opens.
         """
-        assert self._grammars is not None
-        if self._grammars.knows(grammar):
-            return
+        if params.grammar is None and params.tools is None:
+            return None
+        write = partial(
+            self._answers.grammar, params.tools, prompt_tail=prompt_tail, answer=params.grammar
+        )
         try:
-            # one after another: each may take seconds, and threads are few
-            async with self._checking:
-                await asyncio.to_thread(self._grammars.check, grammar)
+            grammar = await asyncio.to_thread(write)
+            if grammar is not None:
+                await self._check(grammar)
         except InvalidGrammar as error:
+            param = "tools" if params.grammar is None else "response_format"
             raise InvalidGrammar(problem=str(error), param=param) from None
+        return grammar
+
+    async def _check(self, grammar: Grammar) -> None:
+        if self._grammars is None or self._grammars.knows(grammar):
+            return
+        # On a thread of its own: each may take seconds, also when its client has gone.
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._checking, self._grammars.check, grammar)
 
     # --- answers ---------------------------------------------------------------------
 

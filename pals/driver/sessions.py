@@ -287,7 +287,7 @@ class SessionClient:
                 self._on_failed(peer, attempt, message)
 
     def _on_failed(self, peer: PeerId, attempt: Attempt, message: Failed) -> None:
-        if (final := _final_error(attempt, message)) is not None:
+        if (final := _final_error(peer, attempt, message)) is not None:
             attempt.fail(final)
             return
         if message.peer:
@@ -326,14 +326,18 @@ def _read_tokens(peer: PeerId, frame: Frame) -> list[SampledToken]:
             return [SampledToken(token, False) for token in ids]
 
 
-def _final_error(attempt: Attempt, message: Failed) -> PalsError | None:
-    """Return why a session ended that would end on every other chain too."""
+def _final_error(peer: PeerId, attempt: Attempt, message: Failed) -> PalsError | None:
+    """Return why a session ended that would end on every other chain too.
+
+    Only the tail knows of a grammar; what another shard says of one is a failure of its own.
+    """
+    is_guided = attempt.owner.request.grammar is not None and peer == attempt.chain.tail.peer
     match message.code:
         case DeadlineExceeded.code:
             return DeadlineExceeded(tokens=len(attempt.owner.tokens))
-        case InvalidGrammar.code:
+        case InvalidGrammar.code if is_guided:
             return InvalidGrammar(problem=message.problem)
-        case GrammarTimeout.code:
+        case GrammarTimeout.code if is_guided:
             return GrammarTimeout(deadline_s=MASK_DEADLINE_S)
         case _:
             return None

@@ -96,10 +96,17 @@ class TextChild:
     def _running(self, error: MakeError) -> _Process:
         if self._process is None or not self._process.alive:
             self._process = _Process()
-            self._process.ask(sandbox.START, START_DEADLINE_S, error)
-            for kind, (content, deadline_s) in self._loaded.items():
-                self._process.ask(kind + content, deadline_s, error)
+            try:
+                self._begin(self._process, error)
+            except BaseException:  # half of what it has to know is as good as nothing
+                self._process.stop()
+                raise
         return self._process
+
+    def _begin(self, process: _Process, error: MakeError) -> None:
+        process.ask(sandbox.START, START_DEADLINE_S, error)
+        for kind, (content, deadline_s) in self._loaded.items():
+            process.ask(kind + content, deadline_s, error)
 
 
 class _Ended(Exception):

@@ -130,7 +130,7 @@ class GrammarMasks:
         )
 
     def next_mask(self, answer: GuidedAnswer) -> Mask | None:
-        """Return what may come after the tokens of an answer; None for anything from now on.
+        """Return what may come after the tokens of an answer; None for what the last one allows.
 
         It waits for the child process, a few seconds at most.
 
@@ -200,8 +200,10 @@ class GrammarMasks:
         return words.astype(np.uint32)
 
     def _next_forced(self, forced: list[int], place: int) -> Mask | None:
-        if place >= len(forced):
+        if place > len(forced):
             return None
+        if place == len(forced):  # the last mask stays: this one ends what is forced
+            return np.full(self._words, 0xFFFFFFFF, np.uint32)
         mask = np.zeros(self._words, np.uint32)
         word, bit = divmod(forced[place], 32)
         mask[word] = 1 << bit
@@ -248,13 +250,14 @@ class GrammarChecker:
         if grammar in self._known:
             self._known.move_to_end(grammar)
             return
+        answer = self.masks.begin(grammar)
         try:
-            answer = self.masks.begin(grammar)
             self.masks.next_mask(answer)
         except CorruptModel as error:
             _log.warning("grammars: %s", error)
             raise _refused("the model's tokenizer is none that grammars work with") from error
-        self.masks.end(answer)
+        finally:
+            self.masks.end(answer)
         self._known[grammar] = None
         if len(self._known) > MAX_CHECKED:
             self._known.popitem(last=False)

@@ -21,8 +21,9 @@ from pals.models.walk import View, attend
 SHAPE = StepShape(2, 1, 64)
 """Of the step: rows that decode, and a chunk."""
 
-ROW_TOKENS = 256
-"""For which each row has pages."""
+ROW_TOKENS = 1024
+"""For which each row has pages: more than a kernel copies at a time, so that one copy runs
+while another is computed with, and a window begins in a later one."""
 
 WINDOW = 40
 """Of layers that have one, whose own would hide nothing."""
@@ -89,7 +90,7 @@ def _draw(
 
     pages = 1 + random.permutation(num_pages - 1).reshape(SHAPE.batch, row_pages)
     tables = Tables(
-        starts=jnp.array([ROW_TOKENS - 1, 70, 90], jnp.int32),
+        starts=jnp.array([ROW_TOKENS - 1, 300, 500], jnp.int32),
         lengths=jnp.array([1, 1, SHAPE.chunk_tokens], jnp.int32),
         pages=jnp.asarray(pages, jnp.int32),
     )

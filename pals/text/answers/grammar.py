@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from pals.errors import InvalidGrammar
 from pals.text.answers.families import Family, Tags
 from pals.text.answers.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START
 from pals.text.answers.reasoning import Thinking
 from pals.text.answers.tools import ToolSpec
-from pals.types import Grammar
+from pals.types import MAX_GRAMMAR_BYTES, Grammar
 
 _DEFINITIONS = ("$defs", "definitions")
 _TEXT = "TEXT: /(?s:.*)/"
@@ -35,14 +36,27 @@ class GrammarWriter:
     def __init__(self, tokens: Mapping[str, int]) -> None:
         self._tokens = tokens
         self._rules: list[str] = []
+        self._chars = 0
         longest_first = sorted(tokens, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def rule(self, body: str) -> str:
-        """Add a rule and return its name."""
+        """Add a rule and return its name.
+
+        Raises:
+            InvalidGrammar: All rules are longer than a grammar may be.
+        """
         name = f"r{len(self._rules)}"
-        self._rules.append(f"{name}: {body}")
+        self._add(f"{name}: {body}")
         return name
+
+    def _add(self, rule: str) -> None:
+        # Counted as they come: each property of a tool may bring every definition along.
+        self._chars += len(rule)
+        if self._chars > MAX_GRAMMAR_BYTES:
+            problem = f"the tools' schemas make a grammar of more than {MAX_GRAMMAR_BYTES} bytes"
+            raise InvalidGrammar(problem=problem)
+        self._rules.append(rule)
 
     def lark(self, start: str) -> Grammar:
         """Return the grammar whose answers are ``start``."""
@@ -65,7 +79,7 @@ class GrammarWriter:
         if first is not None:
             return f"TEXT {self.literal(close)}"
         name = f"u{len(self._rules)}"
-        self._rules.append(f"{name}[suffix={_quoted(close)}]: TEXT")
+        self._add(f"{name}[suffix={_quoted(close)}]: TEXT")
         return name
 
     def json(self, schema: Mapping[str, object], *, lenient: bool = False) -> str:

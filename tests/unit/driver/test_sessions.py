@@ -395,6 +395,24 @@ async def test_a_grammar_that_a_tail_cannot_enforce_ends_the_session_and_blames_
     assert len(bench.links.asked) == 1
 
 
+@pytest.mark.parametrize("grammar", [GRAMMAR, None], ids=["guided", "free"])
+async def test_what_others_than_the_tail_of_a_guided_session_say_of_grammars_moves_it(
+    nursery: trio.Nursery, grammar: Grammar | None
+) -> None:
+    heads, tails = (
+        (announcement(p, "0:2") for p in (A, C)),
+        (announcement(p, "2:4") for p in (B, D)),
+    )
+    bench = Bench(nursery, *heads, *tails)
+    session = await bench.open(grammar=grammar)
+    liar = session.chain.head.peer if grammar else session.chain.tail.peer
+    failed = Failed(session=session.attempt.session, code=InvalidGrammar.code, problem="x")
+    bench.client.on_control(liar, failed)
+    await trio.testing.wait_all_tasks_blocked()
+
+    assert not any(isinstance(event, InvalidGrammar) for event in bench.events)
+
+
 async def test_without_penalties_nobody_is_told_the_prompt(nursery: trio.Nursery) -> None:
     bench = Bench(nursery, announcement(A, "0:4"))
     await bench.open(sampling=Sampling(temperature=0.5, logit_bias=((1, 2.0),)))

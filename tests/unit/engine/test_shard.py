@@ -150,6 +150,32 @@ def test_poison_in_a_step_does_not_reach_the_other_rows(snapshot):
     assert found[[0, 2, 3]].tolist() == expected[[0, 2, 3]].tolist()
 
 
+def run_pooled(shard, rows, hidden, samplings):
+    """Return what is pooled of a step at the tail; see `run_hidden`."""
+    made = [make_row(shard, *row) for row in rows]
+    chunk = made.pop() if rows[-1][1] == "prefill" else None
+    chosen = [RowSampling(sampling) for sampling in samplings]
+    return shard.run(make_step(shard, made, chunk), hidden, chosen).pooled
+
+
+def test_only_the_chunk_of_a_step_is_pooled_and_its_padding_is_not(snapshot):
+    tail = load_chain(snapshot, [0, 2])[1]
+    pooling = Sampling(pooling=True)
+    row = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    chunk = np.random.default_rng(1).standard_normal((9, 64)).astype(np.float32)
+
+    alone = run_pooled(tail, [(1, "prefill", 0, 9)], [chunk], [pooling])
+    rows = [(0, "decode", 0, 1), (1, "prefill", 0, 9)]
+    beside = run_pooled(tail, rows, [row, chunk], [Sampling(), pooling])
+    first = run_pooled(tail, [(2, "prefill", 0, 4)], [chunk[:4]], [pooling])
+    rest = run_pooled(tail, [(2, "prefill", 4, 5)], [chunk[4:]], [pooling])
+
+    np.testing.assert_allclose(beside, alone, atol=1e-4)
+    np.testing.assert_allclose(first + rest, alone, atol=1e-4)
+    assert run_pooled(tail, [(0, "decode", 0, 1)], [row], [pooling]) is None
+    assert run_pooled(tail, rows, [row, chunk], [pooling, Sampling()]) is None
+
+
 def test_rows_drafts_and_chunks_of_one_step_are_as_each_alone(whole):
     rows = [
         (0, "decode", len(PROMPT), [7]),

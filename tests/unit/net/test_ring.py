@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -348,6 +349,25 @@ def test_fork_goes_the_way_of_its_parent_and_its_first_row_is_of_a_prompt() -> N
         table.take_row(TAIL, Lane.DECODE, row, 9.0)
     assert table.take_row(DRIVER, Lane.PREFILL, row, 9.0) is child
     assert table.take_row(TAIL, Lane.DECODE, Row(CHILD, 5, 1), 9.0) is child
+
+
+def test_what_is_pooled_ends_with_its_prompt_and_is_not_forked() -> None:
+    table = make_table("4:6")
+    pooled = Sampler(pooling=True)
+    open_one(table, msgspec.structs.replace(make_open(TAIL_CHAIN), sampler=pooled))
+    take(table, 0, 5)
+    with pytest.raises(InvalidFrame, match="pooled"):
+        take(table, 5, lane=Lane.DECODE)
+    with pytest.raises(SessionRefused, match="pooled"):
+        table.fork(DRIVER, make_fork(4), 0.0)
+
+
+def test_a_fork_is_not_pooled() -> None:
+    table = make_table("4:6")
+    open_one(table, make_open(TAIL_CHAIN))
+    take(table, 0, 5)
+    with pytest.raises(SessionRefused, match="pooled"):
+        table.fork(DRIVER, make_fork(4, sampler=Sampler(pooling=True)), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,10 @@ def test_forced_tokens_are_the_only_ones_and_then_anything_goes(masks: GrammarMa
     answer.tokens.append(299)
 
     assert (first, *rest) == ({70}, {0}, {299})
+    anything = masks.next_mask(answer)
+    assert anything is not None
+    assert (anything == 0xFFFFFFFF).all(), "the mask of the last token would stay"
+    answer.tokens.append(5)
     assert masks.next_mask(answer) is None
 
 

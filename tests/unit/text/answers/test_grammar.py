@@ -8,11 +8,12 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from pals.errors import InvalidGrammar
 from pals.text.answers.families import FAMILIES, HARMONY, HERMES, PLAIN, Family
 from pals.text.answers.format import AnswerFormat
 from pals.text.answers.reasoning import THINK, Thinking
 from pals.text.answers.tools import ToolUse
-from pals.types import Grammar
+from pals.types import MAX_GRAMMAR_BYTES, Grammar
 from tests import checkpoints
 from tests.unit.text.answers.reading import NOW, TOOLS, WEATHER
 
@@ -213,6 +214,16 @@ def test_an_odd_schema_of_a_tool_makes_a_grammar_or_one_that_does_not_compile(
     use = ToolUse(tools=(replace(NOW, parameters=parameters),), choice="required")
     for family in FAMILIES:
         assert AnswerFormat(family=family).grammar(use) is not None
+
+
+@EVERY_FAMILY
+def test_schemas_that_make_too_long_a_grammar_are_refused_while_it_is_written(family: Family):
+    properties = {f"p{number}": {"type": "integer"} for number in range(500)}
+    definitions = {"large": {"enum": ["x" * 60_000]}}
+    schema = {"type": "object", "properties": properties, "$defs": definitions}
+    tools = tuple(replace(NOW, name=f"now{number}", parameters=schema) for number in range(9))
+    with pytest.raises(InvalidGrammar, match=str(MAX_GRAMMAR_BYTES)):
+        AnswerFormat(family=family).grammar(ToolUse(tools=tools, choice="required"))
 
 
 def test_texts_and_choices_between_tags_are_held_to_their_schema(
