@@ -71,6 +71,7 @@ class FakeDriver:
     created = 1_700_000_000
     context_tokens = 64
     vocab_size = 100
+    embedding_size = 4
 
     def __init__(self, script: Script = ("Hel", "lo", "!"), *, end: End = "stop") -> None:
         self.script = script

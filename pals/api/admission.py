@@ -1,8 +1,8 @@
 """How many requests run at once, how many wait, and what the others are told.
 
-`Admitting` is an ASGI layer inside the gate: it gives each POST under ``/v1/`` a place
-before its route is looked up, and takes the place back when the request has ended, however
-that comes. So routes need not know about it.
+`Admitting` is an ASGI layer inside the gate: it gives each POST a place before its route is
+looked up, and takes the place back when the request has ended, however that comes. So
+routes need not know about it, and no spelling of a path gets around it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from litestar.types import ASGIApp, Receive, Scope, Send
 
 WAIT_S = 60.0
-WORK_PREFIX = "/v1/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +136,7 @@ class Admitting:
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_http = scope["type"] == "http"
-        if not is_http or scope["method"] != "POST" or not scope["path"].startswith(WORK_PREFIX):
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         client = client_in(scope)

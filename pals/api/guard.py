@@ -25,8 +25,7 @@ def guard(
     Args:
         app: The application.
         gate: What its listener lets through.
-        admission: The places for POST requests under ``/v1/``; None for no bound but that of
-            connections.
+        admission: The places for POST requests; None for no bound but that of connections.
         observe: Told of each request at its end.
     """
     inner = app.asgi_handler

@@ -24,25 +24,32 @@ _LENGTH = re.compile(rb"\d{1,18}")
 _END = b"\r\n\r\n"
 
 
-def check_head(received: bytes) -> None:
+def check_head(received: bytes, checked: int = 0) -> int:
     """Check the head of a request, or as much of one as there is.
 
     Args:
         received: What has arrived since the request before; also what follows the head.
+        checked: What this returned when there was less of the same head.
+
+    Returns:
+        How many bytes need not be looked at again, however small the parts are that the
+        rest arrives in; 0 once the head is whole.
 
     Raises:
         HeadTooLarge: It has more than `MAX_HEAD_BYTES` or `MAX_HEADERS`.
         InvalidRequest: It can be read in more than one way.
     """
-    end = received.find(_END)
+    end = received.find(_END, max(0, checked - len(_END) + 1))
     head = received if end < 0 else received[: end + len(_END)]
     if len(head) > MAX_HEAD_BYTES:
         raise HeadTooLarge(limit_bytes=MAX_HEAD_BYTES, limit_headers=MAX_HEADERS)
-    if _BARE_LINE_END.search(head) or _CONTROL.search(head):
+    if _BARE_LINE_END.search(head, checked) or _CONTROL.search(head, checked):
         raise InvalidRequest(problem="a line of the head has a control character")
-    if end >= 0:
-        request_line, *fields = head[: -len(_END)].split(b"\r\n")
-        _check_fields(_minor_version(request_line), fields)
+    if end < 0:
+        return len(head) - head.endswith(b"\r")
+    request_line, *fields = head[: -len(_END)].split(b"\r\n")
+    _check_fields(_minor_version(request_line), fields)
+    return 0
 
 
 def _minor_version(request_line: bytes) -> int:

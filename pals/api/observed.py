@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from pals.api.clients import client_in
 from pals.api.problems import problem_of, send_problem
+from pals.errors import EndpointLeaving
 
 if TYPE_CHECKING:
     from litestar.types import (
@@ -95,6 +97,11 @@ class Observed:
             # What has begun is cut short by the server: it could be taken for the whole.
             if not watched.status:
                 await send_problem(sending, problem)
+        except asyncio.CancelledError:
+            # The server's drain is over, and it would answer with plain text.
+            if watched.status:
+                raise
+            await send_problem(sending, EndpointLeaving())
         finally:
             if scope["type"] == "http":
                 self._note(scope, watched)

@@ -64,12 +64,13 @@ class StrictConnection(h11.Connection):
 
     refusal: PalsError | None = None
 
+    _checked: int = 0
     _chunks: int = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         try:
             if self.their_state is h11.IDLE:
-                check_head(self.trailing_data[0])
+                self._checked = check_head(self.trailing_data[0], self._checked)
             event = super().next_event()
             self._count_chunks(event)
         except PalsError as error:
@@ -126,6 +127,7 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
         if self.in_request:
             self._stop_head_timer()
+            self._go_on_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP with the error object, and hear no more of the client.
@@ -133,9 +135,9 @@ class GuardedProtocol(H11Protocol):
         uvicorn calls it for whatever h11 refuses. What still comes is thrown away until the
         head's deadline: to hang up on it could take the answer back.
         """
-        self._is_refused = True
+        was_in_request, self._is_refused = self.in_request, True
         refusal = _refusal_of(self.conn)
-        if self.in_request:
+        if was_in_request:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
@@ -169,7 +171,16 @@ class GuardedProtocol(H11Protocol):
     def in_request(self) -> bool:
         """Whether a request is being answered; if not, the client owes the next one."""
         cycle = cast("RequestResponseCycle | None", self.cycle)
-        return cycle is not None and not cycle.response_complete
+        return cycle is not None and not cycle.response_complete and not self._is_refused
+
+    def _go_on_reading(self) -> None:
+        """Undo that uvicorn reads nothing more once it has a part of the next request.
+
+        It would not see either that the client went away, while the answer is being made.
+        """
+        is_whole = self.conn.their_state is h11.DONE
+        if is_whole and len(self.conn.trailing_data[0]) <= MAX_HEAD_BYTES:
+            self.flow.resume_reading()
 
     def _make_room(self) -> None:
         """Close the connection that waited longest when there is one too many.

@@ -265,6 +265,11 @@ class Driver(Protocol):
         """Token ids are below it."""
         ...
 
+    @property
+    def embedding_size(self) -> int:
+        """Dimensions of the vectors that `embed` returns."""
+        ...
+
     async def chat(self, messages: Sequence[Message], params: GenerateParams) -> Completion:
         """Start the answers to a conversation, once a chain has accepted the first.
 

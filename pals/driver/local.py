@@ -103,6 +103,10 @@ class LocalDriver:
     def context_tokens(self) -> int:
         return self._model.max_position_embeddings
 
+    @property
+    def embedding_size(self) -> int:
+        return self._model.hidden_size
+
     async def chat(self, messages: Sequence[Message], params: GenerateParams) -> Completion:
         """Start answers; see `pals.driver.interface.Driver.chat` for what it raises."""
         asked_at, use = time.perf_counter(), params.tools

@@ -32,9 +32,8 @@ def completion_route(endpoint: Endpoint) -> HTTPRouteHandler:
         asked = read_request(await request.body(), COMPLETION_FIELDS, CompletionRequest)
         driver = endpoint.driver(asked.model)
         vocab_size = driver.vocab_size
-        prompts = read_prompts(
-            asked.prompt or "", param="prompt", vocab_size=vocab_size, limit=MAX_PROMPTS
-        )
+        prompt = "" if asked.prompt is None else asked.prompt
+        prompts = read_prompts(prompt, param="prompt", vocab_size=vocab_size, limit=MAX_PROMPTS)
         params = completion_params(asked, vocab_size=vocab_size)
         _check_total(len(prompts), params)
         form = CompletionForm(asked, choices=len(prompts) * params.n)

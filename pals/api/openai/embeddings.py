@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 
 import msgspec
@@ -34,23 +35,32 @@ def embedding_route(endpoint: Endpoint) -> HTTPRouteHandler:
     async def create_embedding(request: ApiRequest) -> Response[bytes]:
         asked = read_request(await request.body(), EMBEDDING_FIELDS, EmbeddingRequest)
         driver = endpoint.driver(asked.model)
+        _check_dimensions(asked.dimensions, driver.embedding_size)
         inputs = read_prompts(
             asked.input, param="input", vocab_size=driver.vocab_size, limit=MAX_INPUTS
         )
         if "" in inputs:
             raise InvalidRequest(problem="`input` is empty", param="input")
         found = await unless_disconnected(request.receive, driver.embed(inputs))
-        return Response(msgspec.json.encode(embedding_list(asked, found)), media_type=JSON_TYPE)
+        # Thousands of vectors take longer to write than others should wait.
+        answer = await asyncio.to_thread(_written, asked, found)
+        return Response(answer, media_type=JSON_TYPE)
 
     return create_embedding
 
 
-def embedding_list(request: EmbeddingRequest, found: list[Embedding]) -> EmbeddingList:
-    """Return embeddings in the encoding and the size that a request asks for.
+def _check_dimensions(asked: int | None, size: int) -> None:
+    if asked is not None and asked > size:
+        problem = f"`dimensions` is {asked}, and the model has {size}"
+        raise InvalidRequest(problem=problem, param="dimensions")
 
-    Raises:
-        InvalidRequest: There are fewer dimensions than it asks for.
-    """
+
+def _written(request: EmbeddingRequest, found: list[Embedding]) -> bytes:
+    return msgspec.json.encode(embedding_list(request, found))
+
+
+def embedding_list(request: EmbeddingRequest, found: list[Embedding]) -> EmbeddingList:
+    """Return embeddings in the encoding and the size that a request asks for."""
     tokens = sum(each.tokens for each in found)
     return EmbeddingList(
         data=[
@@ -71,9 +81,6 @@ def _encoded(request: EmbeddingRequest, vector: NDArray[np.float32]) -> list[flo
 
 def _normalised(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
     """Return the first of a vector's dimensions, or all, at length 1, as OpenAI does."""
-    if dimensions is not None and dimensions > len(vector):
-        problem = f"`dimensions` is {dimensions}, and the model has {len(vector)}"
-        raise InvalidRequest(problem=problem, param="dimensions")
     kept = vector[:dimensions]
     length = float(np.linalg.norm(kept))
     return kept if length == 0 else (kept / np.float32(length))

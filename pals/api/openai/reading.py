@@ -23,7 +23,7 @@ UNSUPPORTED_KINDS = {
 
 _LOCATED = re.compile(r"(?P<problem>.*) - at `(?:key in )?\$\.?(?P<place>[^`]*)`", re.DOTALL)
 _NAMED = re.compile(r"Object (?:missing required|contains unknown) field `(?P<name>[^`]*)`")
-_KIND = re.compile(r"Invalid value '(?P<kind>.*)'")
+_KIND = re.compile(r"Invalid (?:enum )?value '(?P<kind>.*)'")
 _UNKNOWN = "Object contains unknown field"
 
 
@@ -68,6 +68,7 @@ def _problem(text: str) -> InvalidRequest:
     if problem.startswith(_UNKNOWN):
         return UnknownParameter(param=param)
     kind = _KIND.fullmatch(problem)
-    if kind is not None and kind["kind"] in UNSUPPORTED_KINDS:
+    is_of_type = place.rpartition(".")[2] == "type"
+    if kind is not None and is_of_type and kind["kind"] in UNSUPPORTED_KINDS:
         return UnsupportedParameter(param=param, problem=UNSUPPORTED_KINDS[kind["kind"]])
     return InvalidRequest(problem=f"invalid `{param}`: {problem}" if param else text, param=param)

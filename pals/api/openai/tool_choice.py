@@ -24,10 +24,23 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
     if request.functions and request.tools:
         problem = "`functions` and `tools` are the same thing: send `tools`"
         raise InvalidRequest(problem=problem, param="functions")
+    _check_choice("function_call", request.function_call, "functions", request)
+    _check_choice("tool_choice", request.tool_choice, "tools", request)
     if request.functions:
         return _functions_use(request.functions, request.function_call)
     specs = _specs([tool.function for tool in request.tools or ()], "tools")
     return _tools_use(request, specs)
+
+
+def _check_choice(param: str, choice: object, own: str, request: ChatRequest) -> None:
+    """Refuse a choice among what a request does not have; a default says nothing.
+
+    That nothing is called is also true where nothing can be, if not of the other list.
+    """
+    lists = {"functions": request.functions, "tools": request.tools}
+    said_in_vain = (None, "auto") if any(lists.values()) else (None, "auto", "none")
+    if not lists[own] and choice not in said_in_vain:
+        raise InvalidRequest(problem=f"`{param}` is allowed only with `{own}`", param=param)
 
 
 def _functions_use(functions: Sequence[FunctionObject], choice: str | ToolName | None) -> ToolUse:
@@ -41,9 +54,6 @@ def _functions_use(functions: Sequence[FunctionObject], choice: str | ToolName |
 def _tools_use(request: ChatRequest, specs: tuple[ToolSpec, ...]) -> ToolUse | None:
     choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
     if not specs:
-        if choice not in (None, "none", "auto"):
-            problem = "`tool_choice` is allowed only with `tools`"
-            raise InvalidRequest(problem=problem, param="tool_choice")
         return None
     match choice:
         case NamedChoice():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 from pydantic import BaseModel
 
+from pals.api.openai import embeddings
+from pals.api.openai.embeddings import embedding_list
+from pals.api.openai.schema.embeddings import EmbeddingList
 from pals.driver.interface import Delta, GenerateParams
 from pals.errors import NoChain, ShardLost
 from pals.text.answers.pieces import Content, Reasoning, ToolArguments, ToolCall
@@ -75,6 +80,10 @@ def test_several_prompts_are_completed_in_order(client: OpenAI, driver: FakeDriv
     ("fields", "param"),
     [
         ({"prompt": [1, 100]}, "prompt"),
+        ({"prompt": False}, "prompt"),
+        ({"prompt": 0}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": {}}, "prompt"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": ["a"] * 100, "n": 2}, "n"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
@@ -117,6 +126,38 @@ def test_an_embedding_of_nothing_is_refused(client: OpenAI, driver: FakeDriver) 
 
     assert caught.value.param == "input"
     assert not driver.embedded
+
+
+def test_more_dimensions_than_there_are_cost_nothing(client: OpenAI, driver: FakeDriver) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        client.embeddings.create(model=MODEL, input="a", dimensions=driver.embedding_size + 1)
+
+    assert caught.value.param == "dimensions"
+    assert not driver.embedded
+
+
+def test_embeddings_are_written_beside_the_event_loop(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops: list[bool] = []
+
+    def noting(*args: Any) -> EmbeddingList:
+        loops.append(_runs_a_loop())
+        return embedding_list(*args)
+
+    monkeypatch.setattr(embeddings, "embedding_list", noting)
+
+    client.embeddings.create(model=MODEL, input="a")
+
+    assert loops == [False]
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def test_a_refusal_of_the_driver_has_its_status(url: str, driver: FakeDriver) -> None:

@@ -230,10 +230,25 @@ def test_leaving_refuses_who_waits_and_who_comes_and_lets_the_rest_end() -> None
     play(scene, Admission(ONE))
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/models"), ("POST", "/health")])
-def test_what_is_no_work_needs_no_place(method: str, path: str) -> None:
+@pytest.mark.parametrize("path", ["//v1/x", "/%2fv1/x", "/V1/x", "/v1", "/health"])
+def test_no_spelling_of_a_path_gets_a_post_past_the_line(path: str) -> None:
     async def scene(house: House) -> None:
-        running, other = Visit(), Visit(path, method=method)
+        running, refused = Visit(), Visit(path)
+        task = house.begin(running)
+        await running.works.wait()
+
+        await house.begin(refused)
+
+        assert refused.status == 429
+        running.may_end.set()
+        await task
+
+    play(scene, Admission(LineLimits(running=1, waiting=0)))
+
+
+def test_what_only_reads_needs_no_place() -> None:
+    async def scene(house: House) -> None:
+        running, other = Visit(), Visit("/v1/models", method="GET")
         tasks = [house.begin(running), house.begin(other)]
         async with asyncio.timeout(DEADLINE_S):
             await other.works.wait()

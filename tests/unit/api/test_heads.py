@@ -34,7 +34,7 @@ def test_every_beginning_of_a_head_may_still_become_one(length: int) -> None:
     check_head(head(b"Content-Length: 5")[:length])
 
 
-@pytest.mark.parametrize(
+AMBIGUOUS = pytest.mark.parametrize(
     "received",
     [
         b"GET / HTTP/1.1\nHost: a\n\n",
@@ -66,11 +66,42 @@ def test_every_beginning_of_a_head_may_still_become_one(length: int) -> None:
         b"\r\n" + head(),
     ],
 )
+
+
+def check_in_parts(received: bytes, size: int) -> int:
+    checked = 0
+    for end in range(size, len(received) + size, size):
+        checked = check_head(received[:end], checked)
+    return checked
+
+
+@AMBIGUOUS
 def test_a_head_that_can_be_read_in_two_ways_is_refused(received: bytes) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_head(received)
 
     assert caught.value.http_status == 400
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@AMBIGUOUS
+def test_it_is_refused_also_where_it_arrives_in_parts(received: bytes, size: int) -> None:
+    with pytest.raises(InvalidRequest):
+        check_in_parts(received, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_an_ordinary_head_passes_in_parts_and_leaves_nothing_checked(size: int) -> None:
+    assert check_in_parts(head(b"X: a\tb", b"Content-Length: 5"), size) == 0
+
+
+def test_what_was_checked_is_not_looked_at_again() -> None:
+    beginning = b"GET / HTTP/1.1\r\nX: a\r"
+    checked = check_head(beginning)
+
+    # Everything but the CR, of which it is not known yet what follows it.
+    assert checked == len(beginning) - 1
+    assert check_head(b"\n" * checked + b"\r\nX", checked) == checked + 3
 
 
 def test_a_head_of_any_size_over_the_limit_is_refused_whole_or_not() -> None:

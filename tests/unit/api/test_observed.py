@@ -4,12 +4,14 @@ import asyncio
 import logging
 from typing import Any, cast
 
+import msgspec
 import pytest
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from pals.api.clients import Client, note_client
 from pals.api.observed import Observed, Seen
 from pals.cli.logs import fields_of
+from pals.errors import EndpointLeaving
 
 CANARY = "canary of somebody"
 
@@ -26,13 +28,22 @@ async def failing(_scope: Scope, _receive: Receive, _send: Send) -> None:
     raise ValueError(CANARY)
 
 
+async def cancelled(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    raise asyncio.CancelledError
+
+
+async def cancelled_midway(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    raise asyncio.CancelledError
+
+
 async def failing_midway(_scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
     raise ValueError(CANARY)
 
 
-def ask(app: ASGIApp) -> tuple[list[Message], list[Seen]]:
-    sent: list[Message] = []
+def ask(app: ASGIApp, sent: list[Message] | None = None) -> tuple[list[Message], list[Seen]]:
+    sent = [] if sent is None else sent
     seen: list[Seen] = []
     scope = {
         "type": "http",
@@ -94,3 +105,21 @@ def test_an_answer_that_has_begun_is_not_made_to_look_whole(
     assert [message["type"] for message in sent] == ["http.response.start"]
     assert seen[0].status == 200
     assert CANARY not in caplog.text
+
+
+def test_a_request_that_the_end_of_a_drain_cancels_is_told_that_the_endpoint_leaves() -> None:
+    sent, seen = ask(cancelled)
+
+    start, body = cast("list[dict[str, Any]]", sent)
+    assert start["status"] == seen[0].status == 503
+    assert dict(start["headers"])[b"content-type"] == b"application/json"
+    assert msgspec.json.decode(body["body"])["error"]["code"] == EndpointLeaving.code
+
+
+def test_an_answer_that_is_cancelled_midway_is_cut() -> None:
+    sent: list[Message] = []
+
+    with pytest.raises(asyncio.CancelledError):
+        ask(cancelled_midway, sent)
+
+    assert [message["type"] for message in sent] == ["http.response.start"]

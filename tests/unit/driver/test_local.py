@@ -20,6 +20,7 @@ from pals.text.grammar import GrammarChecker
 from pals.text.tokenizer import Tokenizer
 from pals.types import Grammar, Sampling
 from tests.unit.driver.local_world import (
+    MODEL,
     VOCAB,
     Bench,
     collect,
@@ -440,6 +441,10 @@ def test_embeddings_come_in_order_with_their_tokens(bench: Bench) -> None:
         assert all(each.vector.dtype == np.float32 for each in found)
 
     run(main)
+
+
+def test_embeddings_are_as_wide_as_the_model(bench: Bench) -> None:
+    assert bench.driver.embedding_size == MODEL.hidden_size
 
 
 def test_an_embedding_that_fails_ends_them_all(bench: Bench) -> None:

@@ -38,6 +38,10 @@ def tool(name: str, **function: object) -> dict[str, object]:
     return {"type": "function", "function": {"name": name} | function}
 
 
+def named(name: str) -> dict[str, object]:
+    return {"type": "function", "function": {"name": name}}
+
+
 def refusal(**fields: object) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         params(**fields)
@@ -232,6 +236,27 @@ def test_allowed_tools_are_the_only_ones_left() -> None:
 def test_no_tools_are_none() -> None:
     assert params(tools=[], tool_choice="auto").tools is None
     assert params(functions=[], function_call="none").tools is None
+    assert params(tool_choice=None, function_call="auto").tools is None
+
+
+def test_the_default_of_the_other_list_changes_nothing() -> None:
+    for harmless in (None, "auto"):
+        tools = {"tools": [tool("f")], "tool_choice": "none"}
+        functions = {"functions": [{"name": "f"}], "function_call": "none"}
+        assert params(**tools, function_call=harmless) == params(**tools)
+        assert params(**functions, tool_choice=harmless) == params(**functions)
+
+
+def test_a_tool_that_is_no_function_is_refused_as_not_implemented() -> None:
+    error = refusal(tools=[{"type": "custom", "custom": {"name": "f"}}])
+
+    assert (error.fields["param"], error.code) == ("tools[0].type", "unsupported_parameter")
+
+
+def test_a_word_that_is_a_kind_elsewhere_is_no_kind_here() -> None:
+    error = refusal(reasoning_effort="file")
+
+    assert (error.fields["param"], error.code) == ("reasoning_effort", "invalid_value")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +291,13 @@ def test_no_tools_are_none() -> None:
         ),
         ({"functions": [{"name": "f"}], "tools": [tool("g")]}, "functions"),
         ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"functions": [], "function_call": {"name": "f"}}, "function_call"),
+        ({"tools": [tool("f")], "function_call": "none"}, "function_call"),
+        ({"tools": [tool("f")], "function_call": {"name": "f"}}, "function_call"),
+        ({"functions": [{"name": "f"}], "tool_choice": "none"}, "tool_choice"),
+        ({"functions": [{"name": "f"}], "tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}], "tool_choice": named("f")}, "tool_choice"),
     ],
 )
 def test_tools_that_make_no_sense_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
