@@ -52,9 +52,8 @@ class KeyFile:
         clock: Monotonic seconds.
 
     Raises:
-        ProfileMissing: There is no such file.
         ProfileExposed: Others can read it.
-        InvalidConfig: It is damaged, or has no key.
+        InvalidConfig: There is no such file, it is damaged, or has no key.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ def open_keys(environment: str | None, path: Path | None, profile: Path) -> KeyR
         profile: The profile folder.
 
     Raises:
-        InvalidConfig: A key is too short, or the file is damaged or has no key.
-        ProfileMissing: There is no file of that name.
+        InvalidConfig: A key is too short, or the file that is named is not there, or a file is
+            damaged or has no key.
         ProfileExposed: Others can read the file.
     """
     always = () if environment is None else (key_of_environment(environment),)
@@ -116,15 +115,26 @@ def open_keys(environment: str | None, path: Path | None, profile: Path) -> KeyR
     return FixedKeys(always) if always else None
 
 
-def load_keys(path: Path) -> tuple[ApiKey, ...]:
+def load_keys(path: Path, *, missing_ok: bool = False) -> tuple[ApiKey, ...]:
     """Read a file of keys.
 
+    Args:
+        path: The file.
+        missing_ok: A file that is not there has no keys.
+
     Raises:
-        ProfileMissing: There is no such file.
         ProfileExposed: Others can read it.
-        InvalidConfig: A line of it is damaged, a name stands twice, or it has over `MAX_KEYS`.
+        InvalidConfig: There is no such file, a line of it is damaged, a name stands twice, or
+            it has over `MAX_KEYS`.
     """
-    text = config.read_private(path).decode(errors="replace")
+    try:
+        text = config.read_private(path).decode(errors="replace")
+    except ProfileMissing:
+        if missing_ok:
+            return ()
+        advice = "make a key with `pals keys create NAME`"
+        problem = "there is no such file"
+        raise InvalidConfig(source=path, problem=problem, advice=advice) from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     keys = [_parse(path, n, line) for n, line in lines if line and not line.startswith("#")]
     if len(keys) > MAX_KEYS or len({key.name for key in keys}) < len(keys):
@@ -154,7 +164,7 @@ def create_key(path: Path, name: str, *, now: int) -> str:
     key = KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
     made = ApiKey(name=name, digest=hashlib.sha256(key.encode()).digest(), created_at=now)
     with _changing(path):
-        keys = _keys_so_far(path)
+        keys = load_keys(path, missing_ok=True)
         if name in {known.name for known in keys}:
             advice = "revoke that one first, or choose another name"
             raise InvalidConfig(
@@ -168,26 +178,23 @@ def revoke_key(path: Path, name: str) -> None:
     """Remove a key from a file.
 
     Raises:
-        ProfileMissing: There is no such file.
         ProfileExposed: Others can read it.
-        InvalidConfig: It is damaged, or has no such key.
+        InvalidConfig: There is no such file, it is damaged, or has no such key.
     """
+    _load_without(path, name)  # before a lock is made beside a file that is not there
     with _changing(path):
-        keys = load_keys(path)
-        kept = [key for key in keys if key.name != name]
-        if len(kept) == len(keys):
-            # Without what was typed: it may be a key.
-            known = ", ".join(key.name for key in keys) or "none"
-            advice = f"name one of: {known}"
-            raise InvalidConfig(source=path, problem="it has no key of that name", advice=advice)
-        _save(path, kept)
+        _save(path, _load_without(path, name))
 
 
-def _keys_so_far(path: Path) -> tuple[ApiKey, ...]:
-    try:
-        return load_keys(path)
-    except ProfileMissing:
-        return ()
+def _load_without(path: Path, name: str) -> list[ApiKey]:
+    keys = load_keys(path)
+    kept = [key for key in keys if key.name != name]
+    if len(kept) == len(keys):
+        # Without what was typed: it may be a key.
+        known = ", ".join(key.name for key in keys) or "none"
+        advice = f"name one of: {known}"
+        raise InvalidConfig(source=path, problem="it has no key of that name", advice=advice)
+    return kept
 
 
 def _save(path: Path, keys: Sequence[ApiKey]) -> None:

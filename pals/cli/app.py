@@ -15,7 +15,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import NoReturn, cast
 
-from cyclopts import App, CycloptsError, UnknownCommandError
+from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError
 
 from pals import __version__, config
 from pals.cli import console
@@ -25,6 +25,7 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 EXIT_OUTPUT_CLOSED = 141
+EXIT_TERMINATED = 143
 
 GROUPS = {
     "swarm": "Make and look at the private groups of machines.",
@@ -139,19 +140,34 @@ def forbid_core_dumps() -> None:
 
 
 def _report_usage(error: CycloptsError) -> int:
-    advice = "run `pals --help` to see the commands and options"
     if isinstance(error, UnknownCommandError):
         # Its own text would import every command to find the nearest name.
         typed = " ".join([*(error.command_chain or ()), *(error.unused_tokens or ())[:1]])
         nearest = get_close_matches(typed, [*COMMANDS, *GROUPS], n=1)
-        hint = f"did you mean `pals {nearest[0]}`?" if nearest else advice
+        hint = f"did you mean `pals {nearest[0]}`?" if nearest else _see_help()
         console.error(f"unknown command: `pals {typed}`", hint=hint)
+    elif isinstance(error, UnknownOptionError):
+        _report_unknown_option(error)
     else:
         text, _, guess = str(error).strip().partition(". Did you mean ")
         text = text.removesuffix(".")
-        hint = f"did you mean `{guess.rstrip('?.')}`?" if guess else advice
+        known = guess.strip('?."')
+        hint = f"did you mean `{known}`?" if known else _see_help(error.command_chain)
         console.error(text[:1].lower() + text[1:], hint=hint)
     return EXIT_USAGE
+
+
+def _report_unknown_option(error: UnknownOptionError) -> None:
+    # Without its value, which may be a secret.
+    typed = (error.token.keyword or error.token.value).partition("=")[0]
+    known = [name for argument in error.argument_collection for name in argument.names]
+    nearest = get_close_matches(typed, known, n=1)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else _see_help(error.command_chain)
+    console.error(f"unknown option: {typed}", hint=hint)
+
+
+def _see_help(command: Sequence[str] | None = None) -> str:
+    return f"run `{' '.join(['pals', *(command or ())])} --help` to see what it takes"
 
 
 def _report(error: BaseException) -> int:

@@ -27,8 +27,8 @@ from pals.config import SwarmEntry, SwarmSecret
 from pals.errors import InvalidConfig
 from pals.types import LayerRange
 
-OWN_OPTIONS = ("--name", "--backend", "--swarm")
-"""What `pals shard` is not told: the swarm is named by its id."""
+OWN_OPTIONS = ("--name", "--backend")
+"""What `pals shard` is not told."""
 
 
 def create(
@@ -56,7 +56,7 @@ def create(
         json: Print one JSON document a line on standard output.
     """
     configure_logging(verbose=options.verbose)
-    _check(layers, options)
+    _check(layers, shard_options, options)
     from pals.models.lookup import load_config
 
     load_config(model)  # a swarm for a model that nobody can run is of no use
@@ -88,19 +88,25 @@ def join(
     """
     configure_logging(verbose=options.verbose)
     invite = read_invite(arguments)
-    _check(layers, options)
+    _check(layers, shard_options, options)
     from pals.net.enrolment import redeem_invite
 
     entry = trio.run(redeem_invite, options.profile, invite)
     _announce("joined", entry, json=json)
-    _become_shard(entry, [entry.model, *sys.argv[2:]])
+    _become_shard(entry, sys.argv[2:])
 
 
-def _check(layers: str | None, options: ServerOptions) -> None:
+def _check(layers: str | None, shard_options: ShardOptions, options: ServerOptions) -> None:
     """Refuse what the shard would refuse, before anything is made."""
-    if layers is not None:
-        LayerRange.parse(layers)
+    if options.swarm is not None:
+        raise InvalidConfig(
+            source="--swarm", problem="the swarm is the new one", advice="leave it out"
+        )
+    shard_options.check_memory(None if layers is None else LayerRange.parse(layers))
     options.load_settings()
+    if options.profile.path.is_dir():
+        with options.profile.lock():  # the shard could not start while another process runs
+            pass
 
 
 def _refuse_second(options: ServerOptions, name: str) -> None:
@@ -131,4 +137,5 @@ def _become_shard(entry: SwarmEntry, arguments: Sequence[str]) -> NoReturn:
         rest = without_option(rest, option)
     secret = SwarmSecret.parse(entry.swarm_secret)
     variables = {config.SWARM_SECRET_VARIABLE: secret.to_text()}
-    replace_process(variables, ["shard", *rest, "--swarm", entry.swarm_id])
+    # before what was typed, where a `--` may end the options
+    replace_process(variables, ["shard", "--swarm", entry.swarm_id, *rest])

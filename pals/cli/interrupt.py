@@ -65,15 +65,18 @@ def raise_interrupt(received: signal.Signals | None) -> None:
 
 
 @contextmanager
-def exiting_on_termination() -> Generator[None]:
-    """Let SIGTERM and SIGHUP unwind the main thread, which exits with 0.
+def exiting_on_termination(status: int = 0) -> Generator[None]:
+    """Let SIGTERM and SIGHUP unwind the main thread, which then exits.
 
     For servers on uvicorn: it ends by itself on SIGTERM, and then raises that signal
     again, which by default kills the process before anything else is closed.
+
+    Args:
+        status: To exit with; 0 for a server, which did as it was asked.
     """
 
     def leave(_number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(0)
+        raise SystemExit(status)
 
     def terminate(_number: int, _frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGTERM)

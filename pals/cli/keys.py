@@ -10,7 +10,6 @@ from pals.api.key_file import FILE_NAME, create_key, load_keys, revoke_key
 from pals.cli import console
 from pals.cli.formats import format_moment
 from pals.cli.options import ConfigDir, Json
-from pals.errors import ProfileMissing
 
 
 def create(
@@ -54,10 +53,7 @@ def list_keys(
         json: Print one JSON document on standard output.
     """
     path = _path(file, config_dir)
-    try:
-        keys = load_keys(path)
-    except ProfileMissing:
-        keys = ()
+    keys = load_keys(path, missing_ok=file is None)
     if json:
         lines = [{"name": key.name, "created_at": key.created_at} for key in keys]
         console.json({"schema": 1, "keys": lines, "file": str(path)})

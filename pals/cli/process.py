@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Protocol
@@ -19,7 +19,7 @@ from cyclopts import Parameter, validators
 from pals import config
 from pals.cli import console
 from pals.cli.logs import TextFormatter
-from pals.cli.options import ConfigDir, SwarmName, Tokens, read_size
+from pals.cli.options import ConfigDir, SwarmName, Tokens, parse_layers, read_size
 from pals.config import Profile, SwarmEntry, SwarmSecret
 from pals.engine.memory import Memory
 from pals.errors import InvalidConfig
@@ -332,14 +332,53 @@ class ShardOptions:
                 report=report,
             )
             return partial(run_fitting_shard, shard=shard, on_ready=on_ready)
-        if self.memory is not None:
+        self.check_memory(layers)
+        load = partial(load_shard, model, layers, spec, report=report)
+        return partial(run_shard, load=load, on_ready=on_ready)
+
+    def make_also(
+        self, model: str, layers: str | None, settings: ShardSettings, *, json: bool
+    ) -> ServedRole | None:
+        """Return what serves a shard besides, for a command that may; None without ``layers``.
+
+        Args:
+            model: Model name or folder.
+            layers: As `check_also` found them right.
+            settings: For what these options leave out.
+            json: Print one JSON document a line.
+        """
+        if layers is None:
+            return None
+        return self.make_role(model, parse_layers(layers), settings, json=json)
+
+    def check_also(self, layers: str | None) -> None:
+        """Refuse what no shard can be made of, before anything starts.
+
+        Raises:
+            InvalidLayerRange: The layers are neither a range nor `auto`.
+            InvalidConfig: Both layers and memory are named, or an option of a shard and no layers.
+        """
+        self.check_memory(parse_layers(layers))
+        named = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if layers is None and named:
+            raise InvalidConfig(
+                source=f"--{named[0].replace('_', '-')}",
+                problem="it is about a shard, and without `--layers` there is none here",
+                advice="add `--layers auto`, or leave it out",
+            )
+
+    def check_memory(self, layers: LayerRange | None) -> None:
+        """Refuse memory to fill where the layers are named.
+
+        Raises:
+            InvalidConfig: Both are.
+        """
+        if layers is not None and self.memory is not None:
             raise InvalidConfig(
                 source="--memory",
                 problem=f"the layers {layers} take what they take",
                 advice="leave out `--layers`, or `--memory`",
             )
-        load = partial(load_shard, model, layers, spec, report=report)
-        return partial(run_shard, load=load, on_ready=on_ready)
 
 
 class ServedRole(Protocol):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter, validators
 
 from pals.cli import console
+from pals.cli.app import EXIT_TERMINATED
 from pals.cli.interrupt import exiting_on_termination
-from pals.cli.options import Json, parse_layers
+from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
     NO_SHARD_OPTIONS,
@@ -77,17 +78,15 @@ def run(
     from pals.cli.chat.conversation import Conversation
     from pals.driver.interface import GenerateParams
 
-    layer_range = parse_layers(layers)
+    shard_options.check_also(layers)
     settings = options.load_settings()
     member = load_member(options.profile, options.swarm)
     text = _question(prompt, must=json)
     model = model or member.entry.model
-    also = None
-    if layers is not None:
-        also = shard_options.make_role(model, layer_range, settings.shard, json=False)
+    also = shard_options.make_also(model, layers, settings.shard, json=False)
     params = GenerateParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     conversation = Conversation(params=params, system=system)
-    with exiting_on_termination(), _opened(member, settings, model, also) as driver:
+    with exiting_on_termination(EXIT_TERMINATED), _opened(member, settings, model, also) as driver:
         if text is not None:
             _answer_once(driver, conversation, text, json=json)
         else:
@@ -98,7 +97,7 @@ def run(
 def _opened(
     member: Member, settings: Settings, model: str, also: ServedRole | None
 ) -> Generator[Driver]:
-    """Drive the model until the block ends."""
+    """Drive the model until the block ends; a shard beside it then leaves in order."""
     from pals.cli.endpoint import Drive, open_endpoint
 
     drive = Drive(models=(model,), also=also)
@@ -107,7 +106,12 @@ def _opened(
         open_endpoint(member, settings, drive, on_crash=lambda: None) as endpoint,
     ):
         (driver,) = endpoint.drivers.values()
-        yield driver
+        try:
+            yield driver
+        finally:
+            if endpoint.shard is not None:
+                endpoint.shard.leave()
+                endpoint.shard.wait_until_left()
 
 
 def _question(prompt: str | None, *, must: bool) -> str | None:
@@ -150,10 +154,14 @@ def _read_piped() -> str:
 
 
 def _answer_once(driver: Driver, conversation: Conversation, text: str, *, json: bool) -> None:
-    from pals.cli.chat.turns import Answer, show_nothing, show_piece, stream_answer
+    from pals.cli.chat.turns import Answer, Shown, show_nothing, stream_answer
 
-    answer, show = Answer(), show_nothing if json else show_piece
-    asyncio.run(stream_answer(driver, conversation, text, answer, show=show))
+    answer, shown = Answer(), Shown()
+    show = show_nothing if json else shown.add
+    try:
+        asyncio.run(stream_answer(driver, conversation, text, answer, show=show))
+    finally:
+        shown.end()
     if json:
         console.json(answer.document(driver.model_id))
     else:

@@ -22,7 +22,7 @@ from pals.cli import console
 from pals.cli.arguments import without_option
 from pals.cli.endpoint import Drive, Endpoint, open_endpoint
 from pals.cli.interrupt import exiting_on_termination
-from pals.cli.options import Json, parse_layers
+from pals.cli.options import Json
 from pals.cli.process import (
     NO_SERVER_OPTIONS,
     NO_SHARD_OPTIONS,
@@ -70,7 +70,7 @@ def serve(
     if api_key is not None:
         _move_key_to_environment(api_key)
     key = config.take_environment(config.API_KEY_VARIABLE)
-    layer_range = parse_layers(layers)
+    shard_options.check_also(layers)
     settings = _with_patience(options.load_settings(), wait_for_peers)
     bind = msgspec.structs.replace(
         settings.serve,
@@ -84,9 +84,7 @@ def serve(
         options.profile, options.swarm, keep={} if key is None else {config.API_KEY_VARIABLE: key}
     )
     names = models or (member.entry.model,)
-    also = None
-    if layers is not None:
-        also = shard_options.make_role(names[0], layer_range, settings.shard, json=json)
+    also = shard_options.make_also(names[0], layers, settings.shard, json=json)
     listener = listen(bind.host, bind.port, has_keys=keys is not None)
     gate = GateSettings.for_bind(
         listener.host, listener.port, keys=keys, hosts=bind.hosts, origins=bind.origins

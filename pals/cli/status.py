@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,7 +31,6 @@ LOOK_S = 20.0
 FIND_S = 3.0
 INTERVAL_S = 5.0
 
-Look = Callable[[], Awaitable[SwarmReport]]
 Offline = Annotated[bool, Parameter(negative="", help="Look at no other machine.")]
 
 
@@ -80,18 +78,23 @@ async def _show(
     offline: bool,
     json: bool,
 ) -> None:
-    """Show it once, or every ``watch`` seconds until cancelled."""
+    """Show it once, or every ``watch`` seconds until cancelled.
+
+    Between two looks nothing is held: a process of the profile may begin or end meanwhile.
+    """
     print_all = _print_json if json else partial(_print, clear=watch is not None)
-    standings = await _look_at_all(profile, swarms)
-    async with _open_looks(profile, standings, offline=offline) as looks:
-        print_all(standings, await _look(looks))
-        while watch is not None:
-            await trio.sleep(watch)
-            print_all(await _look_at_all(profile, swarms), await _look(looks))
 
+    async def show() -> None:
+        standings = await _look_at_all(profile, swarms)
+        print_all(standings, await _ask_about_shards(profile, standings, offline=offline))
 
-async def _look(looks: Mapping[str, Look]) -> dict[str, SwarmReport]:
-    return {swarm_id: await look() for swarm_id, look in looks.items()}
+    await show()
+    while watch is not None:
+        await trio.sleep(watch)
+        try:
+            await show()
+        except* PalsError as failed:  # as of a process that ends while it is asked
+            console.warn(str(failed.exceptions[0]))
 
 
 async def _look_at_all(profile: Profile, swarms: Sequence[SwarmEntry]) -> list[Standing]:
@@ -112,37 +115,38 @@ async def _look_at_all(profile: Profile, swarms: Sequence[SwarmEntry]) -> list[S
 # --- who serves what -----------------------------------------------------------------
 
 
-@asynccontextmanager
-async def _open_looks(
+async def _ask_about_shards(
     profile: Profile, standings: Sequence[Standing], *, offline: bool
-) -> AsyncGenerator[dict[str, Look]]:
-    """Give a look at the shards of one swarm: one identity is in one swarm at a time."""
+) -> dict[str, SwarmReport]:
+    """Ask about the shards of one swarm, by its id: one identity is in one swarm at a time."""
     from pals.net.report_socket import ask_shards
 
     running = await ask_shards(profile.path)
     if running is not None:
-        yield {running.swarm_id: partial(_ask, profile)}
-        return
-    worth = (
-        [] if offline else [s.entry for s in standings if await has_anybody_run(profile, s.entry)]
-    )
+        return _of_these(standings, running)
+    return {} if offline else await _ask_as_member(profile, standings)
+
+
+def _of_these(standings: Sequence[Standing], running: SwarmReport) -> dict[str, SwarmReport]:
+    if running.swarm_id in {standing.entry.swarm_id for standing in standings}:
+        return {running.swarm_id: running}
+    console.note("what runs with this profile is in another swarm: stop it to see these shards")
+    return {}
+
+
+async def _ask_as_member(profile: Profile, standings: Sequence[Standing]) -> dict[str, SwarmReport]:
+    worth = [s.entry for s in standings if await has_anybody_run(profile, s.entry)]
     for entry in worth[1:]:
         console.note(f"`pals status --swarm {entry.name}` shows the shards of that one")
-    async with AsyncExitStack() as stack:
-        looks: dict[str, Look] = {}
-        for entry in worth[:1]:
-            try:
-                look = await stack.enter_async_context(_open_member(profile, entry))
-            except PalsError as error:
-                console.warn(f"no member was asked: {error}")
-            else:
-                looks[entry.swarm_id] = look
-        yield looks
+    try:
+        return {entry.swarm_id: await _run_member(profile, entry) for entry in worth[:1]}
+    except PalsError as error:
+        console.warn(f"no member was asked: {error}")
+        return {}
 
 
-@asynccontextmanager
-async def _open_member(profile: Profile, entry: SwarmEntry) -> AsyncGenerator[Look]:
-    """Run a member of the profile, and give what it knows of the shards.
+async def _run_member(profile: Profile, entry: SwarmEntry) -> SwarmReport:
+    """Run a member of the profile for some seconds, and return what it knows of the shards.
 
     Raises:
         ProfileInUse: Another process runs with the profile.
@@ -156,19 +160,9 @@ async def _open_member(profile: Profile, entry: SwarmEntry) -> AsyncGenerator[Lo
         async with open_node(options) as node:
             await node.discovery.find(node.members(), deadline_s=FIND_S)
             scope.deadline = math.inf
-            yield partial(report_shards, node)
-    if scope.cancelled_caught:
-        problem = f"the network was not ready within {LOOK_S:g} s"
-        raise PeerUnreachable(peer=options.identity.peer_id, problem=problem)
-
-
-async def _ask(profile: Profile) -> SwarmReport:
-    from pals.net.report_socket import ask_shards
-
-    report = await ask_shards(profile.path)
-    if report is None:
-        raise PeerUnreachable(peer="self", problem="the process that ran with it has ended")
-    return report
+            return await report_shards(node)
+    problem = f"the network was not ready within {LOOK_S:g} s"
+    raise PeerUnreachable(peer=options.identity.peer_id, problem=problem)
 
 
 # --- for people and programs ---------------------------------------------------------

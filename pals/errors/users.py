@@ -68,7 +68,11 @@ class ProfileInUse(UserError):
 
     code = "PALS-USER-PROFILE-IN-USE"
     message = "the identity in `{path}` is in use by process {pid}"
-    hint_template = "stop it; `pals serve --layers a:b` is an endpoint and a shard in one process"
+    hint_template = (
+        "stop it, or ask the endpoint that runs with any client; `pals serve --layers a:b` and "
+        "`pals run --layers a:b` are a shard too in one process, and `--config-dir` takes a "
+        "second profile"
+    )
 
 
 class NoSwarm(UserError):

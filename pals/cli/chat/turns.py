@@ -165,15 +165,18 @@ class Chat:
         return True
 
     def _answer(self, text: str) -> None:
-        answer = self._last = Answer()
-        streaming = stream_answer(self._driver, self._conversation, text, answer, show=show_piece)
+        answer, shown = Answer(), Shown()
+        self._last = answer
+        streaming = stream_answer(self._driver, self._conversation, text, answer, show=shown.add)
         try:
             self._runner.run(streaming)
         except KeyboardInterrupt:
             answer.finish_reason = "stopped"
         except PalsError as error:
+            shown.end()
             console.error(error)
         finally:
+            shown.end()
             if answer.text:
                 console.out("\n")
         if answer.finish_reason == "stopped":
@@ -236,12 +239,26 @@ def _print_help() -> None:
     console.note("Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice, leaves")
 
 
-def show_piece(piece: Piece) -> None:
-    """Show text as data, and what the model writes to itself as an aside."""
-    if isinstance(piece, Content):
-        console.out(piece.text, end="")
-    elif isinstance(piece, Reasoning):
-        console.aside(piece.text)
+class Shown:
+    """An answer on the terminal: text as data, what the model writes to itself as an aside."""
+
+    def __init__(self) -> None:
+        self._in_thoughts = False
+
+    def add(self, piece: Piece) -> None:
+        """Show what came, a blank line after the thoughts."""
+        if isinstance(piece, Content) and piece.text:
+            self.end("\n\n")
+            console.out(piece.text, end="")
+        elif isinstance(piece, Reasoning) and piece.text:
+            console.aside(piece.text)
+            self._in_thoughts = True
+
+    def end(self, gap: str = "\n") -> None:
+        """End the line of the thoughts, where the answer has got no further."""
+        if self._in_thoughts:
+            console.aside(gap)
+        self._in_thoughts = False
 
 
 def show_nothing(_: Piece) -> None:

@@ -122,7 +122,11 @@ def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     ("tokens", "suggestion"),
-    [(["serve", "--prot", "1"], "--port"), (["status", "--jsn"], "--json")],
+    [
+        (["serve", "--prot", "1"], "--port"),
+        (["serve", "--prot=1"], "--port"),
+        (["status", "--jsn"], "--json"),
+    ],
 )
 def test_an_unknown_option_suggests_the_nearest(
     tokens: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]
@@ -132,6 +136,23 @@ def test_an_unknown_option_suggests_the_nearest(
     err = capsys.readouterr().err
     assert err.startswith("error: unknown option: --")
     assert f"hint: did you mean `{suggestion}`?" in err
+
+
+@pytest.mark.parametrize("tokens", [["--frobnicate=canary"], [], ["P", "--count", "canary"]])
+def test_a_usage_error_names_the_help_of_its_command(
+    tokens: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["ping", *tokens]) == 2
+
+    assert "hint: run `pals ping --help` to see what it takes" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_named_without_its_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["models", "list", "--frobnicate=canary"]) == 2
+
+    err = capsys.readouterr().err
+    assert err.startswith("error: unknown option: --frobnicate\n")
+    assert "canary" not in err
 
 
 def test_completion_knows_the_commands_and_their_options(

@@ -145,8 +145,23 @@ def test_what_the_model_writes_to_itself_is_an_aside_and_no_part_of_the_turn(
 
     captured = capsys.readouterr()
     assert captured.out == "yes\n\n"
-    assert "hm\ufffd[" in captured.err
+    assert "hm\ufffd[\n\n" in captured.err
     assert conversation.turns[-1].content == "yes"
+
+
+def test_thoughts_that_lead_to_no_answer_end_their_line(
+    runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thoughts = [Delta(pieces=(Reasoning("hm"),)), Delta(pieces=(Reasoning(", well"), Content("")))]
+
+    talk(runner, FakeDriver(thoughts), "one")
+    whole = capsys.readouterr()
+    talk(runner, FakeDriver(thoughts, end=LOST), "one")
+    broken = capsys.readouterr()
+
+    assert (whole.out, broken.out) == ("", "")
+    assert whole.err.startswith("hm, well\n")
+    assert broken.err.startswith("hm, well\nerror: ")
 
 
 def test_clear_forgets_the_turns_and_keeps_the_rest(runner: asyncio.Runner) -> None:

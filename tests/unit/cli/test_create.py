@@ -100,7 +100,7 @@ def test_create_makes_the_swarm_and_serves_with_the_options_of_the_shard(
     become = replaced(monkeypatch, "create", model, *own, "--layers", "0:2", *at, "--threads=1")
 
     assert made == [{"name": "home", "model": model, "backend": "http://127.0.0.1:1"}]
-    shard = ["shard", model, "--layers", "0:2", *at, "--threads=1", "--swarm", SWARM_ID]
+    shard = ["shard", "--swarm", SWARM_ID, model, "--layers", "0:2", *at, "--threads=1"]
     assert become.arguments == shard
     assert become.environment["PALS_SWARM_SECRET"] == SECRET
     assert capsys.readouterr().out == f"created home, swarm {SWARM_ID}\n"
@@ -115,7 +115,15 @@ def test_create_keeps_the_backend_in_the_profile_unless_another_is_named(
 
 
 @pytest.mark.parametrize(
-    "bad", [["--layers", "2:1"], ["--preset", "absent"], ["--dtype", "f64"], ["--port", "1"]]
+    "bad",
+    [
+        ["--layers", "2:1"],
+        ["--layers", "0:2", "--memory", "1GiB"],
+        ["--preset", "absent"],
+        ["--dtype", "f64"],
+        ["--port", "1"],
+        ["--swarm", "home"],
+    ],
 )
 def test_create_makes_nothing_when_the_shard_would_be_refused(
     made: list[dict[str, object]], model: str, folder: Path, bad: list[str]
@@ -149,7 +157,7 @@ def test_create_a_second_time_says_how_to_serve_the_first(
     assert f"hint: run `pals shard {model}`" in capsys.readouterr().err
 
 
-def test_join_redeems_the_invite_and_serves_the_model_of_the_swarm(
+def test_join_redeems_the_invite_and_serves_what_the_swarm_names(
     monkeypatch: pytest.MonkeyPatch, made: list[dict[str, object]], folder: Path
 ) -> None:
     monkeypatch.setenv("PALS_INVITE", INVITE)
@@ -158,7 +166,7 @@ def test_join_redeems_the_invite_and_serves_the_model_of_the_swarm(
     become = replaced(monkeypatch, "join", "--layers", "0:2", *at)
 
     assert made == [{"invite": INVITE}]
-    assert become.arguments == ["shard", "org/model", "--layers", "0:2", *at, "--swarm", SWARM_ID]
+    assert become.arguments == ["shard", "--swarm", SWARM_ID, "--layers", "0:2", *at]
     assert INVITE not in become.environment.values()
 
 
@@ -174,8 +182,27 @@ def test_join_takes_no_invite_from_the_command_line(
 def test_join_keeps_the_invite_when_the_shard_would_be_refused(
     monkeypatch: pytest.MonkeyPatch, made: list[dict[str, object]], folder: Path
 ) -> None:
-    monkeypatch.setenv("PALS_INVITE", INVITE)
-
-    assert run(["join", "--layers", "2:1", "--config-dir", str(folder)]) == 2
+    for bad in (["--layers", "2:1"], ["--layers", "0:2", "--memory", "1GiB"], ["--swarm", "home"]):
+        monkeypatch.setenv("PALS_INVITE", INVITE)
+        assert run(["join", *bad, "--config-dir", str(folder)]) == 2
 
     assert made == []
+
+
+def test_nothing_is_made_or_redeemed_while_a_process_runs_with_the_profile(
+    monkeypatch: pytest.MonkeyPatch,
+    made: list[dict[str, object]],
+    model: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PALS_INVITE", INVITE)
+    profile = Profile(folder)
+    profile.create_folder()
+
+    with profile.lock():
+        for command in (["create", model], ["join"]):
+            assert run([*command, "--config-dir", str(folder)]) == 2
+
+    assert made == []
+    assert capsys.readouterr().err.count("is in use by process") == 2

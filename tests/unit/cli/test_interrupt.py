@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from pals.cli.interrupt import raise_interrupt, run_until_signal
+from pals.cli.interrupt import exiting_on_termination, raise_interrupt, run_until_signal
 from pals.net.serving import Drain
 
 SIGNALS = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
@@ -82,3 +82,17 @@ def test_only_ctrl_c_is_an_interrupt() -> None:
     raise_interrupt(None)
     with pytest.raises(KeyboardInterrupt):
         raise_interrupt(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(("options", "status"), [((), 0), ((143,), 143)])
+def test_a_termination_unwinds_and_exits_with_the_status_of_the_command(
+    number: signal.Signals, options: tuple[int, ...], status: int
+) -> None:
+    before = signal.getsignal(number)
+
+    with pytest.raises(SystemExit) as left, exiting_on_termination(*options):
+        signal.raise_signal(number)
+
+    assert left.value.code == status
+    assert signal.getsignal(number) is before

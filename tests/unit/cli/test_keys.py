@@ -62,3 +62,19 @@ def test_a_key_in_the_place_of_a_name_is_not_repeated(
     assert run(["keys", "revoke", "laptop", key, *at]) == 2
 
     assert key not in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_named_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "other" / "keys"
+
+    assert run(["keys", "revoke", "laptop", "--file", str(missing)]) == 2
+    assert run(["keys", "list", "--file", str(missing)]) == 2
+    assert run(["keys", "revoke", "laptop", "--config-dir", str(tmp_path / "profile")]) == 2
+
+    captured = capsys.readouterr()
+    assert captured.err.count("there is no such file") == 3
+    assert captured.err.count("hint: make a key with `pals keys create NAME`") == 3
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []

@@ -267,3 +267,38 @@ def test_devices_are_those_of_the_option_or_else_of_the_settings():
 
     assert ShardOptions().spec_within(settings).devices == 2
     assert ShardOptions(devices=4).spec_within(settings).devices == 4
+
+
+# --- a shard besides -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["serve", "run"])
+@pytest.mark.parametrize(
+    ("options", "problem", "hint"),
+    [
+        (["--devices", "4"], "error: --devices: ", "hint: add `--layers auto`"),
+        (["--kv-memory", "8GiB"], "error: --kv-memory: ", "hint: add `--layers auto`"),
+        (["--layers", "0:2", "--memory", "8GiB"], "error: --memory: ", "leave out `--layers`"),
+        (["--layers", "2:1"], "error: not a layer range", "`--layers 0:10`"),
+    ],
+)
+def test_options_of_no_shard_are_refused_before_anything_starts(
+    profile: Profile,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    options: list[str],
+    problem: str,
+    hint: str,
+) -> None:
+    assert run([command, *options, "--config-dir", str(profile.path)]) == 2
+
+    err = capsys.readouterr().err
+    assert problem in err
+    assert hint in err
+
+
+def test_without_layers_nothing_is_served_besides() -> None:
+    ShardOptions().check_also(None)
+    ShardOptions(devices=4, memory=1 << 30).check_also("auto")
+
+    assert ShardOptions().make_also("org/model", None, ShardSettings(), json=False) is None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -271,13 +272,12 @@ async def test_status_is_shown_anew_until_it_is_interrupted(
     async def look_at_all(*_: object) -> list[object]:
         return []
 
-    @asynccontextmanager
-    async def open_looks(*_: object, offline: bool) -> AsyncIterator[dict[str, object]]:
+    async def ask(*_: object, offline: bool) -> dict[str, object]:
         assert offline
-        yield {}
+        return {}
 
     monkeypatch.setattr(status, "_look_at_all", look_at_all)
-    monkeypatch.setattr(status, "_open_looks", open_looks)
+    monkeypatch.setattr(status, "_ask_about_shards", ask)
     monkeypatch.setattr(status, "_print_json", lambda *_: shown.append(trio.current_time()))
     show = partial(status._show, Profile(Path()), [], offline=True, json=True)
     with trio.move_on_after(11):
@@ -287,3 +287,83 @@ async def test_status_is_shown_anew_until_it_is_interrupted(
 
     assert [round(at - shown[0]) for at in shown[:began]] == [0, 5, 10]
     assert len(shown) == began + 1
+
+
+@pytest.mark.trio
+async def test_status_goes_on_when_the_process_it_watches_ends(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock, capsys: Captured
+) -> None:
+    shown: list[object] = []
+    answers = iter(({"a": 1}, InvalidConfig(source="node.sock", problem="cut", advice=""), {}))
+
+    async def look_at_all(*_: object) -> list[object]:
+        return []
+
+    async def ask(*_: object, offline: bool) -> object:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(status, "_look_at_all", look_at_all)
+    monkeypatch.setattr(status, "_ask_about_shards", ask)
+    monkeypatch.setattr(status, "_print_json", lambda _, reports: shown.append(reports))
+    with trio.move_on_after(11):
+        await status._show(Profile(Path()), [], watch=5, offline=False, json=True)
+
+    assert shown == [{"a": 1}, {}]
+    assert "warning: node.sock: cut" in capsys.readouterr().err
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(("of", "shown"), [("a", True), ("b", False)])
+async def test_a_process_is_shown_only_for_the_swarm_in_which_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured, of: str, shown: bool
+) -> None:
+    report = SwarmReport(swarm_id="a", peer="P", models=())
+
+    async def ask_shards(_: Path) -> SwarmReport:
+        return report
+
+    monkeypatch.setattr("pals.net.report_socket.ask_shards", ask_shards)
+    standing = SimpleNamespace(entry=SimpleNamespace(swarm_id=of))
+    found = await status._ask_about_shards(Profile(Path()), [standing], offline=False)
+
+    assert found == ({"a": report} if shown else {})
+    assert ("in another swarm" in capsys.readouterr().err) is not shown
+
+
+# --- run: what also serves -----------------------------------------------------------
+
+
+class LeavingShard:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def leave(self) -> None:
+        self.calls.append("leave")
+
+    def wait_until_left(self) -> None:
+        self.calls.append("wait")
+
+
+@pytest.mark.parametrize("ends_with", [None, SystemExit(143)])
+def test_a_shard_beside_a_conversation_leaves_in_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends_with: BaseException | None
+) -> None:
+    shard = LeavingShard()
+
+    @contextmanager
+    def open_endpoint(*_: object, **__: object) -> Iterator[object]:
+        yield SimpleNamespace(drivers={"m": "driver"}, shard=shard)
+        shard.calls.append("closed")
+
+    monkeypatch.setattr("pals.cli.endpoint.open_endpoint", open_endpoint)
+    member = SimpleNamespace(profile=Profile(tmp_path))
+    expected = pytest.raises(SystemExit) if ends_with else nullcontext()
+    with expected, run_command._opened(member, None, "m", None) as driver:
+        assert driver == "driver"
+        if ends_with is not None:
+            raise ends_with
+
+    assert shard.calls == ["leave", "wait", *([] if ends_with else ["closed"])]
