@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import pytest
 import schemathesis
@@ -23,7 +23,7 @@ from pals.api.openai import build_openai_app
 from pals.api.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS
 from tests.api.scripted import ScriptedDriver
 from tests.api.vendor import SERVED, document
-from tests.openai_schema import component, problems
+from tests.openai_schema import Schema, component, problems
 
 MODEL = ScriptedDriver.model_id
 URL = "http://127.0.0.1:8000/v1"
@@ -41,6 +41,19 @@ REFUSED = {
     "CreateChatCompletionRequest": CHAT_FIELDS.refused,
     "CreateCompletionRequest": COMPLETION_FIELDS.refused,
 }
+NARROWED: Mapping[str, Schema] = {
+    "CreateEmbeddingRequest": {
+        "dimensions": {"type": "integer", "minimum": 1, "maximum": ScriptedDriver.embedding_size},
+        "input": {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+                {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+            ]
+        },
+    }
+}
+"""What a model has: the file knows neither how wide it is nor its tokens."""
 STREAMED: Mapping[str, str] = {
     "/chat/completions": "CreateChatCompletionStreamResponse",
     "/completions": "CreateCompletionResponse",
@@ -51,9 +64,12 @@ EXTENSIONS = ("reasoning_content",)
 """What an answer may have besides, as those of other servers of open models do."""
 
 
-def served(**changes: Mapping[str, Mapping[str, object]]) -> BaseSchema:
+def served(
+    without: Mapping[str, Collection[str]] | None = None,
+    narrowed: Mapping[str, Schema] | None = None,
+) -> BaseSchema:
     """Return OpenAI's document, bound to an application over a driver that has a script."""
-    schema = schemathesis.openapi.from_dict(document(MODEL, **changes))
+    schema = schemathesis.openapi.from_dict(document(MODEL, without=without, narrowed=narrowed))
     schema.config.max_stream_events = MOST_EVENTS
     gate = GateSettings.for_bind("127.0.0.1", 8000, keys=None)
     schema.app = build_openai_app({MODEL: ScriptedDriver()}, gate=gate)
@@ -133,7 +149,7 @@ def test_what_the_schema_allows_is_answered_or_refused_by_name(path: str, number
 @pytest.mark.parametrize("number", SEEDS)
 @pytest.mark.parametrize("path", POSTED)
 def test_what_is_implemented_is_answered_whole_and_streamed(path: str, number: int) -> None:
-    schema = served(without=REFUSED)
+    schema = served(without=REFUSED, narrowed=NARROWED)
 
     statuses = play(schema, path, GenerationMode.POSITIVE, number, FEW, is_streamed_too)
 

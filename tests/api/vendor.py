@@ -26,16 +26,24 @@ _REFERENCE = "#/components/schemas/"
 _UNREAD = ("description", "example", "examples", "default", "nullable", "discriminator")
 
 
-def document(model: str, *, without: Mapping[str, Collection[str]] | None = None) -> Schema:
+def document(
+    model: str,
+    *,
+    without: Mapping[str, Collection[str]] | None = None,
+    narrowed: Mapping[str, Schema] | None = None,
+) -> Schema:
     """Return the document of an endpoint that serves one model.
 
     Args:
         model: The only value of ``model`` in requests.
         without: Fields that requests do not have, by the component of the request.
+        narrowed: Fields that have another schema than the file's, by the component.
     """
     paths, components = _parts()
-    absent = without or {}
+    absent, others = without or {}, narrowed or {}
     requests = {name: _request(components[name], model, absent.get(name, ())) for name in REQUESTS}
+    for name, fields in others.items():
+        requests[name]["properties"] |= fields
     return {
         "openapi": "3.1.0",
         "info": {"title": "the served part of OpenAI's API", "version": "1"},

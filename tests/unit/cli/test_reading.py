@@ -226,11 +226,11 @@ def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
 def test_what_is_piped_comes_after_the_prompt(piped: Callable[[str], None]) -> None:
     piped("the file\n")
-    assert run_command._question("sum this up:") == "sum this up:\n\nthe file"
+    assert run_command._question("sum this up:", must=False) == "sum this up:\n\nthe file"
     piped("only this\n")
-    assert run_command._question(None) == "only this"
+    assert run_command._question(None, must=False) == "only this"
     piped("")
-    assert run_command._question("only that") == "only that"
+    assert run_command._question("only that", must=False) == "only that"
 
 
 def test_an_empty_question_is_refused_and_a_terminal_means_to_talk(
@@ -238,16 +238,17 @@ def test_an_empty_question_is_refused_and_a_terminal_means_to_talk(
 ) -> None:
     piped("\n")
     with pytest.raises(InvalidConfig, match="it is empty"):
-        run_command._question(None)
+        run_command._question(None, must=False)
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     monkeypatch.setattr("sys.stdin", Terminal())
-    assert run_command._question(None) is None
-    with pytest.raises(InvalidConfig, match="it is empty"):
-        run_command._question("")
+    assert run_command._question(None, must=False) is None
+    for prompt, must in (("", False), (None, True)):
+        with pytest.raises(InvalidConfig, match="it is empty"):
+            run_command._question(prompt, must=must)
 
 
 def test_standard_input_is_read_up_to_a_limit(
@@ -257,7 +258,7 @@ def test_standard_input_is_read_up_to_a_limit(
     piped("x" * 9)
 
     with pytest.raises(InvalidConfig, match="more than 8 characters"):
-        run_command._question(None)
+        run_command._question(None, must=False)
 
 
 # --- status: looking again -----------------------------------------------------------
