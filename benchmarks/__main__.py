@@ -27,6 +27,8 @@ BENCHMARKS = {
     "batching": "benchmarks.batching",
     "resident": "benchmarks.resident",
     "rivals": "benchmarks.rivals",
+    "api": "benchmarks.api",
+    "soak": "benchmarks.soak",
 }
 """Name -> the module whose `run` measures it."""
 

@@ -16,15 +16,16 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import httpx
 import msgspec
 
 FOLDER = Path(__file__).parents[1] / "build" / "llama.cpp"
-PROGRAMS = ("llama-bench", "llama-batched-bench", "ggml-rpc-server")
+PROGRAMS = ("llama-bench", "llama-batched-bench", "ggml-rpc-server", "llama-server")
 PACKAGE = "llama-cpp-python"
 SOURCES = "vendor/llama.cpp"
 OPTIONS = {
@@ -35,7 +36,9 @@ OPTIONS = {
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
     "LLAMA_BUILD_EXAMPLES": "OFF",
-    "LLAMA_BUILD_SERVER": "OFF",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
     "LLAMA_BUILD_APP": "OFF",
 }
 WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
@@ -43,6 +46,7 @@ WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 
 RUN_DEADLINE_S = 600.0
 SERVER_DEADLINE_S = 10.0
+LOAD_DEADLINE_S = 120.0
 POLL_S = 0.05
 ALL_LAYERS = 99
 LOST = 1
@@ -150,6 +154,35 @@ class LlamaCpp:
                 servers.append(f"127.0.0.1:{port}")
             yield servers
 
+    @contextmanager
+    def open_endpoint(self, model: Path, *, slots: int, context: int) -> Generator[str]:
+        """Run ``llama-server`` on loopback until the block ends; give its address.
+
+        Args:
+            model: GGUF file.
+            slots: Sequences at a time.
+            context: Tokens of each.
+
+        Raises:
+            TimeoutError: It has not loaded the model in time.
+        """
+        port = _free_port()
+        command = [
+            *(self.folder / PROGRAMS[3], "-m", model, "--host", "127.0.0.1", "--port", port),
+            *("-t", self.threads, "-np", slots, "-c", slots * context, "--no-webui"),
+        ]
+        with subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            try:
+                _wait_until_healthy(f"http://127.0.0.1:{port}/health")
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                process.kill()
+
     def _run(self, program: str, *arguments: object) -> str:
         done = subprocess.run(
             [str(self.folder / program), *map(str, arguments), "-t", str(self.threads)],
@@ -195,6 +228,16 @@ def _wait_until_listening(port: int) -> None:
             time.sleep(POLL_S)
         else:
             return
+
+
+def _wait_until_healthy(url: str) -> None:
+    deadline = time.monotonic() + LOAD_DEADLINE_S
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):
+            if httpx.get(url, trust_env=False).is_success:
+                return
+        time.sleep(POLL_S)
+    raise TimeoutError(f"no model at {url} after {LOAD_DEADLINE_S:.0f} s")
 
 
 # --- the build -----------------------------------------------------------------------

@@ -158,6 +158,7 @@ async def open_swarm(
     layers: Sequence[LayerRange],
     threads: int,
     *,
+    shard_options: Sequence[str] = (),
     on_progress: Callable[[str], None],
 ) -> AsyncGenerator[Endpoint]:
     """Run a whole swarm of processes until the block ends.
@@ -166,6 +167,7 @@ async def open_swarm(
         model: The model that it serves.
         layers: The range of each shard.
         threads: Compute threads of each shard.
+        shard_options: More options of each shard's command line.
         on_progress: Told what happens, in a line.
 
     Raises:
@@ -174,8 +176,9 @@ async def open_swarm(
     with tempfile.TemporaryDirectory(prefix="pals-demo-") as folder:
         async with open_children() as children:
             profiles = await _enrol(children, Path(folder), model, len(layers), on_progress)
+            options = partial(_shard_options, model, threads, shard_options)
             starts = [
-                partial(_start_shard, children, profile, model, part, threads, on_progress)
+                partial(_start_shard, children, profile, options(part), part, on_progress)
                 for profile, part in zip(profiles[1:], layers, strict=True)
             ]
             endpoint = await _start_all(children, profiles[0], model, starts)
@@ -222,19 +225,22 @@ async def _start_all(
     return Endpoint(url=str(ready["url"]), model=str(ready["model"]))
 
 
+def _shard_options(
+    model: str, threads: int, more: Sequence[str], layers: LayerRange
+) -> tuple[str, ...]:
+    own = ("--layers", str(layers), "--threads", str(threads), "--preset", PRESET)
+    return (model, *own, *more)
+
+
 async def _start_shard(
     children: Children,
     profile: Profile,
-    model: str,
+    options: Sequence[str],
     layers: LayerRange,
-    threads: int,
     on_progress: Callable[[str], None],
 ) -> None:
     child: Child = await children.start(
-        f"the shard of layers {layers}",
-        *("shard", model, "--layers", str(layers), "--threads", str(threads)),
-        *("--preset", PRESET),
-        config_dir=profile.path,
+        f"the shard of layers {layers}", "shard", *options, config_dir=profile.path
     )
     ready = await child.wait_for_event("shard-ready", deadline_s=COMPILE_DEADLINE_S)
     on_progress(f"shard of layers {layers}: peer {short_id(str(ready['peer']))}")
