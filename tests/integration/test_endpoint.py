@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
-import trio
 from openai import APITimeoutError, BadRequestError, OpenAI, Stream
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from pals import config
-from pals.driver.bridge import TrioThread
-from pals.driver.local import LocalDriver
-from pals.driver.routes import ServedModel
-from pals.driver.sessions import SessionClient, open_sessions
 from pals.models.gguf import DEMO_MODEL_ID
-from pals.models.snapshot import Snapshot
-from pals.text.grammar import GrammarChecker, GrammarMasks
-from pals.text.template import ChatTemplate
-from pals.text.tokenizer import Tokenizer
-from pals.types import EngineLimits
-from tests.demo_model import import_demo_model, load_goldens
-from tests.integration.api.servers import running
-from tests.integration.swarm import ask, make_swarm, request, served_model, start_chain
+from tests.demo_model import load_goldens
+from tests.integration.demo_endpoint import LIMITS, SPLIT, World, demo_endpoint
+from tests.integration.swarm import ask, request
 
 pytestmark = pytest.mark.timeout(180)
 
-LIMITS = EngineLimits(
-    max_sessions=2, max_rows=2, max_context_tokens=512, max_chunk_tokens=16, verify_tokens=1
-)
-SPLIT = ("0:10", "10:20", "20:30")
 GOLDENS = load_goldens()["prompts"]
 PARIS, EMOJI, _, _, STORY = GOLDENS
 NEW_TOKENS = 48
@@ -49,66 +33,10 @@ DEADLINE_S = 60.0
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
-    """A driver of the model, whose shards all run."""
-
-    sessions: SessionClient
-    model: ServedModel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """A chain on its network thread, and the endpoint over it."""
-
-    network: TrioThread[Chain]
-    chain: Chain
-    tokenizer: Tokenizer
-    url: str
-
-    def steps(self) -> int:
-        """Return how many decode steps the head has made so far."""
-        hops = asyncio.run(self.network.call(self.chain.sessions.report))
-        return hops[0].steps if hops else 0
-
-
-@asynccontextmanager
-async def open_chain(folder: Path, checkpoint: Path) -> AsyncIterator[Chain]:
-    async with make_swarm(folder) as tiny, trio.open_nursery() as nursery:
-        swarm = replace(tiny, checkpoint=checkpoint, limits=LIMITS)
-        await start_chain(nursery, swarm, *SPLIT)
-        model = replace(served_model(swarm), model_id=DEMO_MODEL_ID)
-        async with open_sessions(swarm.options(swarm.operator), model) as sessions:
-            yield Chain(sessions=sessions, model=model)
-        nursery.cancel_scope.cancel()
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Iterator[World]:
-    checkpoint = import_demo_model(shared_cache)
-    folder = tmp_path_factory.mktemp("endpoint")
-    network = TrioThread(partial(open_chain, folder, checkpoint))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(config.CACHE_DIR_VARIABLE, str(shared_cache))
-        chain = network.start()
-    tokenizer = Tokenizer.load(checkpoint)
-    vocab_size = Snapshot.open(checkpoint, str(checkpoint)).config.vocab_size
-    masks = GrammarMasks(checkpoint / "tokenizer.json", vocab_size, tokenizer.eos_token_ids)
-    driver = LocalDriver(
-        network,
-        chain.sessions,
-        chain.model,
-        tokenizer,
-        ChatTemplate.load(checkpoint),
-        eos_token_ids=tokenizer.eos_token_ids,
-        vocab_size=vocab_size,
-        grammars=GrammarChecker(masks),
-    )
-    try:
-        with running(driver) as url:
-            yield World(network=network, chain=chain, tokenizer=tokenizer, url=url)
-    finally:
-        network.stop()
+    with demo_endpoint(tmp_path_factory.mktemp("endpoint"), shared_cache) as made:
+        yield made
 
 
 @pytest.fixture
