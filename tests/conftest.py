@@ -29,6 +29,9 @@ if version("jaxlib").startswith("0.10."):
     _UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _UNOPTIMISED)
 
+# Of pytest-xdist, in each process that it runs tests in.
+WORKER_VARIABLE = "PYTEST_XDIST_WORKER"
+
 # Every run plays the same examples, and a machine under load makes none of them fail.
 settings.register_profile("pals", derandomize=True, deadline=None)
 settings.load_profile("pals")
@@ -38,10 +41,13 @@ settings.load_profile("pals")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the cache folder of what serves several tests: models that are imported once.
 
-    Its compiled programs are those of every test: what one compiled, the next one loads.
+    Its compiled programs are those of every test: what one compiled, the next one loads, also
+    in the other processes that pytest-xdist runs tests in.
     """
-    folder = tmp_path_factory.mktemp("shared-cache")
-    (folder / "xla").mkdir(mode=0o700)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if WORKER_VARIABLE in os.environ else base) / "shared-cache"
+    for each in (folder, folder / "xla"):
+        each.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,6 +74,31 @@ class _Guided:
     asked_at: float = math.inf
 
 
+class _Begins:
+    """Grammars that wait to be compiled, those of one peer after another.
+
+    Compiling takes seconds at worst: whoever sends slow ones keeps its own waiting, and those
+    of each other peer for one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._of_peer: OrderedDict[PeerId, deque[_Guided]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._of_peer)
+
+    def push(self, guided: _Guided) -> None:
+        self._of_peer.setdefault(guided.session.driver, deque()).append(guided)
+
+    def pop(self) -> _Guided:
+        peer, waiting = next(iter(self._of_peer.items()))
+        guided = waiting.popleft()
+        self._of_peer.move_to_end(peer)
+        if not waiting:
+            del self._of_peer[peer]
+        return guided
+
+
 class Guides:
     """The sessions of a tail that grammars guide.
 
@@ -100,7 +125,7 @@ class Guides:
         self._run_in_thread = partial(trio.to_thread.run_sync, abandon_on_cancel=True)
         self._guided: dict[ShardSession, _Guided] = {}
         self._steps: deque[_Guided] = deque()
-        self._begins: deque[_Guided] = deque()
+        self._begins = _Begins()
         self._wake = trio.Event()
 
     def open(self, session: ShardSession, now: float) -> None:
@@ -173,7 +198,7 @@ class Guides:
                 # one hop to the thread for all of them; what is new waits, and may take seconds
                 due = [self._steps.popleft() for _ in range(len(self._steps))]
             elif self._begins:
-                due = [self._begins.popleft()]
+                due = [self._begins.pop()]
             else:
                 self._wake = trio.Event()
                 await self._wake.wait()
@@ -191,7 +216,10 @@ class Guides:
 
     def _look(self, guided: _Guided, now: float) -> None:
         guided.asked_at = now
-        (self._begins if guided.is_new else self._steps).append(guided)
+        if guided.is_new:
+            self._begins.push(guided)
+        else:
+            self._steps.append(guided)
         self._wake.set()
 
     def _is_current(self, guided: _Guided) -> bool:

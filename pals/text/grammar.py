@@ -236,8 +236,12 @@ class GrammarChecker:
     _known: OrderedDict[Grammar, None] = field(default_factory=OrderedDict[Grammar, None])
 
     def knows(self, grammar: Grammar) -> bool:
-        """Return whether a grammar was found good before; takes no time."""
-        return grammar in self._known
+        """Return whether a grammar was found good before; takes no time. On any thread."""
+        try:
+            self._known.move_to_end(grammar)
+        except KeyError:
+            return False
+        return True
 
     def check(self, grammar: Grammar) -> None:
         """Compile a grammar; waits for that, a few seconds at most. On one thread at a time.
@@ -247,8 +251,7 @@ class GrammarChecker:
                 is named. Or it exceeds its limits, or the model's tokenizer is none that
                 grammars work with.
         """
-        if grammar in self._known:
-            self._known.move_to_end(grammar)
+        if self.knows(grammar):
             return
         answer = self.masks.begin(grammar)
         try:

@@ -57,10 +57,10 @@ class World:
 
 
 @contextmanager
-def demo_endpoint(folder: Path, cache: Path) -> Iterator[World]:
+def demo_endpoint(folder: Path, cache: Path, limits: EngineLimits = LIMITS) -> Iterator[World]:
     """Serve the demo model; ``cache`` keeps it and its compiled programs."""
     checkpoint = import_demo_model(cache)
-    network = TrioThread(partial(_open_chain, folder, checkpoint))
+    network = TrioThread(partial(_open_chain, folder, checkpoint, limits))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(config.CACHE_DIR_VARIABLE, str(cache))
         chain = network.start()
@@ -73,9 +73,9 @@ def demo_endpoint(folder: Path, cache: Path) -> Iterator[World]:
 
 
 @asynccontextmanager
-async def _open_chain(folder: Path, checkpoint: Path) -> AsyncIterator[Chain]:
+async def _open_chain(folder: Path, checkpoint: Path, limits: EngineLimits) -> AsyncIterator[Chain]:
     async with make_swarm(folder) as tiny, trio.open_nursery() as nursery:
-        swarm = replace(tiny, checkpoint=checkpoint, limits=LIMITS)
+        swarm = replace(tiny, checkpoint=checkpoint, limits=limits)
         await start_chain(nursery, swarm, *SPLIT)
         model = replace(served_model(swarm), model_id=DEMO_MODEL_ID)
         async with open_sessions(swarm.options(swarm.operator), model) as sessions:

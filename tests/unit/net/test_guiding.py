@@ -27,7 +27,7 @@ from pals.net.ring import SessionTable
 from pals.net.shard_service import EXPIRY_INTERVAL_S, ShardService
 from pals.net.wire import Frame, Lane, Row, Rows, tokens_shape
 from pals.text.grammar import GuidedAnswer
-from pals.types import EngineLimits, Grammar, LayerRange, SessionId
+from pals.types import EngineLimits, Grammar, LayerRange, PeerId, SessionId
 from tests.unit.net.shard_fakes import DRIVER, LOCAL, FakeCompute, FakeLinks, make_result
 
 pytestmark = pytest.mark.trio
@@ -43,12 +43,14 @@ class FakeMasks:
 
     Attributes:
         asked: The tokens of the answers that were looked at, in order.
+        sources: And their grammars.
         failures: What is raised for a grammar's source.
         free_from: Tokens after which anything goes.
     """
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
+        self.sources: list[str] = []
         self.begun: list[GuidedAnswer] = []
         self.ended: list[GuidedAnswer] = []
         self.failures: dict[str, Exception] = {}
@@ -72,6 +74,7 @@ class FakeMasks:
 
     def next_mask(self, answer: GuidedAnswer) -> AllowedTokens | None:
         self.asked.append(list(answer.tokens))
+        self.sources.append(answer.grammar.source)
         if (failure := self.failures.get(answer.grammar.source)) is not None:
             raise failure
         if len(answer.tokens) >= self.free_from:
@@ -114,7 +117,11 @@ class Bench:
         await trio.testing.wait_all_tasks_blocked()
 
     async def open(
-        self, session: SessionId = SESSION, sampler: Sampler = GUIDED, **fields: Any
+        self,
+        session: SessionId = SESSION,
+        sampler: Sampler = GUIDED,
+        driver: PeerId = DRIVER,
+        **fields: Any,
     ) -> None:
         message = Open(
             session=session,
@@ -124,7 +131,7 @@ class Bench:
             sampler=sampler,
             **fields,
         )
-        self.service.on_control(DRIVER, message)
+        self.service.on_control(driver, message)
         await self._admit(session)
 
     async def _admit(self, session: SessionId) -> None:
@@ -405,4 +412,20 @@ async def test_what_runs_goes_before_what_is_new(nursery: trio.Nursery) -> None:
     await bench.find()
 
     assert masks.asked == [[], [], [6], [], []]
+    nursery.cancel_scope.cancel()
+
+
+async def test_grammars_of_one_peer_do_not_keep_those_of_another_waiting(
+    nursery: trio.Nursery,
+) -> None:
+    masks = FakeMasks()
+    bench = Bench(nursery, masks)
+    other = PeerId("another driver")
+    for driver, letters in ((DRIVER, "abcd"), (other, "xy")):
+        for letter in letters:  # the first of them is looked at now
+            sampler = Sampler(grammar=GrammarSpec(kind="lark", source=letter))
+            await bench.open(SessionId(letter.encode() * 16), sampler, driver)
+    await bench.find()
+
+    assert masks.sources == list("abxcyd")
     nursery.cancel_scope.cancel()

@@ -249,6 +249,21 @@ def test_a_grammar_that_was_checked_is_not_compiled_again(masks: GrammarMasks):
     masks._child._process = process
 
 
+def test_what_was_not_asked_for_the_longest_time_is_checked_anew(
+    masks: GrammarMasks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(grammar_module, "MAX_CHECKED", 2)
+    checker = GrammarChecker(masks)
+    first, second, third = (lark(f'start: "{letter}"') for letter in "abc")
+    checker.check(first)
+    checker.check(second)
+    assert checker.knows(first)
+
+    checker.check(third)
+
+    assert [checker.knows(each) for each in (first, second, third)] == [True, False, True]
+
+
 # --- the process ---------------------------------------------------------------------
 
 
