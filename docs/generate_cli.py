@@ -69,6 +69,7 @@ def render() -> str:
     """Return the page."""
     commands = build_app().generate_docs(heading_level=1)
     _, _, listed = commands.partition("## Table of Contents\n")
+    listed = listed.replace("```console", "```text")  # what a command takes, not one to run
     return "\n".join(
         [HEAD, _codes(), _variables(), _talk(), f"## All of them\n{listed.rstrip()}\n"]
     )

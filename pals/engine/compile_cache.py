@@ -52,6 +52,14 @@ def use_compilation_cache(folder: Path) -> None:
     _use(folder, _NO_LIMIT)
 
 
+def folder_in_use() -> Path | None:
+    """Return the folder in which this process keeps programs, also while a stage of it is open."""
+    current = _folder_in_use()
+    if current is not None and current.name.startswith(_STAGE_PREFIX):
+        return current.parent
+    return current
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A folder in which programs are compiled before they come into the cache.

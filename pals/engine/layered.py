@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax.stages import Compiled
 
 from pals.engine.bank import Bank
 from pals.engine.compilation import CompilerOptions, workspace_bytes
+from pals.engine.lowering import Lowerings
 from pals.engine.sampler import sample
 from pals.engine.stepping import (
     Leaves,
@@ -49,14 +51,21 @@ class _Part:
 
 
 class _Kind:
-    """Layers that one program serves."""
+    """Layers that one program serves.
 
-    def __init__(self, config: ModelConfig, layer: AbstractModel[DecoderLayer]) -> None:
+    Args:
+        config: Of the model.
+        layer: One of them.
+        first: The first layer of the whole model that is of this kind, which shards of any
+            of its layers know it by.
+    """
+
+    def __init__(self, config: ModelConfig, layer: AbstractModel[DecoderLayer], first: int) -> None:
         self._config = config
         self._layer = layer
-        self.step = jax.jit(self._run, static_argnames="shape", donate_argnames=("cache", "x"))
+        self.name = f"layer {first}"
 
-    def _run(
+    def run(
         self, leaves: Leaves, cache: LayerCache, x: jax.Array, tables: Tables, *, shape: StepShape
     ) -> tuple[jax.Array, LayerCache]:
         rows = make_rows(self._config, shape, tables)
@@ -84,19 +93,18 @@ class LayeredSteps:
         place_of = {path: place for place, path in enumerate(model.parameters)}
         self._ends_model = abstract_ends(config, layers, numerics)
         self._ends = _part((), self._ends_model, place_of)
-        self._kinds: dict[object, _Kind] = {}
+        kinds: dict[object, _Kind] = {}
         self._layers: list[tuple[_Kind, _Part]] = []
         for number, layer in enumerate(range(layers.start, layers.stop)):
-            module = abstract_layer(config, layer, numerics)
-            shapes = tuple(module.parameters.items())
-            key = (module.graphdef, shapes, config.cache_shapes(layer))
-            kind = self._kinds.setdefault(key, _Kind(config, module))
-            self._layers.append((kind, _part(("layers", number), module, place_of)))
-        self._begin = jax.jit(self._run_begin)
-        self._logits = jax.jit(self._run_logits, static_argnames="shape")
+            module, key = _look_at(config, layer, numerics)
+            if key not in kinds:
+                first = next(n for n in range(layer + 1) if _look_at(config, n, numerics)[1] == key)
+                kinds[key] = _Kind(config, module, first)
+            self._layers.append((kinds[key], _part(("layers", number), module, place_of)))
+        self._lowerings = Lowerings(config, numerics, self._is_head)
         # It is the same for every step of as many sampled tokens, and every model of as many
         # words: compiled with the logits, it would take longer than a layer each time.
-        self._sample = jax.jit(sample, donate_argnames="bank")
+        self._sampler_lowerings = Lowerings()
         self._samplers: dict[tuple[int, str], Compiled] = {}
 
     def compile(
@@ -104,7 +112,9 @@ class LayeredSteps:
     ) -> tuple[Run, int]:
         """Compile a step of such arguments; see `StepBuilder`."""
         ends = self._ends.take(arguments.leaves)
-        lowered = self._begin.lower(ends, arguments.inputs, arguments.tables)
+        lowered = self._lowerings.lower(
+            self._run_begin, (ends, arguments.inputs, arguments.tables), name="begin"
+        )
         begin, (hidden, _) = lowered.compile(options), lowered.out_info
         steps = self._compile_kinds(arguments, hidden, shape, options)
         workspace = [workspace_bytes(step) for step in (begin, *steps.values())]
@@ -122,11 +132,20 @@ class LayeredSteps:
         options: CompilerOptions | None,
     ) -> _Tail:
         ends = self._ends.take(arguments.leaves)
-        lowered = self._logits.lower(ends, hidden, arguments.tables, shape=shape)
+        lowered = self._lowerings.lower(
+            partial(self._run_logits, shape=shape),
+            (ends, hidden, arguments.tables),
+            name=f"logits {shape}",
+        )
         logits, positions, _ = lowered.out_info
         key = (logits.shape[0], str(options))
         if key not in self._samplers:
-            sampler = self._sample.lower(logits, arguments.sampling, positions, arguments.bank)
+            sampler = self._sampler_lowerings.lower(
+                sample,
+                (logits, arguments.sampling, positions, arguments.bank),
+                name="sample",
+                donated=(3,),
+            )
             self._samplers[key] = sampler.compile(options)
         return _Tail(lowered.compile(options), self._samplers[key], logits.size * 4)
 
@@ -140,8 +159,12 @@ class LayeredSteps:
         steps: dict[_Kind, Compiled] = {}
         for (kind, part), cache in zip(self._layers, arguments.cache, strict=True):
             if kind not in steps:
-                leaves = part.take(arguments.leaves)
-                lowered = kind.step.lower(leaves, cache, hidden, arguments.tables, shape=shape)
+                lowered = self._lowerings.lower(
+                    partial(kind.run, shape=shape),
+                    (part.take(arguments.leaves), cache, hidden, arguments.tables),
+                    name=f"{kind.name} {shape}",
+                    donated=(1, 2),
+                )
                 steps[kind] = lowered.compile(options)
         return steps
 
@@ -211,6 +234,15 @@ class _LayeredRun:
             return StepOutcome(x, tuple(kept), bank, None)
         sampled, bank, pooled = self._tail(ends, bank, x, tables, sampling)
         return StepOutcome(sampled, tuple(kept), bank, pooled)
+
+
+def _look_at(
+    config: ModelConfig, layer: int, numerics: Numerics
+) -> tuple[AbstractModel[DecoderLayer], object]:
+    """Return a layer of a model, and what is equal for layers that one program serves."""
+    module = abstract_layer(config, layer, numerics)
+    shapes = tuple(module.parameters.items())
+    return module, (module.graphdef, shapes, config.cache_shapes(layer))
 
 
 def _part(

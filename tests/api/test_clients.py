@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from pals.models.gguf import DEMO_MODEL_ID
 from tests.demo_model import load_goldens
 from tests.integration.demo_endpoint import World, demo_endpoint
+from tests.integration.pages import ROOT, blocks
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -28,16 +29,8 @@ PARIS, _, ANIMALS, _, _ = load_goldens()["prompts"]
 QUESTION = PARIS["messages"][0]["content"]
 DEADLINE_S = 60.0
 GREEDY = {"model": DEMO_MODEL_ID, "temperature": 0, "max_tokens": 48}
-LLM_MODELS = """
-- model_id: pals
-  model_name: {model}
-  api_base: {url}/v1
-  supports_schema: true
-- model_id: pals-text
-  model_name: {model}
-  api_base: {url}/v1
-  completion: true
-"""
+GUIDE = (ROOT / "docs" / "clients.md").read_text()
+GUIDE_URL = "http://127.0.0.1:8080"
 
 
 class City(BaseModel):
@@ -199,8 +192,9 @@ def test_refusals_are_exceptions_of_the_client(
 
 @pytest.fixture
 def llm_folder(world: World, tmp_path: Path) -> Path:
-    text = LLM_MODELS.format(model=DEMO_MODEL_ID, url=world.url)
-    (tmp_path / "extra-openai-models.yaml").write_text(text)
+    """Return a folder with the settings that the guide shows."""
+    text = next(content for _, content in blocks(GUIDE, "yaml"))
+    (tmp_path / "extra-openai-models.yaml").write_text(text.replace(GUIDE_URL, world.url))
     return tmp_path
 
 

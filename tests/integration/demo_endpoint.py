@@ -17,6 +17,7 @@ from pals.driver.bridge import TrioThread
 from pals.driver.local import LocalDriver
 from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
+from pals.engine.compilation import CPU_OPTIONS
 from pals.models.gguf import DEMO_MODEL_ID
 from pals.models.snapshot import Snapshot
 from pals.text.grammar import GrammarChecker, GrammarMasks
@@ -30,6 +31,9 @@ from tests.integration.swarm import make_swarm, served_model, start_chain
 LIMITS = EngineLimits(
     max_sessions=2, max_rows=2, max_context_tokens=512, max_chunk_tokens=16, verify_tokens=1
 )
+AS_SHIPPED = {"xla_backend_optimization_level": "3", "xla_cpu_use_fusion_emitters": True}
+"""For a model of this size the steps outweigh what it takes to optimise them."""
+
 SPLIT = ("0:10", "10:20", "20:30")
 
 
@@ -63,6 +67,8 @@ def demo_endpoint(folder: Path, cache: Path, limits: EngineLimits = LIMITS) -> I
     network = TrioThread(partial(_open_chain, folder, checkpoint, limits))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(config.CACHE_DIR_VARIABLE, str(cache))
+        for option, value in AS_SHIPPED.items():
+            patch.setitem(CPU_OPTIONS, option, value)
         chain = network.start()
     try:
         tokenizer = Tokenizer.load(checkpoint)

@@ -46,10 +46,17 @@ _INVITE = re.compile(r"pp_inv_[\w.-]+")
 
 
 class Terminals:
-    """Runs the steps of one page; every process ends with the block."""
+    """Runs the steps of one page; every process ends with the block.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: For the homes of the users, and one cache of all of them.
+        programs: Where that cache keeps compiled programs.
+    """
+
+    def __init__(self, folder: Path, programs: Path) -> None:
         self._folder = folder
+        (folder / "cache").mkdir(mode=0o700)
+        (folder / "cache" / "xla").symlink_to(programs)
         self._invite = ""
         self._ports = dict(zip(DEFAULT_PORTS.values(), free_ports(2), strict=True))
         self._running: list[subprocess.Popen[str]] = []
@@ -80,6 +87,8 @@ class Terminals:
             return
         if step.command == ACTIVATION:
             return  # the commands on the path are those of the tests' own environment
+        if server_in(step.command) == "serve":  # which the page then means by the default port
+            (self._ports[DEFAULT_PORTS["serve"]],) = free_ports(1)
         command = self._complete(self._translate(step.command))
         shown = [self._translate(line) for line in step.output]
         if server_in(command):

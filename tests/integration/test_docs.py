@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import yaml
 
 from benchmarks.__main__ import build_parser
 from pals import config
@@ -20,7 +22,14 @@ from tests.integration.terminals import Terminals, assert_make_target
 
 BENCHMARKS = "python -m benchmarks"
 VARIABLES = {value for name, value in vars(config).items() if name.endswith("_VARIABLE")}
-WITH_EXAMPLES = [page for page in PAGES if blocks(page.read_text(), "console", "python")]
+GO_ON = {"getting-started.md": ("nat.md", "clients.md")}
+"""Pages whose examples need the machines of another one."""
+
+WITH_EXAMPLES = [
+    page
+    for page in PAGES
+    if blocks(page.read_text(), "console", "python") and page.name not in sum(GO_ON.values(), ())
+]
 
 _COMMAND = re.compile(r"(?<![\w.-])pals(?: [a-z]+(?:-[a-z]+)*)+|python -m benchmarks")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
@@ -35,9 +44,11 @@ on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.nam
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
-def test_examples_of_a_page_run_in_their_order(page: Path, tmp_path: Path):
-    with Terminals(tmp_path) as terminals:
-        for language, content in blocks(page.read_text(), "console", "python"):
+def test_examples_of_a_page_run_in_their_order(page: Path, tmp_path: Path, shared_cache: Path):
+    texts = [page.read_text()]
+    texts += [page.with_name(name).read_text() for name in GO_ON.get(page.name, ())]
+    with Terminals(tmp_path, shared_cache / "xla") as terminals:
+        for language, content in blocks("".join(texts), "console", "python"):
             if language == "python":
                 terminals.run_python(content)
                 continue
@@ -49,6 +60,12 @@ def test_examples_of_a_page_run_in_their_order(page: Path, tmp_path: Path):
 def test_presets_of_a_page_are_read(page: Path):
     for _, content in blocks(page.read_text(), "toml"):
         assert msgspec.toml.decode(content, type=Settings) != Settings()
+
+
+@on_every_page
+def test_settings_of_other_programs_can_be_read(page: Path):
+    for language, content in blocks(page.read_text(), "json", "yaml"):
+        assert (json.loads if language == "json" else yaml.safe_load)(content)
 
 
 # --- names ---------------------------------------------------------------------------
