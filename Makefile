@@ -10,9 +10,10 @@ LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
 
-# On two cores, a file at a time on each; what tests share is made once for each file. The files
+# A file at a time in each process, one more than two cores have: many tests wait for others. What
+# tests share is made once for each file. The files
 # start in the order of the command line, those that take long first.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 # Other tests run programs that XLA did not optimise (tests/conftest.py); these the product's.
 AS_SHIPPED := XLA_FLAGS=
