@@ -10,9 +10,9 @@ LOCK   := requirements.lock
 MODEL  := requirements-model.lock
 PARITY := requirements-parity.txt
 
-# A file at a time in each process, one more than two cores have: many tests wait for others. What
-# tests share is made once for each file. The files
-# start in the order of the command line, those that take long first.
+# A file at a time in each process, of which there is one more than cores: many tests wait. What
+# tests share is made once for each file. The files start in the order of the command line, those
+# that take long first.
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 # Other tests run programs that XLA did not optimise (tests/conftest.py); these the product's.
