@@ -42,6 +42,7 @@ EOS = 2
 """Token that may not come, so that every answer has the same length in both."""
 
 CONTEXT = 512
+WARM_UP_S = 3
 GRACE_S = 120
 
 
@@ -53,7 +54,7 @@ class Effort:
         users: At a time.
         window_s: In which they ask.
         tokens: Of each answer.
-        rounds: Samples of each cell, after one that warms up.
+        rounds: Samples of each cell.
     """
 
     users: tuple[int, ...]
@@ -139,12 +140,13 @@ async def measure(effort: Effort) -> list[System]:
     """Start every endpoint and ask each in every round."""
     async with AsyncExitStack() as stack:
         systems = await _open_systems(stack, effort)
-        for number in range(effort.rounds + 1):
+        for system in systems:
+            await _ask(system, replace(effort, window_s=WARM_UP_S), max(effort.users), salt="-")
+        for number in range(effort.rounds):
             for users in effort.users:
                 for system in systems:
                     window = await _ask(system, effort, users, salt=f"{number}-{users}")
-                    if number:
-                        system.windows.setdefault(users, []).append(window)
+                    system.windows.setdefault(users, []).append(window)
     return systems
 
 
