@@ -17,13 +17,13 @@ from pals.driver.bridge import TrioThread
 from pals.driver.local import LocalDriver
 from pals.driver.routes import ServedModel
 from pals.driver.sessions import SessionClient, open_sessions
-from pals.engine.compilation import CPU_OPTIONS
 from pals.models.gguf import DEMO_MODEL_ID
 from pals.models.snapshot import Snapshot
 from pals.text.grammar import GrammarChecker, GrammarMasks
 from pals.text.template import ChatTemplate
 from pals.text.tokenizer import Tokenizer
 from pals.types import EngineLimits
+from tests.as_shipped import compile_as_shipped
 from tests.demo_model import import_demo_model
 from tests.integration.api.servers import running
 from tests.integration.swarm import make_swarm, served_model, start_chain
@@ -31,9 +31,6 @@ from tests.integration.swarm import make_swarm, served_model, start_chain
 LIMITS = EngineLimits(
     max_sessions=2, max_rows=2, max_context_tokens=512, max_chunk_tokens=16, verify_tokens=1
 )
-AS_SHIPPED = {"xla_backend_optimization_level": "3", "xla_cpu_use_fusion_emitters": True}
-"""For a model of this size the steps outweigh what it takes to optimise them."""
-
 SPLIT = ("0:10", "10:20", "20:30")
 
 
@@ -67,8 +64,8 @@ def demo_endpoint(folder: Path, cache: Path, limits: EngineLimits = LIMITS) -> I
     network = TrioThread(partial(_open_chain, folder, checkpoint, limits))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(config.CACHE_DIR_VARIABLE, str(cache))
-        for option, value in AS_SHIPPED.items():
-            patch.setitem(CPU_OPTIONS, option, value)
+        # For a model of this size the steps outweigh what it takes to optimise them.
+        compile_as_shipped(patch)
         chain = network.start()
     try:
         tokenizer = Tokenizer.load(checkpoint)
