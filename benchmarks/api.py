@@ -38,8 +38,8 @@ LLAMA_SERVER = "llama-server"
 SHARD_COUNTS = (3, 1)
 LOCUST = FOLDER.parent / "locust" / "bin" / "locust"
 USERS_FILE = Path(__file__).with_name("api_users.py")
-EOS = 2
-"""Token that may not come, so that every answer has the same length in both."""
+ENDS = (0, 2)
+"""Tokens that may not come, so that every answer has the same length in both."""
 
 CONTEXT = 512
 WARM_UP_S = 3
@@ -202,20 +202,23 @@ def run_users(endpoint: Endpoint, effort: Effort, users: int, salt: str) -> list
         variables = {
             "API_USERS_MODEL": endpoint.model,
             "API_USERS_TOKENS": str(effort.tokens),
-            "API_USERS_EOS": str(EOS),
+            "API_USERS_BANNED": ",".join(map(str, ENDS)),
             "API_USERS_SALT": salt,
             "API_USERS_OUT": str(out),
         }
         numbers = ("-u", users, "-r", users, "-t", f"{effort.window_s}s", "-s", GRACE_S)
-        subprocess.run(
+        done = subprocess.run(
             [LOCUST, "-f", USERS_FILE, "--headless", "--only-summary", "-H", endpoint.url]
             + [str(number) for number in numbers],
             env={**os.environ, **variables},
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             timeout=effort.window_s + 2 * GRACE_S,
         )
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)
+        done.check_returncode()
         return [msgspec.json.decode(line, type=TimedAnswer) for line in out.open("rb")]
 
 

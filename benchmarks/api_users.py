@@ -4,8 +4,8 @@
 Each user streams answers of a fixed number of tokens to prompts that nobody asked before.
 What came when goes to a file as JSON lines, one for each answer that ended in time.
 
-Environment: ``API_USERS_MODEL``, ``API_USERS_TOKENS``, ``API_USERS_EOS`` (an id that may not
-come), ``API_USERS_SALT`` (makes the prompts of a round its own), ``API_USERS_OUT``.
+Environment: ``API_USERS_MODEL``, ``API_USERS_TOKENS``, ``API_USERS_BANNED`` (ids that
+may not come), ``API_USERS_SALT`` (makes the prompts of a round its own), ``API_USERS_OUT``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from locust import HttpUser, constant, events, task
 
 MODEL = os.environ["API_USERS_MODEL"]
 TOKENS = int(os.environ["API_USERS_TOKENS"])
-EOS = os.environ["API_USERS_EOS"]
+BANNED = os.environ["API_USERS_BANNED"].split(",")
 SALT = os.environ["API_USERS_SALT"]
 OUT = os.environ["API_USERS_OUT"]
 DEADLINE_S = 120.0
@@ -41,7 +41,7 @@ class User(HttpUser):
             "messages": [{"role": "user", "content": _prompt(next(_numbers))}],
             "max_tokens": TOKENS,
             "temperature": 0,
-            "logit_bias": {EOS: -100},
+            "logit_bias": dict.fromkeys(BANNED, -100),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -54,7 +54,9 @@ class User(HttpUser):
             timeout=DEADLINE_S,
         ) as response:
             if response.status_code != 200:
-                response.failure(f"status {response.status_code}")
+                response.failure(
+                    f"status {response.status_code}: {response.error or response.text}"
+                )
                 return
             arrivals_s, tokens = _read(response.iter_lines())
             if tokens != TOKENS:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # XLA makes the tests' many small programs three times as fast when it does not optimise their code.
-# XLA_FLAGS= in the environment has it optimised, as has tests/as_shipped.py for single shards. Later
+# XLA_FLAGS= in the environment has it optimised, and tests/as_shipped.py what shards compile. Later
 # versions of jax have no other emitters.
 _UNOPTIMISED = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
