@@ -1,7 +1,8 @@
 """Users of an OpenAI endpoint who ask again as soon as they are answered; locust runs it.
 
 ``locust -f benchmarks/api_users.py`` in locust's own environment, which has nothing of Pals.
-Each user streams answers of a fixed number of tokens to prompts that nobody asked before.
+Each user streams answers of a fixed number of tokens to prompts that nobody asked before, each
+over a connection of its own: llama-server closes some that it has promised to keep.
 What came when goes to a file as JSON lines, one for each answer that ended in time.
 
 Environment: ``API_USERS_MODEL``, ``API_USERS_TOKENS``, ``API_USERS_BANNED`` (ids that
@@ -49,6 +50,7 @@ class User(HttpUser):
         with self.client.post(
             "/v1/chat/completions",
             json=asked,
+            headers={"connection": "close"},
             stream=True,
             catch_response=True,
             timeout=DEADLINE_S,
