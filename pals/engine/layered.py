@@ -101,7 +101,9 @@ class LayeredSteps:
                 first = next(n for n in range(layer + 1) if _look_at(config, n, numerics)[1] == key)
                 kinds[key] = _Kind(config, module, first)
             self._layers.append((kinds[key], _part(("layers", number), module, place_of)))
-        self._lowerings = Lowerings(config, numerics, self._is_head)
+        self._lowerings = Lowerings(
+            config, numerics, self._is_head, are_kept=numerics.moe.trace is None
+        )
         # It is the same for every step of as many sampled tokens, and every model of as many
         # words: compiled with the logits, it would take longer than a layer each time.
         self._sampler_lowerings = Lowerings()

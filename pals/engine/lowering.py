@@ -46,10 +46,13 @@ class Lowerings:
     Args:
         depends_on: What their programs follow from beside their code and arguments; its
             ``repr`` tells two that differ apart.
+        are_kept: None of them calls back into this process, which no file can.
     """
 
-    def __init__(self, *depends_on: object) -> None:
-        kinds = sorted(machine_kind().items())
+    def __init__(self, *depends_on: object, are_kept: bool = True) -> None:
+        self._are_kept = are_kept
+        options = [item for item in os.environ.items() if item[0].startswith("JAX_")]
+        kinds = sorted([*machine_kind().items(), *options])
         self._depends_on = repr((code_digest(), version("flax"), kinds, depends_on))
 
     def lower(
@@ -68,7 +71,7 @@ class Lowerings:
             name: Says which of the functions it is, and what of it is static.
             donated: Places of the arguments that are given away.
         """
-        folder = folder_in_use()
+        folder = folder_in_use() if self._are_kept else None
         if folder is None:
             return jax.jit(function, donate_argnums=donated).lower(*arguments)
         path = folder / FOLDER / self._key(name, arguments)

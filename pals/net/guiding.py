@@ -91,11 +91,10 @@ class _Begins:
         self._of_peer.setdefault(guided.session.driver, deque()).append(guided)
 
     def pop(self) -> _Guided:
-        peer, waiting = next(iter(self._of_peer.items()))
+        peer, waiting = self._of_peer.popitem(last=False)
         guided = waiting.popleft()
-        self._of_peer.move_to_end(peer)
-        if not waiting:
-            del self._of_peer[peer]
+        if waiting:
+            self._of_peer[peer] = waiting
         return guided
 
 

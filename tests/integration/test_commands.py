@@ -10,8 +10,11 @@ import os
 import re
 import signal
 import socket
+import socketserver
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ import trio
 from pals.backend.database import sqlite_url
 from pals.backend.service import BackendService
 from pals.config import Profile
+from pals.models.hub_texts import TEXT_ATTEMPTS
 from pals.net.enrolment import create_invite, create_swarm, redeem_invite
 from pals.net.removal import remove_peer
 from pals.swarm.identity import load_or_create_identity
@@ -220,8 +224,39 @@ def test_a_model_that_is_nowhere_is_refused_at_once_without_a_network(
         name, "nobody/no-model", *rest, *LOOPBACK, *at(swarm.operator), **network, **cache
     )
 
-    # No try again outlasts the time that a test has.
     assert_refused(done, 4, "nobody/no-model", "pals models import")
+
+
+def test_a_hub_that_hangs_up_is_asked_a_few_times_and_not_on_and_on(
+    pals: Pals, swarm: Swarm, tmp_path: Path
+) -> None:
+    cache = {"PALS_CACHE_DIR": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    with hanging_up() as (url, asked):
+        hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url}
+        command = ("shard", "nobody/no-model", "--layers", "0:2", *LOOPBACK)
+        done = pals.run(*command, *at(swarm.operator), **hub, **cache)
+
+    assert_refused(done, 4, "nobody/no-model", "pals models import")
+    assert len(asked) == TEXT_ATTEMPTS
+
+
+@contextmanager
+def hanging_up() -> Iterator[tuple[str, list[object]]]:
+    """Give the address of a server that answers nobody, and who asked it."""
+    asked: list[object] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.client_address)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("model", ["../outside", "no/such/model"])

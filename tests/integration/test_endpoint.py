@@ -85,7 +85,7 @@ def open_streams(client: OpenAI, count: int) -> Iterator[None]:
 # --- the tokens ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("golden", [PARIS, STORY], ids=["to its end", "to its limit"])
+@pytest.mark.parametrize("golden", GOLDENS, ids=[g["text"][:12] for g in GOLDENS])
 def test_the_network_gives_the_token_ids_of_the_reference(world: World, golden: dict) -> None:
     async def all_tokens() -> list[int]:
         wanted = request(golden["prompt_ids"], NEW_TOKENS)

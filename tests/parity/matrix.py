@@ -209,8 +209,8 @@ class ParityMatrix:
         expected = reference.logits(PROMPT)
         chain = Chain(reference.snapshot, list(range(reference.num_layers)))
 
-        parts = [chain.logits(PROMPT[:20]), chain.logits(PROMPT[20:40], 20)]
-        parts += [chain.logits(PROMPT[i : i + 1], i) for i in range(40, len(PROMPT))]
+        parts = [chain.logits(PROMPT[:20]), chain.logits(PROMPT[20:33], 20)]
+        parts += [chain.logits(PROMPT[i : i + 1], i) for i in range(33, len(PROMPT))]
 
         np.testing.assert_allclose(np.concatenate(parts), expected, atol=ATOL)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from pals.engine import compile_cache, lowering
 from pals.engine.compile_cache import compiling_in_stage, use_compilation_cache
@@ -143,6 +144,31 @@ def test_nothing_is_written_where_no_programs_are_kept(
 
     assert traced.count == 2
     assert not (folder / lowering.FOLDER).exists()
+
+
+def test_what_calls_back_into_this_process_is_traced_each_time(folder: Path) -> None:
+    seen: list[float] = []
+
+    def watched(x: jax.Array) -> jax.Array:
+        io_callback(lambda value: seen.append(float(value)), None, x)
+        return x + 1
+
+    for _ in range(2):
+        lowered = Lowerings(are_kept=False).lower(watched, (jnp.float32(1),), name="layer 0")
+        lowered.compile()(jnp.float32(1)).block_until_ready()
+    jax.effects_barrier()
+
+    assert seen == [1, 1]
+    assert not (folder / lowering.FOLDER).exists()
+
+
+def test_options_of_jax_make_other_entries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = Traced()
+    traced.run(jnp.arange(4.0))
+    monkeypatch.setenv("JAX_DEFAULT_MATMUL_PRECISION", "float32")
+    traced.run(jnp.arange(4.0))
+
+    assert traced.count == 2
 
 
 def test_every_file_that_steps_are_traced_from_counts(
