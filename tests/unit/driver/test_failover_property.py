@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pals.driver.recovery import Patience
@@ -46,7 +46,16 @@ def act(world: World, action: str, name: str, other: str) -> None:
         shards.cut_between(victim, peer(other))
 
 
+A_SHARD_DIES_BETWEEN_LINK_AND_OPEN = [
+    (0.0, "kill", "tail-0", "head-0"),
+    (0.0, "silence", "tail-1", "head-0"),
+    (1.0, "kill", "middle-0", "head-0"),
+]
+"""The others are told at once that the session is over, which they have just been asked for."""
+
+
 @settings(max_examples=150)
+@example(A_SHARD_DIES_BETWEEN_LINK_AND_OPEN, 1)
 @given(SCRIPTS, st.integers(1, 3))
 def test_answers_are_whole_whatever_happens_to_the_shards(
     script: list[tuple[float, str, str, str]], count: int

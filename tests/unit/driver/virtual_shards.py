@@ -302,7 +302,9 @@ class VirtualShards:
                 running = self._sessions.setdefault(SessionId(message.session), running)
                 if message.sampler is not None:
                     running.seed = message.sampler.seed
-                self.nursery.start_soon(self._open, shard, message)
+                # At once, as a shard takes one message after another: a close may be right behind.
+                is_full = self._take_place(shard, running)
+                self.nursery.start_soon(self._open, shard, message, is_full)
             case Fork():
                 self._fork(shard, message)
             case Close():
@@ -365,14 +367,18 @@ class VirtualShards:
 
     # --- the shards ------------------------------------------------------------------
 
-    async def _open(self, shard: PeerId, message: Open) -> None:
+    def _take_place(self, shard: PeerId, running: _Running) -> bool:
+        """Give a session room at a shard; return whether there is none."""
+        is_full = shard in self.full or self.sessions_at(shard) >= self.slots
+        if not is_full and shard not in self.draining:
+            running.open_at.add(shard)
+        return is_full
+
+    async def _open(self, shard: PeerId, message: Open, is_full: bool) -> None:
         session = SessionId(message.session)
         running = self._sessions[session]
         room = self.announced[shard].max_context_tokens
         assert message.prompt_tokens + message.max_new_tokens <= room
-        full = shard in self.full or self.sessions_at(shard) >= self.slots
-        if not full and shard not in self.draining:
-            running.open_at.add(shard)
         self._reach("open", shard)
         await trio.sleep(self.travel_s)
         ring = running.peers
@@ -380,7 +386,7 @@ class VirtualShards:
         if shard in self.draining:
             refused = Refused(session=session, code=ShardDraining.code, problem="leaving")
             self._tell(shard, refused)
-        elif full:
+        elif is_full:
             self._tell(shard, Refused(session=session, code=ShardFull.code, problem="full"))
         elif onward in self.dead | self.removed or frozenset((shard, onward)) in self.cut:
             running.open_at.discard(shard)
