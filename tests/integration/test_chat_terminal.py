@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,18 @@ class Screen:
             self._seen += os.read(self._handle, 4096).decode(errors="replace")
         self._seen = self._seen.partition(text)[2]
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C as a user would: long after the program has come to wait for a key.
+
+        Python's readline loses a signal that comes in the moment between the echo of a key
+        and the wait for the next; only the next signal wakes it.
+        """
+        process = psutil.Process(self._process.pid)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while process.status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline_s, f"never waited: {process.status()}"
+        self.type(CTRL_C)
+
     def status(self) -> int:
         return self._process.wait(DEADLINE_S)
 
@@ -90,17 +103,17 @@ def test_ctrl_c_stops_an_answer_then_a_line_and_only_then_the_program(tmp_path: 
     with talking(history) as screen:
         screen.type("one\r")
         screen.wait_for("Hello")
-        screen.type(CTRL_C)
+        screen.interrupt()
         screen.wait_for("stopped")
         screen.wait_for(">>> ")
         screen.type("half a line")
         screen.wait_for("half a line")
-        screen.type(CTRL_C)
+        screen.interrupt()
         screen.wait_for(">>> ")
-        screen.type(CTRL_C)
+        screen.interrupt()
         screen.wait_for("press Ctrl-C again")
         screen.wait_for(">>> ")
-        screen.type(CTRL_C)
+        screen.interrupt()
         assert screen.status() == 130
 
     assert json.loads(history.read_text()) == ["one"]
