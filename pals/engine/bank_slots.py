@@ -6,8 +6,8 @@ import heapq
 
 from pals.errors import PenaltySlotsTaken
 
-DEFAULT_BANK_SLOTS = 33
-"""Row 0, which changes nothing, and one for each of 32 sessions."""
+DEFAULT_BANK_SLOTS = 65
+"""Row 0, which changes nothing, and one for each of 64 sessions."""
 
 
 class BankSlots:

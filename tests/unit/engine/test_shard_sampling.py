@@ -128,7 +128,7 @@ def test_log_probabilities_come_for_those_who_ask(shard: Shard) -> None:
 def test_a_full_bank_refuses_until_a_session_ends(shard: Shard) -> None:
     held = [shard.open_sampling(PENALISED, None) for _ in range(DEFAULT_BANK_SLOTS - 1)]
 
-    with pytest.raises(PenaltySlotsTaken, match="32 sessions"):
+    with pytest.raises(PenaltySlotsTaken, match="64 sessions"):
         shard.open_sampling(PENALISED, None)
     assert shard.open_sampling(Sampling(temperature=1.0), None).slot == 0
     shard.close_sampling(held[7])
