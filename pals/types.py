@@ -179,7 +179,7 @@ class EngineLimits:
         verify_tokens: Tokens of a row that verifies a draft; 1 where nothing is drafted.
         page_tokens: Tokens of a page of the KV cache: 16, 32 or 64.
         kv_bytes: Of the KV cache on each device; None for what the memory plan leaves.
-        prefill_share: Of the time, for prompts while other sessions decode.
+        prefill_share: Of the time, for a long prompt, or each short one, while others decode.
     """
 
     max_sessions: int = 256

@@ -256,7 +256,8 @@ class ShardOptions:
         float | None,
         Parameter(
             validator=validators.Number(gt=0, lt=1),
-            help="Part of the time that prompts may take while other sessions decode.",
+            help="Part of the time that a long prompt, or each short one, may take while "
+            "other sessions decode.",
         ),
     ] = None
     threads: Annotated[

@@ -27,7 +27,7 @@ class BatchRules:
         max_sessions_per_peer: Of one peer, those that wait to be admitted included.
         max_waiting_sessions: Sessions that wait to be admitted.
         max_waiting_tokens: Tokens of rows that wait for a step.
-        prefill_share: Of the time, for prompts while other sessions decode.
+        prefill_share: Of the time, for a long prompt, or each short one, while others decode.
         kv_share: Of the pages, what a peer keeps when others want more.
         admission_wait_s: How long a session waits for room before it is refused.
         decoding_s: So long after its last row a session counts as one that goes on; then it

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pals.engine.batch import BatchRules, Event, RowKind, SessionRequest, Step, StepRow
 from pals.engine.buckets import Buckets, Program
 from pals.engine.fairness import FairOrder
+from pals.engine.gathering import Gathering
 from pals.engine.pacing import ChunkOption, PrefillPace, StepCosts
 from pals.engine.pages import PageCopy, PagePool
 from pals.engine.running import Running, WaitingRow
@@ -70,6 +71,8 @@ class Batcher:
         self._costs = costs
         self._sessions = Sessions(pool, rules)
         self._pace = PrefillPace(rules.prefill_share)
+        self._gathering = Gathering(self._seconds_of)
+        self._left: list[Running] = []
         self._chunk_is_due = False
         self._wake_at = NEVER
         self._decode_s = 0.0
@@ -177,8 +180,10 @@ class Batcher:
         and steps have to run in the order in which they were planned.
         """
         self._sessions.tend(now)
-        self._pace.fill(now)
+        self._pace.fill(now, self._waiting_prompts())
         self._wake_at = NEVER
+        if self._waits_for_rows(now):
+            return None
         draft = _Draft(now)
         if self._chunk_is_due:  # nothing holds it beside the rows, which wait for one step
             self._add_chunk(draft)
@@ -198,6 +203,23 @@ class Batcher:
             running = self._sessions.running.get(row.session)
             if running is not None and running.is_started:  # else another has its id by now
                 self._pool.publish(row.session, row.end)
+                self._left += [running] * (row.kind != "prefill")
+
+    def _waits_for_rows(self, now: float) -> bool:
+        """Return whether the step should rather run with rows that are about to come."""
+        for running in self._left:
+            if running.next_row is None:
+                running.returns.leave(now)
+        self._left.clear()
+        rows = len(self._sessions.short_line)
+        if rows == 0 or self._chunk_is_due:
+            return False
+        returns = (running.returns for running in self._sessions.running.values())
+        until = self._gathering.wait_until(rows, returns, now)
+        if until is None:
+            return False
+        self._wake_at = until
+        return True
 
     def next_at(self) -> float:
         """Return when to call `plan` although nothing was added and no step has ended."""
@@ -294,6 +316,16 @@ class Batcher:
         )
 
     # --- chunks ----------------------------------------------------------------------
+
+    def _waiting_prompts(self) -> int:
+        """Return how many prompts wait; those that one chunk does not end count as one."""
+        most = self._buckets.limits.max_chunk_tokens
+        lengths = [
+            running.request.prompt_tokens - row.position
+            for running, row in self._in_line(self._sessions.prompt_line)
+        ]
+        short = sum(length <= most for length in lengths)
+        return short + (short < len(lengths))
 
     def _somebody_decodes(self, now: float) -> bool:
         """Return whether rows of decoding sessions may come at any moment."""

@@ -1,9 +1,10 @@
 """Whose turn it is: an order between peers, and between the sessions of each.
 
-Start-time fair queueing (Goyal, Vin, Cheng 1996, https://doi.org/10.1145/248156.248171) on
-two levels. Each peer and each session has a clock that runs by what it is given; whoever is
-furthest behind comes first. Who was away begins where the others are, and saves up nothing;
-so whoever waits is passed only until the clocks of the others have reached its own.
+Fair queueing (Demers, Keshav, Shenker 1989, https://doi.org/10.1145/75247.75248) on two
+levels. Each peer and each session has a clock that runs by what it is given; whoever is
+furthest behind comes first. A further clock runs by what all are given, shared equally among
+those that wait. Newcomers, and who was away, begin there and have saved up nothing; so
+however many come, whoever waits is passed only until that clock has reached its own.
 
 Pure: no clock of the world, only these.
 """
@@ -28,7 +29,8 @@ class _Clocks(Generic[Member]):
     Attributes:
         waiting: Of those that stand in line.
         rested: Of those that do not, where they are ahead of the rest.
-        floor: Where newcomers begin: no clock in line is behind it.
+        floor: Where newcomers begin: what each in line would have been given by now if all
+            were given the same. It never falls behind the first in line.
     """
 
     waiting: dict[Member, float] = field(default_factory=dict[Member, float])
@@ -43,6 +45,10 @@ class _Clocks(Generic[Member]):
         clock = self.waiting.pop(member, self.floor)
         if clock > self.floor:
             self.rested[member] = clock
+
+    def charge(self, member: Member, cost: float) -> None:
+        self.floor += cost / len(self.waiting)
+        self.waiting[member] += cost
 
     def forget(self, member: Member) -> None:
         self.waiting.pop(member, None)
@@ -71,6 +77,10 @@ class FairOrder(Generic[Member]):
         self._peers: _Clocks[PeerId] = _Clocks()
         self._members: dict[PeerId, _Clocks[Member]] = {}
 
+    def __len__(self) -> int:
+        """Return how many stand in line."""
+        return sum(len(clocks.waiting) for clocks in self._members.values())
+
     def begin(self, peer: PeerId, member: Member) -> None:
         """Let a member stand in line, if it does not yet."""
         self._peers.begin(peer)
@@ -78,8 +88,8 @@ class FairOrder(Generic[Member]):
 
     def charge(self, peer: PeerId, member: Member, cost: float) -> None:
         """Take what a member that stands in line was given, such as tokens."""
-        self._peers.waiting[peer] += cost
-        self._members[peer].waiting[member] += cost
+        self._peers.charge(peer, cost)
+        self._members[peer].charge(member, cost)
 
     def rest(self, peer: PeerId, member: Member) -> None:
         """Let a member leave the line, and its peer with the last."""

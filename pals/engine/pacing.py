@@ -55,7 +55,9 @@ class PrefillPace:
 
     Each step of theirs puts in the share of it that prompts may have. So does, at half that
     rate, the time in which no step runs: their rows are at other shards, which may be on the
-    same processor, but a prompt must not wait for rows that come seldom.
+    same processor, but a prompt must not wait for rows that come seldom. Both count once for
+    each short prompt that waits: with a fixed share, sessions that end would be more than
+    those that can begin, few would decode and many would wait.
 
     Whoever decodes waits for all of a chunk beside its row, but only for the rest of one that
     began in the gap before its row came. So chunks wait for gaps: beside rows there is one
@@ -67,19 +69,30 @@ class PrefillPace:
     """
 
     share: float
+    _prompts: int = 1
     _purse_s: float = field(default=float("inf"))
     _filled_at: float | None = None
     _ran_s: float = 0.0
 
     @property
-    def _gap_rate(self) -> float:
-        return self.share / 2
+    def _odds(self) -> float:
+        """Seconds that prompts may have for one of those who decode."""
+        return self._prompts * self.share / (1 - self.share)
 
-    def fill(self, now: float) -> None:
-        """Put in the share of the time since the last call in which no step ran."""
+    @property
+    def _gap_rate(self) -> float:
+        return min(1.0, self._prompts * self.share / 2)
+
+    def fill(self, now: float, prompts: int = 1) -> None:
+        """Put in the share of the time since the last call in which no step ran.
+
+        Args:
+            now: The time.
+            prompts: How many wait, of which all that are long count as one.
+        """
         if self._filled_at is not None:
             self._purse_s += self._gap_rate * max(0.0, now - self._filled_at - self._ran_s)
-        self._filled_at, self._ran_s = now, 0.0
+        self._filled_at, self._ran_s, self._prompts = now, 0.0, max(1, prompts)
 
     def note_step(self, seconds: float, decoding_s: float) -> None:
         """Put in the share of a step.
@@ -89,7 +102,7 @@ class PrefillPace:
             decoding_s: What of that it would have taken without its chunk.
         """
         self._ran_s += seconds
-        self._purse_s += decoding_s * self.share / (1 - self.share)
+        self._purse_s += decoding_s * self._odds
 
     def rest(self) -> None:
         """Note that no prompt waits: the next one begins at once."""
@@ -107,7 +120,7 @@ class PrefillPace:
             in_gap: No row goes with the chunk.
         """
         smallest_s = min(option.cost_s for option in options)
-        full_s = max(least_s, smallest_s, step_s * self.share / (1 - self.share))
+        full_s = max(least_s, smallest_s, step_s * self._odds)
         self._purse_s = min(self._purse_s, full_s)
         needed_s = smallest_s if in_gap else full_s
         if self._purse_s + ROUNDING_S < needed_s:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from pals.engine.batch import RowKind, SessionRequest
 from pals.engine.fairness import FairOrder
+from pals.engine.gathering import Return
 from pals.engine.pages import PagePool
 from pals.types import PeerId, SessionId
 
@@ -48,6 +49,7 @@ class Running:
         decodes: Its prompt is over.
         is_started: Its first row, which may begin below what was held, has come to a step.
         origin: The session and position that it is a fork of, until it has those pages.
+        returns: When its next token comes.
         line: Where it stands for its next row.
     """
 
@@ -62,6 +64,7 @@ class Running:
     decodes: bool = False
     is_started: bool = False
     origin: tuple[SessionId, int] | None = None
+    returns: Return = field(default_factory=Return)
     line: FairOrder[SessionId] | None = None
 
     def __post_init__(self) -> None:
@@ -81,7 +84,9 @@ class Running:
             self.rows.append(WaitingRow(kind=kind, position=position, tokens=tokens))
         self.end = position + tokens
         self.last_row = now
-        self.decodes = self.decodes or kind != "prefill"
+        if kind != "prefill":
+            self.decodes = True
+            self.returns.come(now)
 
     def take_tokens(self, tokens: int) -> None:
         """Note that the first ``tokens`` of the next row have come to a step."""

@@ -23,7 +23,7 @@ from pals.errors import (
     ShardFull,
 )
 from pals.types import PeerId, SessionId
-from tests.unit.engine.virtual_batch import LIMITS, Answer, World, make_batcher
+from tests.unit.engine.virtual_batch import LIMITS, Answer, World, cost, make_batcher
 
 ALICE, BOB, CAROL = PeerId("12D3alice"), PeerId("12D3bob"), PeerId("12D3carol")
 PEERS = (ALICE, BOB, CAROL)
@@ -102,7 +102,58 @@ def test_peer_whose_rows_were_away_is_owed_nothing() -> None:
             batcher.add(name(text), "decode", position + n, 1, 1.0)
 
     steps = " ".join(run(batcher, 1.0) for _ in range(5))
-    assert (steps.count("a1@") + steps.count("a2@"), steps.count("@")) == (6, 10)
+    assert (steps.count("a1@") + steps.count("a2@"), steps.count("@")) == (5, 10)
+
+
+def test_rows_that_are_about_to_come_back_run_in_the_same_step() -> None:
+    batcher, _ = make_batcher(40)
+    open_all(batcher, request("a"), request("b"))
+    for text in "ab":
+        prefill(batcher, text)
+    for round_ in range(3):
+        now, position = 1.0 + round_, 10 + round_
+        for text in "ab":
+            batcher.add(name(text), "decode", position, 1, now)
+        assert run(batcher, now) == f"decode: a@{position}+1 b@{position}+1"
+        assert run(batcher, now + 0.1) == ""  # the step is over: both are away
+
+    batcher.add(name("a"), "decode", 13, 1, 4.0)
+    assert run(batcher, 4.0) == ""
+    assert 4.0 < batcher.next_at() < 4.1
+    batcher.add(name("b"), "decode", 13, 1, 4.001)
+    assert run(batcher, 4.001) == "decode: a@13+1 b@13+1"
+
+    assert run(batcher, 4.1) == ""
+    batcher.add(name("a"), "decode", 14, 1, 5.0)
+    assert run(batcher, 5.0) == ""
+    assert run(batcher, batcher.next_at() + 1e-6) == "decode: a@14+1"  # b did not come
+
+
+def test_many_short_prompts_take_more_of_the_time_than_a_long_one() -> None:
+    many, _ = make_batcher(200)
+    one, _ = make_batcher(200)
+    texts = "bcdefghi"
+    open_all(many, request("a"), *(request(text, prompt=60) for text in texts))
+    open_all(one, request("a"), request("b", prompt=480, longest=600))
+    prompts = {id(many): [(text, 60) for text in texts], id(one): [("b", 480)]}
+    steps: dict[int, int] = {}
+    for batcher in (many, one):
+        prefill(batcher, "a")
+        now, position = 1.0, 10
+        for text, tokens in prompts[id(batcher)]:
+            batcher.add(name(text), "prefill", 0, tokens, now)
+        waiting = 480
+        while waiting:
+            batcher.add(name("a"), "decode", position, 1, now)
+            step = batcher.plan(now)
+            assert step is not None
+            now += cost(step.program)
+            batcher.finish(step, cost(step.program))
+            waiting -= step.chunk.tokens if step.chunk is not None else 0
+            position += 1
+        steps[id(batcher)] = position - 10
+
+    assert steps[id(many)] < 0.7 * steps[id(one)]
 
 
 def test_prompt_alone_runs_in_the_largest_chunks_without_much_padding() -> None:

@@ -74,6 +74,25 @@ def test_session_that_begins_late_waits_for_no_one_who_was_given_much() -> None:
     assert Counter(serve(order, waiting) for _ in range(20)) == {"a1": 10, "a2": 10}
 
 
+def test_newcomers_never_pass_a_session_for_ever_that_was_given_something() -> None:
+    order = make_order([(ALICE, "old")])
+    order.charge(ALICE, "old", 10)
+    passed = 0
+    waiting = [(ALICE, "old")]
+    for number in range(100):  # more come than can be served
+        for half in "ab":
+            waiting.append((ALICE, f"{number}{half}"))
+            order.begin(*waiting[-1])
+        first = serve(order, waiting, 10)
+        if first == "old":
+            break
+        order.forget(ALICE, first)
+        waiting.remove((ALICE, first))
+        passed += 1
+
+    assert passed < 25
+
+
 def test_forgotten_members_leave_nothing_behind() -> None:
     order = make_order([(ALICE, "a"), (BOB, "b")])
     order.forget(ALICE, "a")

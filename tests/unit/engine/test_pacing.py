@@ -59,6 +59,22 @@ def test_chunk_is_as_long_as_its_share_of_a_step() -> None:
     assert chosen.tokens == 32
 
 
+def test_every_short_prompt_that_waits_has_a_share_of_its_own() -> None:
+    pace = PrefillPace(0.25)
+    options = [ChunkOption(16, 0.1)]
+    pace.fill(0.0, 3)
+    assert pace.choose(options, 0.1, 0.1, in_gap=False) == options[0]
+
+    pace.note_step(0.1, 0.1)  # three prompts have three thirds of what decoding takes
+    pace.fill(0.1, 3)
+    assert pace.choose(options, 0.1, 0.1, in_gap=False) == options[0]
+    assert pace.choose(options, 0.1, 0.1, in_gap=False) is None
+    assert pace.pays_at(0.1) == pytest.approx(0.1 + 0.1 / 0.375)
+
+    pace.fill(0.1, 100)  # a second brings no more than a second
+    assert pace.pays_at(0.1) == pytest.approx(0.2)
+
+
 def test_chunk_waits_for_a_gap_between_rows_until_the_purse_is_full() -> None:
     pace = PrefillPace(0.25)
     beside = [ChunkOption(16, 0.05), ChunkOption(64, 0.2)]
