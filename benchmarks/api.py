@@ -63,7 +63,7 @@ class Effort:
     rounds: int
 
 
-FULL = Effort(users=(1, 8, 32, 64), window_s=20, tokens=64, rounds=3)
+FULL = Effort(users=(1, 8, 32, 64), window_s=15, tokens=64, rounds=3)
 QUICK = Effort(users=(1, 4), window_s=3, tokens=16, rounds=1)
 
 
