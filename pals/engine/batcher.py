@@ -27,6 +27,9 @@ from pals.types import SessionId
 
 NEVER = float("inf")
 
+MAX_CHUNKS_AHEAD = 3
+"""So many steps have a chunk alone while rows wait, if far more prompts wait than decode."""
+
 
 @dataclass(slots=True)
 class _Draft:
@@ -74,6 +77,7 @@ class Batcher:
         self._gathering = Gathering(self._seconds_of)
         self._left: list[Running] = []
         self._chunk_is_due = False
+        self._chunks_ahead = 0
         self._wake_at = NEVER
         self._decode_s = 0.0
 
@@ -182,14 +186,15 @@ class Batcher:
         self._sessions.tend(now)
         self._pace.fill(now, self._waiting_prompts())
         self._wake_at = NEVER
-        if self._waits_for_rows(now):
-            return None
         draft = _Draft(now)
-        if self._chunk_is_due:  # nothing holds it beside the rows, which wait for one step
+        if self._chunk_is_due or self._prompts_are_behind():  # the rows wait for one step
             self._add_chunk(draft)
         if draft.chunk is None:
+            if self._waits_for_rows(now):
+                return None
             self._add_rows(draft)
             self._add_chunk(draft)
+        self._chunks_ahead = 0 if draft.rows else self._chunks_ahead + 1
         return self._launch(draft)
 
     def finish(self, step: Step, seconds: float) -> None:
@@ -211,8 +216,7 @@ class Batcher:
             if running.next_row is None:
                 running.returns.leave(now)
         self._left.clear()
-        rows = len(self._sessions.short_line)
-        if rows == 0 or self._chunk_is_due:
+        if (rows := len(self._sessions.short_line)) == 0:
             return False
         returns = (running.returns for running in self._sessions.running.values())
         until = self._gathering.wait_until(rows, returns, now)
@@ -302,6 +306,11 @@ class Batcher:
         draft.pages = max(draft.pages, len(taken.pages))
         return taken
 
+    def _prompts_are_behind(self) -> bool:
+        """Return whether more was saved for prompts than chunks beside rows will spend."""
+        least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])
+        return self._chunks_ahead < MAX_CHUNKS_AHEAD and self._pace.has(2 * least_s)
+
     def _launch(self, draft: _Draft) -> Step | None:
         if not draft.members:
             return None
@@ -362,7 +371,7 @@ class Batcher:
 
     def _pay(self, options: list[tuple[Program, ChunkOption]], draft: _Draft) -> ChunkOption | None:
         """Return the chunk that prompts have saved for, while others decode."""
-        sizes = [option for _, option in options]
+        sizes = _little_padded(options)
         least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])
         step_s = self._seconds_of(len(draft.rows)) or self._decode_s
         chosen = self._pace.choose(sizes, least_s, step_s, in_gap=not draft.rows)
@@ -377,13 +386,18 @@ class Batcher:
 
 
 def _fullest(options: list[tuple[Program, ChunkOption]]) -> ChunkOption:
-    """Return the chunk that takes most of a prompt without much padding.
+    """Return the chunk that takes most of a prompt without much padding."""
+    return max(_little_padded(options), key=lambda option: option.tokens)
+
+
+def _little_padded(options: list[tuple[Program, ChunkOption]]) -> list[ChunkOption]:
+    """Return the chunks without much padding, or the smallest one.
 
     The rest of a prompt is padded to at most twice its length; a longer padding costs more
     than to compute a full smaller chunk first, and the rest after it.
     """
     little = [o for p, o in options if 2 * o.tokens >= p.chunk_tokens]
-    return max(little or [options[0][1]], key=lambda option: option.tokens)
+    return little or [options[0][1]]
 
 
 def _check(buckets: Buckets, pool: PagePool, rules: BatchRules) -> None:

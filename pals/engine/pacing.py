@@ -130,6 +130,10 @@ class PrefillPace:
         self._purse_s -= chosen.cost_s
         return chosen
 
+    def has(self, cost_s: float) -> bool:
+        """Return whether so much has been saved since prompts began to wait."""
+        return cost_s <= self._purse_s + ROUNDING_S < float("inf")
+
     def refund(self, cost_s: float) -> None:
         """Put back what a chunk would have cost that found no room."""
         self._purse_s += cost_s

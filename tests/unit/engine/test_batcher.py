@@ -156,6 +156,32 @@ def test_many_short_prompts_take_more_of_the_time_than_a_long_one() -> None:
     assert steps[id(many)] < 0.7 * steps[id(one)]
 
 
+def test_far_more_prompts_than_rows_go_ahead_of_them_three_at_a_time() -> None:
+    batcher, _ = make_batcher(400)
+    texts = [f"p{number}" for number in range(40)]
+    open_all(batcher, request("a"), *(request(text, prompt=60) for text in texts))
+    prefill(batcher, "a")
+    for text in texts:
+        batcher.add(name(text), "prefill", 0, 60, 1.0)
+
+    kinds: list[str] = []
+    now, position, waiting = 1.0, 10, 40 * 60
+    while waiting:
+        if not kinds or kinds[-1] != "chunk":
+            batcher.add(name("a"), "decode", position, 1, now)
+            position += 1
+        step = batcher.plan(now)
+        assert step is not None
+        kinds.append(step.program.kind)
+        waiting -= step.chunk.tokens if step.chunk is not None else 0
+        now += cost(step.program)
+        batcher.finish(step, cost(step.program))
+
+    runs = [len(list(steps)) for kind, steps in itertools.groupby(kinds) if kind == "chunk"]
+    assert max(runs) == 3
+    assert sum(runs) > len(texts) / 2
+
+
 def test_prompt_alone_runs_in_the_largest_chunks_without_much_padding() -> None:
     batcher, _ = make_batcher(40)
     open_all(batcher, request("a", prompt=100))
