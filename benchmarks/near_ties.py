@@ -66,7 +66,7 @@ def run(*, quick: bool, report: Callable[[Result], None]) -> None:
     """
     effort = QUICK_EFFORT if quick else FULL_EFFORT
     snapshot = resolve_model(DEMO_MODEL_ID)
-    text = Tokenizer.load(snapshot.path).encode(TEXT.read_text())
+    text = Tokenizer.load(snapshot.path).encode(TEXT.read_text(), add_special_tokens=False)
     prompts = cut_prompts(text, effort.answers)
     for dtype in DTYPES[quick:]:
         for result in measure(snapshot, dtype, prompts, effort):
