@@ -184,7 +184,7 @@ class Batcher:
         and steps have to run in the order in which they were planned.
         """
         self._sessions.tend(now)
-        self._pace.fill(now, self._waiting_prompts())
+        self._pace.fill(now, self._waiting_prompts(now))
         self._wake_at = NEVER
         draft = _Draft(now)
         if self._chunk_is_due or self._prompts_are_behind():  # the rows wait for one step
@@ -258,7 +258,7 @@ class Batcher:
                 return
             is_first = False
             if is_free is None:
-                is_free = not self._somebody_decodes(draft.now)
+                is_free = next(self._decoding(draft.now), None) is None
             chosen = _fullest(options) if is_free else self._pay(options, draft)
             if chosen is None:
                 return
@@ -326,23 +326,27 @@ class Batcher:
 
     # --- chunks ----------------------------------------------------------------------
 
-    def _waiting_prompts(self) -> int:
-        """Return how many prompts wait; those that one chunk does not end count as one."""
-        most = self._buckets.limits.max_chunk_tokens
-        lengths = [
-            running.request.prompt_tokens - row.position
-            for running, row in self._in_line(self._sessions.prompt_line)
-        ]
-        short = sum(length <= most for length in lengths)
-        return short + (short < len(lengths))
+    def _waiting_prompts(self, now: float) -> float:
+        """Return for how many prompts to save; those that one chunk does not end count as one.
 
-    def _somebody_decodes(self, now: float) -> bool:
-        """Return whether rows of decoding sessions may come at any moment."""
+        Peers who only decode keep their part of the time, however many prompts others bring.
+        """
+        most = self._buckets.limits.max_chunk_tokens
+        waiting = list(self._in_line(self._sessions.prompt_line))
+        short = sum(r.request.prompt_tokens - row.position <= most for r, row in waiting)
+        prompts = short + (short < len(waiting))
+        peers = {running.peer for running, _ in waiting}
+        others = {running.peer for running in self._decoding(now)} - peers
+        if not others:
+            return prompts
+        return min(prompts, self._pace.prompts_for(len(peers) / len(others)))
+
+    def _decoding(self, now: float) -> Iterator[Running]:
+        """Yield the sessions whose rows may come at any moment."""
         since = now - self._rules.decoding_s
-        return any(
-            r.decodes and r.origin is None and r.last_row > since
-            for r in self._sessions.running.values()
-        )
+        for running in self._sessions.running.values():
+            if running.decodes and running.origin is None and running.last_row > since:
+                yield running
 
     def _chunk_options(
         self, draft: _Draft, running: Running, row: WaitingRow

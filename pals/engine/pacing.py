@@ -69,7 +69,7 @@ class PrefillPace:
     """
 
     share: float
-    _prompts: int = 1
+    _prompts: float = 1
     _purse_s: float = field(default=float("inf"))
     _filled_at: float | None = None
     _ran_s: float = 0.0
@@ -83,7 +83,7 @@ class PrefillPace:
     def _gap_rate(self) -> float:
         return min(1.0, self._prompts * self.share / 2)
 
-    def fill(self, now: float, prompts: int = 1) -> None:
+    def fill(self, now: float, prompts: float = 1) -> None:
         """Put in the share of the time since the last call in which no step ran.
 
         Args:
@@ -93,6 +93,10 @@ class PrefillPace:
         if self._filled_at is not None:
             self._purse_s += self._gap_rate * max(0.0, now - self._filled_at - self._ran_s)
         self._filled_at, self._ran_s, self._prompts = now, 0.0, max(1, prompts)
+
+    def prompts_for(self, odds: float) -> float:
+        """Return how many prompts have ``odds`` seconds for one of those who decode."""
+        return odds * (1 - self.share) / self.share
 
     def note_step(self, seconds: float, decoding_s: float) -> None:
         """Put in the share of a step.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pals.engine.batch import Admitted, BatchRules, Ended, Preempted, Refused, SessionRequest, Step
 from pals.engine.batcher import Batcher
-from pals.engine.buckets import BatchLimits
+from pals.engine.buckets import BatchLimits, Program
 from pals.engine.prefix import hash_blocks
 from pals.errors import (
     AdmissionTimeout,
@@ -180,6 +180,30 @@ def test_far_more_prompts_than_rows_go_ahead_of_them_three_at_a_time() -> None:
     runs = [len(list(steps)) for kind, steps in itertools.groupby(kinds) if kind == "chunk"]
     assert max(runs) == 3
     assert sum(runs) > len(texts) / 2
+
+
+def test_peer_who_only_decodes_keeps_half_of_the_time_beside_a_flood_of_prompts() -> None:
+    batcher, _ = make_batcher(400)
+    texts = [f"p{number}" for number in range(40)]
+    open_all(batcher, request("b", BOB), *(request(text, prompt=60) for text in texts))
+    prefill(batcher, "b")
+    for text in texts:
+        batcher.add(name(text), "prefill", 0, 60, 1.0)
+
+    now, position, decoding_s = 1.0, 10, 0.0
+    is_away = True
+    while now < 6.0:
+        if is_away:
+            batcher.add(name("b"), "decode", position, 1, now)
+            position += 1
+        step = batcher.plan(now)
+        assert step is not None
+        is_away = bool(step.rows)
+        decoding_s += cost(Program(2, 1, 0, 64)) if is_away else 0.0
+        now += cost(step.program)
+        batcher.finish(step, cost(step.program))
+
+    assert 0.45 < decoding_s / 5.0 < 0.6
 
 
 def test_prompt_alone_runs_in_the_largest_chunks_without_much_padding() -> None:
