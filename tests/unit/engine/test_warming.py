@@ -190,7 +190,8 @@ def test_a_damaged_file_leaves_nothing_in_the_cache(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     warmup(FakeShard(), export_to=file)
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     on_another_machine(tmp_path, monkeypatch)
 
     with pytest.raises(ProgramsDamaged):
