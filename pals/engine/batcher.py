@@ -184,6 +184,7 @@ class Batcher:
         and steps have to run in the order in which they were planned.
         """
         self._sessions.tend(now)
+        self._let_go(now)
         self._pace.fill(now, self._waiting_prompts(now))
         self._wake_at = NEVER
         draft = _Draft(now)
@@ -194,7 +195,8 @@ class Batcher:
                 return None
             self._add_rows(draft)
             self._add_chunk(draft)
-        self._chunks_ahead = 0 if draft.rows else self._chunks_ahead + 1
+        if draft.members:
+            self._chunks_ahead = 0 if draft.rows else self._chunks_ahead + 1
         return self._launch(draft)
 
     def finish(self, step: Step, seconds: float) -> None:
@@ -208,14 +210,18 @@ class Batcher:
             running = self._sessions.running.get(row.session)
             if running is not None and running.is_started:  # else another has its id by now
                 self._pool.publish(row.session, row.end)
-                self._left += [running] * (row.kind != "prefill")
+                if row.kind != "prefill":
+                    self._left.append(running)
 
-    def _waits_for_rows(self, now: float) -> bool:
-        """Return whether the step should rather run with rows that are about to come."""
+    def _let_go(self, now: float) -> None:
+        """Note whose rows went on to the next shard when the last step ended."""
         for running in self._left:
             if running.next_row is None:
                 running.returns.leave(now)
         self._left.clear()
+
+    def _waits_for_rows(self, now: float) -> bool:
+        """Return whether the step should rather run with rows that are about to come."""
         if (rows := len(self._sessions.short_line)) == 0:
             return False
         returns = (running.returns for running in self._sessions.running.values())
@@ -333,6 +339,8 @@ class Batcher:
         """
         most = self._buckets.limits.max_chunk_tokens
         waiting = list(self._in_line(self._sessions.prompt_line))
+        if not waiting:
+            return 0
         short = sum(r.request.prompt_tokens - row.position <= most for r, row in waiting)
         prompts = short + (short < len(waiting))
         peers = {running.peer for running, _ in waiting}
