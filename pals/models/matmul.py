@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pals.models.processor import has_bf16_tiles
+from pals.models.processor import bf16_products
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
@@ -17,7 +19,13 @@ def matmul_precision(dtype: jnp.dtype) -> lax.Precision:
 
 
 FEW_ROWS = 64
-"""Up to so many rows of bf16 it is faster to have the matrix on the left, see `_multiply_left`."""
+"""Up to so many rows of bf16 a processor with tiles is fast with the matrix on the left."""
+
+SUMMED_ROWS = 32
+"""Up to so many, one without any products of bf16 is fastest as `_sum_products` has it."""
+
+WIDENED_BYTES = 4 << 20
+"""Of a matrix in float32 that are made at a time, so that they are still in a cache when read."""
 
 
 def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -30,21 +38,28 @@ def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     Returns:
         [M, out] in float32.
     """
-    rows = x.shape[0]
-    if rows == 1:
-        # XLA's CPU matrix-vector loop has no bf16 path and writes the whole matrix out in
-        # float32 at each call; two rows reach its matrix-matrix kernels (10x faster).
-        x = jnp.pad(x, ((0, 1), (0, 0)))
-    if rows <= FEW_ROWS and matrix.dtype == jnp.bfloat16 and _is_best_on_the_left():
-        product = lax.platform_dependent(x, matrix, cpu=_multiply_left, default=_contract)
-    else:
-        product = _contract(x, matrix)
-    return product[:rows]
+    if matrix.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        # An accelerator's programs must not depend on the processor beside it.
+        return _multiply(x, matrix)
+    on_cpu = _way_on_cpu(x.shape[0])
+    product: jax.Array = lax.platform_dependent(x, matrix, cpu=on_cpu, default=_multiply)
+    return product
 
 
-def _is_best_on_the_left() -> bool:
-    # An accelerator's programs must not depend on the processor beside it.
-    return jax.default_backend() == "cpu" and has_bf16_tiles()
+def _way_on_cpu(rows: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return what is fastest with so many rows of bf16 on this machine's processor."""
+    match bf16_products():
+        case "tiles":
+            return _multiply_left if rows <= FEW_ROWS else _multiply
+        case "none":
+            return _sum_products if rows <= SUMMED_ROWS else _multiply_widened
+        case "vectors" | "unknown":
+            return _multiply
+
+
+def _multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiply as XLA is fastest by itself."""
+    return _contract(_pad(x), matrix)[: x.shape[0]]
 
 
 def _multiply_left(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -55,7 +70,53 @@ def _multiply_left(x: jax.Array, matrix: jax.Array) -> jax.Array:
     others take twice as long as with the matrix there.
     """
     # Without the barrier XLA exchanges the operands to save the transposition.
-    return lax.optimization_barrier(_contract(matrix, x)).T
+    return lax.optimization_barrier(_contract(matrix, _pad(x))).T[: x.shape[0]]
+
+
+def _sum_products(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiply few rows as a sum over the inputs, which widens numbers as it reads them.
+
+    XLA makes one loop of it, over vectors of rows. Its product packs the matrix at each call.
+    """
+    # The first branch is always taken. Without another XLA makes one loop of several products,
+    # and writes out the rows once for each row of a matrix where two have the same size.
+    product: jax.Array = lax.cond(jnp.isfinite(x[0, 0]), _sum, _multiply, x, matrix)
+    return product
+
+
+def _sum(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    columns = lax.optimization_barrier(_widen(_pad(x)).T)
+    return jnp.sum(_widen(matrix)[:, :, None] * columns[None], axis=1).T[: x.shape[0]]
+
+
+def _multiply_widened(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiply many rows in float32, some of the matrix's rows at a time."""
+    out_size, in_size = matrix.shape
+    size = min(out_size, max(1, WIDENED_BYTES // (4 * in_size)))
+    wide = _widen(x)
+
+    def multiply(number: jax.Array, columns: jax.Array) -> jax.Array:
+        # Without the barrier the whole matrix is widened before the loop. The last slice
+        # begins before its place where it would end beyond the matrix; so does its result.
+        rows, start = lax.optimization_barrier((matrix, number * size))
+        part = _widen(lax.dynamic_slice_in_dim(rows, start, size))
+        return lax.dynamic_update_slice_in_dim(columns, _contract(part, wide), start, axis=0)
+
+    empty = jnp.zeros((out_size, x.shape[0]), jnp.float32)
+    return lax.fori_loop(0, -(-out_size // size), multiply, empty).T
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    """Return two rows instead of one, for which no way of XLA on CPU is a fast one.
+
+    Its matrix-vector loop has no bf16 path and writes the whole matrix out in float32 at each
+    call; two rows reach its matrix-matrix kernels (10x faster).
+    """
+    return jnp.pad(x, ((0, 1), (0, 0))) if x.shape[0] == 1 else x
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def _contract(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 CPU_INFO = Path("/proc/cpuinfo")
 TILES_OF_BF16 = "amx_bf16"
+VECTORS_OF_BF16 = "avx512_bf16"
+
+Bf16Products = Literal["tiles", "vectors", "none", "unknown"]
 
 
 @cache
-def has_bf16_tiles() -> bool:
-    """Return whether it multiplies whole tiles of bf16 (Intel AMX); False where nothing says so."""
+def bf16_products() -> Bf16Products:
+    """Return with what the processor multiplies bf16.
+
+    That is whole tiles of it (Intel AMX), vectors of it (AVX-512), or nothing of its own, so that
+    each number is widened to float32 first; unknown where Linux does not say so of an x86.
+    """
     try:
-        return TILES_OF_BF16 in read_flags(CPU_INFO.read_text())
+        flags = read_flags(CPU_INFO.read_text())
     except OSError:
-        return False
+        return "unknown"
+    if not flags:
+        return "unknown"
+    if TILES_OF_BF16 in flags:
+        return "tiles"
+    return "vectors" if VECTORS_OF_BF16 in flags else "none"
 
 
 def read_flags(cpu_info: str) -> frozenset[str]:

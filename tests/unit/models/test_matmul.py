@@ -1,54 +1,101 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pals.models import matmul
-from pals.models.matmul import FEW_ROWS, matmul_transposed
+from pals.models.matmul import FEW_ROWS, SUMMED_ROWS, WIDENED_BYTES, matmul_transposed
 
 MATRIX_FIRST = "dot(matrix, rows)"
 ROWS_FIRST = "dot(rows, matrix)"
+SUM = "sum"
+WIDENED = "float32, a part at a time"
+
+if TYPE_CHECKING:
+    from jax.stages import Wrapped
+
+PROCESSORS = ("tiles", "vectors", "none", "unknown")
 
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
 
 
-def order_of(rows: int, dtype: str) -> str:
-    """Return which operand of the compiled product comes first."""
+def compiled() -> Wrapped:
+    """Return the product as a program of its own, which no earlier trace stands for."""
+    return jax.jit(lambda x, matrix: matmul_transposed(x, matrix))
+
+
+def way_of(rows: int, dtype: str) -> str:
+    """Return how a product is lowered."""
     x, matrix = jnp.ones((rows, 32), dtype), jnp.ones((48, 32), dtype)
-    text = jax.jit(matmul_transposed).lower(x, matrix).as_text()
+    text = compiled().lower(x, matrix).as_text()
+    if "stablehlo.while" in text:
+        return WIDENED
+    if "stablehlo.reduce" in text:
+        return SUM
     product = next(line for line in text.splitlines() if "dot_general" in line)
     return MATRIX_FIRST if "(tensor<48x32x" in product else ROWS_FIRST
 
 
-@pytest.mark.parametrize("has_tiles", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
-def test_products_are_the_same_on_every_processor(monkeypatch, rows: int, has_tiles: bool) -> None:
-    monkeypatch.setattr(matmul, "has_bf16_tiles", lambda: has_tiles)
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("rows", [1, 2, SUMMED_ROWS, SUMMED_ROWS + 1, FEW_ROWS + 1])
+def test_products_are_the_same_on_every_processor(monkeypatch, rows: int, processor: str) -> None:
+    monkeypatch.setattr(matmul, "bf16_products", lambda: processor)
     x, matrix = draw(rows, 32), draw(48, 32, seed=1)
 
-    product = matmul_transposed(x, matrix)
+    product = compiled()(x, matrix)
 
     expected = np.asarray(x, np.float32) @ np.asarray(matrix, np.float32).T
     np.testing.assert_allclose(product, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("part_bytes", [4 * 32, 4 * 32 * 7, 4 * 32 * 48, WIDENED_BYTES])
+def test_matrix_is_widened_in_parts_of_which_the_last_may_be_partial(
+    monkeypatch, part_bytes: int
+) -> None:
+    monkeypatch.setattr(matmul, "bf16_products", lambda: "none")
+    monkeypatch.setattr(matmul, "WIDENED_BYTES", part_bytes)
+    x, matrix = draw(SUMMED_ROWS + 1, 32), draw(48, 32, seed=1)
+
+    product = compiled()(x, matrix)
+
+    expected = np.asarray(x, np.float32) @ np.asarray(matrix, np.float32).T
+    np.testing.assert_allclose(product, expected, atol=1e-4)
+
+
+def test_rows_that_are_not_finite_spoil_no_others(monkeypatch) -> None:
+    monkeypatch.setattr(matmul, "bf16_products", lambda: "none")
+    x, matrix = draw(2, 32).at[0].set(jnp.inf), draw(48, 32, seed=1)
+
+    product = matmul_transposed(x, matrix)
+
+    expected = np.asarray(x[1], np.float32) @ np.asarray(matrix, np.float32).T
+    np.testing.assert_allclose(product[1], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("rows", "dtype", "has_tiles", "order"),
+    ("rows", "dtype", "processor", "way"),
     [
-        (1, "bfloat16", True, MATRIX_FIRST),
-        (FEW_ROWS, "bfloat16", True, MATRIX_FIRST),
-        (FEW_ROWS + 1, "bfloat16", True, ROWS_FIRST),
-        (2, "bfloat16", False, ROWS_FIRST),
-        (2, "float32", True, ROWS_FIRST),
+        (1, "bfloat16", "tiles", MATRIX_FIRST),
+        (FEW_ROWS, "bfloat16", "tiles", MATRIX_FIRST),
+        (FEW_ROWS + 1, "bfloat16", "tiles", ROWS_FIRST),
+        (2, "bfloat16", "vectors", ROWS_FIRST),
+        (2, "bfloat16", "unknown", ROWS_FIRST),
+        (1, "bfloat16", "none", SUM),
+        (SUMMED_ROWS, "bfloat16", "none", SUM),
+        (SUMMED_ROWS + 1, "bfloat16", "none", WIDENED),
+        (2, "float32", "tiles", ROWS_FIRST),
+        (2, "float32", "none", ROWS_FIRST),
     ],
 )
-def test_matrix_stands_first_where_that_is_faster(
-    monkeypatch, rows: int, dtype: str, has_tiles: bool, order: str
+def test_each_processor_multiplies_as_it_is_fastest(
+    monkeypatch, rows: int, dtype: str, processor: str, way: str
 ) -> None:
-    monkeypatch.setattr(matmul, "has_bf16_tiles", lambda: has_tiles)
+    monkeypatch.setattr(matmul, "bf16_products", lambda: processor)
 
-    assert order_of(rows, dtype) == order
+    assert way_of(rows, dtype) == way

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pals.models import processor
-from pals.models.processor import has_bf16_tiles, read_flags
+from pals.models.processor import bf16_products, read_flags
 
 TWO_CORES = """\
 processor\t: 0
@@ -24,16 +24,26 @@ def test_other_processors_have_no_flags(text: str) -> None:
     assert read_flags(text) == frozenset()
 
 
-@pytest.mark.parametrize(("text", "has_tiles"), [(TWO_CORES, True), ("flags: fpu", False)])
-def test_tiles_are_there_where_linux_says_so(tmp_path, monkeypatch, text: str, has_tiles) -> None:
+@pytest.mark.parametrize(
+    ("text", "products"),
+    [
+        (TWO_CORES, "tiles"),
+        ("flags: avx2 avx512_bf16", "vectors"),
+        ("flags: avx2 avx512f", "none"),
+        ("Features : fp asimd bf16\n", "unknown"),
+    ],
+)
+def test_products_of_bf16_are_those_that_linux_names(
+    tmp_path, monkeypatch, text: str, products: str
+) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(text)
     monkeypatch.setattr(processor, "CPU_INFO", path)
 
-    assert has_bf16_tiles.__wrapped__() is has_tiles
+    assert bf16_products.__wrapped__() == products
 
 
-def test_no_tiles_where_nothing_says_so(tmp_path, monkeypatch) -> None:
+def test_nothing_is_known_where_nothing_says_so(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "absent")
 
-    assert not has_bf16_tiles.__wrapped__()
+    assert bf16_products.__wrapped__() == "unknown"
