@@ -104,20 +104,28 @@ def rotation(in_size: int) -> tuple[Float32, Float32]:
 def rotate(block: Float32) -> Float32:
     """Turn rows [R, in] of a matrix into the basis of `rotation`."""
     signs, hadamard = rotation(block.shape[1])
-    return _mix(block * signs, hadamard)
+    return _mix(block * signs, hadamard.shape[0])
 
 
 def unrotate(block: Float32) -> Float32:
     """Turn rows [R, in] back; `rotate` undone, but for rounding."""
     signs, hadamard = rotation(block.shape[1])
-    return _mix(block, hadamard) * signs
+    return _mix(block, hadamard.shape[0]) * signs
 
 
-def _mix(block: Float32, hadamard: Float32) -> Float32:
-    mixed = np.empty_like(block)
-    size = hadamard.shape[0]
-    np.matmul(block.reshape(-1, size), hadamard, out=mixed.reshape(-1, size))
-    return mixed
+def _mix(block: Float32, size: int) -> Float32:
+    """Multiply each ``size`` columns by a Hadamard matrix, in sums and differences of pairs.
+
+    A product of matrices rounds otherwise on each processor, and on some for each number of
+    rows: here a row becomes the same on all machines, in blocks of any size.
+    """
+    rows, half = block.reshape(-1, size), size // 2
+    for _ in range(half.bit_length()):
+        mixed = np.empty_like(rows)
+        np.add(rows[:, :half], rows[:, half:], out=mixed[:, 0::2])
+        np.subtract(rows[:, :half], rows[:, half:], out=mixed[:, 1::2])
+        rows = mixed
+    return (rows * np.float32(size**-0.5)).reshape(block.shape)
 
 
 def check_rotation_divides(in_size: int, devices: int) -> None:
