@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pals.engine.batch import BatchRules, Event, RowKind, SessionRequest, Step, StepRow
-from pals.engine.buckets import Buckets, Program
+from pals.engine.buckets import Buckets, Program, usual_chunk
 from pals.engine.fairness import FairOrder
-from pals.engine.gathering import Gathering
+from pals.engine.gathering import Gathering, find_gap, gap_after_step
 from pals.engine.pacing import ChunkOption, PrefillPace, StepCosts
 from pals.engine.pages import PageCopy, PagePool
 from pals.engine.running import Running, WaitingRow
@@ -80,6 +80,7 @@ class Batcher:
         self._chunks_ahead = 0
         self._wake_at = NEVER
         self._decode_s = 0.0
+        self._fits_gaps = False
 
     # --- sessions --------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class Batcher:
         """
         self._sessions.tend(now)
         self._let_go(now)
-        self._pace.fill(now, self._waiting_prompts(now))
+        self._pace.fill(now, self._waiting_prompts(now), is_unnoticed=self._fits_gaps)
         self._wake_at = NEVER
         draft = _Draft(now)
         if self._chunk_is_due or self._prompts_are_behind():  # the rows wait for one step
@@ -265,7 +266,7 @@ class Batcher:
             is_first = False
             if is_free is None:
                 is_free = next(self._decoding(draft.now), None) is None
-            chosen = _fullest(options) if is_free else self._pay(options, draft)
+            chosen = _fullest(options) if is_free else self._pay(options, draft, running)
             if chosen is None:
                 return
             if (taken := self._take(draft, running, chosen.tokens)) is not None:
@@ -314,8 +315,7 @@ class Batcher:
 
     def _prompts_are_behind(self) -> bool:
         """Return whether more was saved for prompts than chunks beside rows will spend."""
-        least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])
-        return self._chunks_ahead < MAX_CHUNKS_AHEAD and self._pace.has(2 * least_s)
+        return self._chunks_ahead < MAX_CHUNKS_AHEAD and self._pace.has(2 * self._usual_s())
 
     def _launch(self, draft: _Draft) -> Step | None:
         if not draft.members:
@@ -381,15 +381,54 @@ class Batcher:
         free = self._pool.tokens_within(running.session, self._pool.available)
         return max(free, page_tokens - row.position % page_tokens)
 
-    def _pay(self, options: list[tuple[Program, ChunkOption]], draft: _Draft) -> ChunkOption | None:
+    def _pay(
+        self, options: list[tuple[Program, ChunkOption]], draft: _Draft, running: Running
+    ) -> ChunkOption | None:
         """Return the chunk that prompts have saved for, while others decode."""
-        sizes = _little_padded(options)
-        least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])
+        sizes = self._fit_gap(_little_padded(options), draft, running)
+        if not sizes:
+            return None
         step_s = self._seconds_of(len(draft.rows)) or self._decode_s
-        chosen = self._pace.choose(sizes, least_s, step_s, in_gap=not draft.rows)
+        chosen = self._pace.choose(sizes, self._usual_s(), step_s, in_gap=not draft.rows)
         if chosen is None:
+            least_s = min(option.cost_s for option in sizes)
             self._wake_at = min(self._wake_at, self._pace.pays_at(least_s))
         return chosen
+
+    def _fit_gap(
+        self, sizes: list[ChunkOption], draft: _Draft, running: Running
+    ) -> list[ChunkOption]:
+        """Return which chunks may run now: where gaps between rows are long enough for one, those.
+
+        Rows that wait for a chunk wait for it at every shard, since they come there behind it.
+        Once, for a short prompt, they do.
+        """
+        left = running.request.prompt_tokens - running.rows[0].position
+        if left <= usual_chunk(self._buckets.limits) or self._sessions.short_line:
+            return sizes
+        if draft.rows:
+            least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])
+            self._fits_gaps = least_s <= self._gap_after(draft)
+            return [] if self._fits_gaps else sizes
+        gap = find_gap((each.returns for each in self._decoding(draft.now)), draft.now)
+        small = [size for size in sizes if size.cost_s <= self._usual_s()]
+        self._fits_gaps = gap is not None and any(s.cost_s <= gap.whole_s for s in small)
+        if gap is None or not self._fits_gaps:
+            return sizes
+        fitting = [size for size in small if size.cost_s <= gap.left_s]
+        if not fitting:
+            self._wake_at = min(self._wake_at, gap.until)
+        return fitting[-1:]
+
+    def _gap_after(self, draft: _Draft) -> float:
+        """Return how long no row will be here after a step with all that are."""
+        here = {running: running.returns for running in draft.members}
+        others = (r.returns for r in self._decoding(draft.now) if r not in here)
+        return gap_after_step(here.values(), others, draft.now + self._seconds_of(len(draft.rows)))
+
+    def _usual_s(self) -> float:
+        """Return how long a chunk takes that is worth its reading of the weights."""
+        return self._seconds_of(0, chunk_tokens=usual_chunk(self._buckets.limits))
 
     def _seconds_of(self, rows: int, row_tokens: int = 1, chunk_tokens: int = 0) -> float:
         """Return how long a step of so many rows takes; 0 for none at all."""

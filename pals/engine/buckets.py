@@ -33,9 +33,9 @@ _ROW_RATIOS = (2, 4, 8, 64)
 Rows are padded to at most twice as many where that is affordable."""
 
 _CHUNK_RATIO = 8
-_MIXED_RATIO = 32
-"""Smallest chunk alone, and beside decode rows, as parts of the largest. A small chunk alone
-costs a reading of all weights; beside decode rows it costs arithmetic only."""
+_SMALL_RATIO = 32
+"""Smaller chunks as parts of the largest. A small one alone costs a reading of all weights, but
+ends within a gap between rows; beside decode rows it costs arithmetic only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,19 +147,23 @@ def plan_programs(limits: BatchLimits) -> tuple[Program, ...]:
     raise AssertionError(f"{limits} need more programs than there may be")
 
 
+def usual_chunk(limits: BatchLimits) -> int:
+    """Return the tokens of a chunk that is long enough for the weights that it reads."""
+    return max(SMALLEST_CHUNK, limits.max_chunk_tokens // _CHUNK_RATIO)
+
+
 def _programs(limits: BatchLimits, row_ratio: int) -> Iterator[Program]:
     rows = _row_sizes(limits.max_rows, row_ratio)
     largest, pages = limits.max_chunk_tokens, limits.max_pages
-    alone = max(SMALLEST_CHUNK, largest // _CHUNK_RATIO)
-    beside = max(SMALLEST_CHUNK, largest // _MIXED_RATIO)
+    usual, small = usual_chunk(limits), max(SMALLEST_CHUNK, largest // _SMALL_RATIO)
     middle = min(CHEAP_ROWS, rows[-1])
     yield from (Program(count, 1, 0, pages) for count in rows)
     if limits.verify_tokens > 1:
         verify = limits.verify_tokens
         yield from (Program(count, verify, 0, pages) for count in (rows[0], middle))
-    yield from (Program(0, 1, chunk, pages) for chunk in (alone, largest))
+    yield from (Program(0, 1, chunk, pages) for chunk in (small, usual, largest))
     for count in (middle, rows[-1]):
-        yield from (Program(count, 1, chunk, pages) for chunk in (beside, alone))
+        yield from (Program(count, 1, chunk, pages) for chunk in (small, usual))
 
 
 def _row_sizes(most: int, ratio: int) -> list[int]:

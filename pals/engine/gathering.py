@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MOST_OF_A_STEP = 0.125
 """A step waits so much of its own time at most: where shards have a machine each, more idles
@@ -46,12 +47,66 @@ class Return:
         before_s = away_s if self.away_s is None else self.away_s
         self.away_s = before_s + SMOOTHING * (away_s - before_s)
 
+    @property
+    def way(self) -> tuple[float, float] | None:
+        """When its last row left, and how long it is expected to be away; None if not known."""
+        if self.left_at is None or self.away_s is None:
+            return None
+        return self.left_at, self.away_s
+
     def within(self, seconds: float, now: float) -> float | None:
         """Return in how many seconds it comes; None if that is not about now."""
         if self.left_at is None or self.away_s is None:
             return None
         delay_s = self.left_at + self.away_s - now
         return max(0.0, delay_s) if -seconds * LATE < delay_s < seconds else None
+
+
+class Gap(NamedTuple):
+    """No row is here, and some are expected.
+
+    Attributes:
+        since_s: Ago the last of them left.
+        left_s: Until the first of them is expected; 0 or less where it is late.
+        until: When it has been away twice as long as before, and may not come.
+    """
+
+    since_s: float
+    left_s: float
+    until: float
+
+    @property
+    def whole_s(self) -> float:
+        """From when the last row left until the first is expected."""
+        return self.since_s + self.left_s
+
+
+def find_gap(returns: Iterable[Return], now: float) -> Gap | None:
+    """Return the gap between rows; None if no row is expected.
+
+    Args:
+        returns: Of those who decode.
+        now: The time.
+    """
+    ways = [way for each in returns if (way := each.way) is not None and now < way[0] + 2 * way[1]]
+    if not ways:
+        return None
+    left_at, away_s = min(ways, key=sum)
+    since_s = now - max(left_at for left_at, _ in ways)
+    return Gap(since_s, left_at + away_s - now, left_at + 2 * away_s)
+
+
+def gap_after_step(here: Iterable[Return], away: Iterable[Return], ends_at: float) -> float:
+    """Return how long a gap there is after a step with all rows that are here; 0 if none is known.
+
+    Args:
+        here: Of the rows that run in the step.
+        away: Of the others.
+        ends_at: When the step does.
+    """
+    again = [0.0 if each.away_s is None else each.away_s for each in here]
+    others = find_gap(away, ends_at)
+    return max(0.0, min(again, default=0.0) if others is None else min(*again, others.left_s))
 
 
 class Gathering:

@@ -53,16 +53,17 @@ class ChunkOption:
 class PrefillPace:
     """A purse of seconds for prompts, which those who decode fill while prompts wait.
 
-    Each step of theirs puts in the share of it that prompts may have. So does, at half that
-    rate, the time in which no step runs: their rows are at other shards, which may be on the
-    same processor, but a prompt must not wait for rows that come seldom. Both count once for
-    each short prompt that waits: with a fixed share, sessions that end would be more than
-    those that can begin, few would decode and many would wait.
+    Each step of theirs puts in the share of it that prompts may have. So does the time in which
+    no step runs, at half that rate unless chunks end in it before rows come: their rows are at
+    other shards, which may be on the same processor, but a prompt must not wait for rows that
+    come seldom. Both count once for each short prompt that waits: with a fixed share, sessions
+    that end would be more than those that can begin, few would decode and many would wait.
 
     Whoever decodes waits for all of a chunk beside its row, but only for the rest of one that
     began in the gap before its row came. So chunks wait for gaps: beside rows there is one
-    only when the purse is full, which is when no gap has come. It is full with what the
-    smallest chunk takes, or one that has its share of a step where that is more.
+    only when the purse is full, which is when no gap has come. It is full with what a chunk
+    takes that is long enough for the weights it reads, or one that has its share of a step
+    where that is more.
 
     Attributes:
         share: Of the time, for prompts; above 0, below 1.
@@ -73,6 +74,7 @@ class PrefillPace:
     _purse_s: float = field(default=float("inf"))
     _filled_at: float | None = None
     _ran_s: float = 0.0
+    _is_unnoticed: bool = False
 
     @property
     def _odds(self) -> float:
@@ -81,15 +83,18 @@ class PrefillPace:
 
     @property
     def _gap_rate(self) -> float:
-        return min(1.0, self._prompts * self.share / 2)
+        part = 1.0 if self._is_unnoticed else 0.5
+        return min(1.0, self._prompts * self.share * part)
 
-    def fill(self, now: float, prompts: float = 1) -> None:
+    def fill(self, now: float, prompts: float = 1, *, is_unnoticed: bool = False) -> None:
         """Put in the share of the time since the last call in which no step ran.
 
         Args:
             now: The time.
             prompts: How many wait, of which all that are long count as one.
+            is_unnoticed: Chunks end before rows come that would wait for them.
         """
+        self._is_unnoticed = is_unnoticed
         if self._filled_at is not None:
             self._purse_s += self._gap_rate * max(0.0, now - self._filled_at - self._ran_s)
         self._filled_at, self._ran_s, self._prompts = now, 0.0, max(1, prompts)
@@ -113,18 +118,18 @@ class PrefillPace:
         self._purse_s = float("inf")
 
     def choose(
-        self, options: Sequence[ChunkOption], least_s: float, step_s: float, *, in_gap: bool
+        self, options: Sequence[ChunkOption], usual_s: float, step_s: float, *, in_gap: bool
     ) -> ChunkOption | None:
         """Return the longest chunk that can be paid for now, and take that out.
 
         Args:
             options: At least one.
-            least_s: How long the smallest chunk takes alone.
+            usual_s: How long a chunk takes alone that is long enough for what it reads.
             step_s: How long a step of those who decode takes without a chunk.
             in_gap: No row goes with the chunk.
         """
         smallest_s = min(option.cost_s for option in options)
-        full_s = max(least_s, smallest_s, step_s * self._odds)
+        full_s = max(usual_s, smallest_s, step_s * self._odds)
         self._purse_s = min(self._purse_s, full_s)
         needed_s = smallest_s if in_gap else full_s
         if self._purse_s + ROUNDING_S < needed_s:

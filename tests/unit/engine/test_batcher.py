@@ -206,6 +206,61 @@ def test_peer_who_only_decodes_keeps_half_of_the_time_beside_a_flood_of_prompts(
     assert 0.45 < decoding_s / 5.0 < 0.6
 
 
+def gaps_of(batcher: Batcher, away_s: float) -> float:
+    """Let session a decode, each time after so long; return when its last row has left."""
+    prefill(batcher, "a")
+    now = 1.0
+    for position in range(10, 20):
+        batcher.add(name("a"), "decode", position, 1, now)
+        assert run(batcher, now, 0.06).startswith("decode: a")
+        now += 0.06
+        assert run(batcher, now) == ""
+        now += away_s
+    return now - away_s
+
+
+@pytest.mark.parametrize(("away_s", "tokens"), [(0.1, 16), (0.17, 16), (0.2, 64), (2.0, 64)])
+def test_chunk_between_rows_ends_before_they_come(away_s: float, tokens: int) -> None:
+    batcher, _ = make_batcher(200, replace(LIMITS, max_chunk_tokens=512))
+    open_all(batcher, request("a"), request("b", prompt=400, longest=600))
+    left_at = gaps_of(batcher, away_s)
+    batcher.add(name("b"), "prefill", 0, 400, left_at)
+
+    assert run(batcher, left_at) == f"chunk: b@0+{tokens}"
+
+
+def test_chunk_waits_for_the_next_gap_where_this_one_is_too_short_for_it() -> None:
+    batcher, _ = make_batcher(200, replace(LIMITS, max_chunk_tokens=512))
+    open_all(batcher, request("a"), request("b", prompt=400, longest=600))
+    left_at = gaps_of(batcher, 0.1)
+    batcher.add(name("b"), "prefill", 0, 400, left_at + 0.05)
+
+    assert run(batcher, left_at + 0.05) == ""
+    assert batcher.next_at() == pytest.approx(left_at + 0.2)
+    batcher.add(name("a"), "decode", 20, 1, left_at + 0.12)  # it is late
+    assert run(batcher, left_at + 0.12, 0.06).startswith("decode: a")
+    assert run(batcher, left_at + 0.18) == "chunk: b@0+16"
+
+
+def test_chunk_waits_no_longer_for_rows_that_do_not_come() -> None:
+    batcher, _ = make_batcher(200, replace(LIMITS, max_chunk_tokens=512))
+    open_all(batcher, request("a"), request("b", prompt=400, longest=600))
+    left_at = gaps_of(batcher, 0.1)
+    batcher.add(name("b"), "prefill", 0, 400, left_at + 0.05)
+
+    assert run(batcher, left_at + 0.05) == ""
+    assert run(batcher, batcher.next_at() + 1e-6) == "chunk: b@0+64"
+
+
+def test_chunk_that_no_gap_is_long_enough_for_does_not_wait_for_one() -> None:
+    batcher, _ = make_batcher(200, replace(LIMITS, max_chunk_tokens=512))
+    open_all(batcher, request("a"), request("b", prompt=400, longest=600))
+    left_at = gaps_of(batcher, 0.05)
+    batcher.add(name("b"), "prefill", 0, 400, left_at + 0.03)
+
+    assert run(batcher, left_at + 0.03) == "chunk: b@0+64"
+
+
 def test_prompt_alone_runs_in_the_largest_chunks_without_much_padding() -> None:
     batcher, _ = make_batcher(40)
     open_all(batcher, request("a", prompt=100))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pals.engine.gathering import Gathering, Return
+from pals.engine.gathering import Gathering, Return, find_gap
 
 
 def seconds_of(rows: int) -> float:
@@ -70,3 +70,25 @@ def test_step_waits_for_the_many_and_not_for_one_straggler() -> None:
     until = gathering.wait_until(1, [away(1.0, 0.002)] * 2 + [away(1.0, 0.012)], 1.0)
     assert until is not None
     assert until < 1.008
+
+
+def test_gap_is_between_the_last_that_left_and_the_first_that_comes() -> None:
+    gap = find_gap([away(1.0, 0.5), away(1.25, 1.0)], 1.3)
+
+    assert gap is not None
+    assert gap.since_s == pytest.approx(0.05)
+    assert gap.left_s == pytest.approx(0.2)
+    assert gap.until == pytest.approx(2.0)
+
+
+def test_late_row_is_expected_until_it_was_away_for_twice_as_long() -> None:
+    late = find_gap([away(1.0, 0.5)], 1.9)
+
+    assert late is not None
+    assert late.left_s < 0
+    assert find_gap([away(1.0, 0.5)], 2.0) is None
+
+
+def test_no_gap_is_known_where_no_row_came_back_before() -> None:
+    assert find_gap([], 1.0) is None
+    assert find_gap([Return(), Return(left_at=1.0), Return(away_s=1.0)], 1.0) is None

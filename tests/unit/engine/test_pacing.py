@@ -38,6 +38,20 @@ def test_first_chunk_begins_at_once_and_the_next_is_saved_for() -> None:
     assert pace.choose(options, 0.1, 0.1, in_gap=True) == options[0]
 
 
+def test_time_between_rows_counts_twice_where_nobody_waits_for_chunks_in_it() -> None:
+    pace = PrefillPace(0.25)
+    options = [ChunkOption(16, 0.1)]
+    pace.fill(0.0)
+    assert pace.choose(options, 0.1, 0.1, in_gap=True) == options[0]
+    pace.note_step(0.1, 0.0)
+
+    pace.fill(0.3, is_unnoticed=True)
+    assert pace.choose(options, 0.1, 0.1, in_gap=True) is None
+    assert pace.pays_at(0.1) == pytest.approx(0.5)
+    pace.fill(0.5, is_unnoticed=True)
+    assert pace.choose(options, 0.1, 0.1, in_gap=True) == options[0]
+
+
 def test_steps_of_those_who_decode_pay_for_prompts_and_other_steps_do_not() -> None:
     pace = PrefillPace(0.25)
     options = [ChunkOption(16, 0.1)]
@@ -114,7 +128,7 @@ def test_after_a_rest_the_first_chunk_begins_at_once_again() -> None:
     st.floats(0.001, 1.0),
 )
 def test_prompts_get_their_share_of_the_time_in_the_long_run(
-    share: float, costs: list[float], step_s: float, least_s: float
+    share: float, costs: list[float], step_s: float, usual_s: float
 ) -> None:
     """Steps follow one another; each takes the best chunk that is paid for."""
     pace = PrefillPace(share)
@@ -122,13 +136,13 @@ def test_prompts_get_their_share_of_the_time_in_the_long_run(
     now = spent = 0.0
     for _ in range(300):
         pace.fill(now)
-        chosen = pace.choose(options, least_s, step_s, in_gap=False)
+        chosen = pace.choose(options, usual_s, step_s, in_gap=False)
         cost_s = chosen.cost_s if chosen is not None else 0.0
         spent += cost_s
         now += step_s + cost_s
         pace.note_step(step_s + cost_s, step_s)
 
-    slack = max(step_s, least_s, *costs)
+    slack = max(step_s, usual_s, *costs)
     assert spent <= share * now + 2 * slack
     # No less than what the steps allow: a whole number of chunks of the sizes that there are.
     smallest = min(costs)
