@@ -22,7 +22,10 @@ FEW_ROWS = 64
 """Up to so many rows of bf16 a processor with tiles is fast with the matrix on the left."""
 
 SUMMED_ROWS = 32
-"""Up to so many, one without any products of bf16 is fastest as `_sum_products` has it."""
+"""Up to so many, one without any products of bf16 is faster than with the matrix widened."""
+
+SUMS_ARE_FAST = jax.__version_info__ < (0, 12)
+"""XLA's loop for `_sum_products` takes twice as long since, its products less."""
 
 WIDENED_BYTES = 4 << 20
 """Of a matrix in float32 that are made at a time, so that they are still in a cache when read."""
@@ -51,8 +54,10 @@ def _way_on_cpu(rows: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     match bf16_products():
         case "tiles":
             return _multiply_left if rows <= FEW_ROWS else _multiply
+        case "none" if rows > SUMMED_ROWS:
+            return _multiply_widened
         case "none":
-            return _sum_products if rows <= SUMMED_ROWS else _multiply_widened
+            return _sum_products if SUMS_ARE_FAST else _multiply_left
         case "vectors" | "unknown":
             return _multiply
 
@@ -66,8 +71,8 @@ def _multiply_left(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply few rows with the matrix as the left operand of the product.
 
     XLA on CPU packs the right operand anew at each call, which takes longer for the matrix than
-    the product does. But only a processor with tiles is fast with few columns on the right:
-    others take twice as long as with the matrix there.
+    the product does. But only a processor with tiles is fast with few columns on the right, before
+    jax 0.12: others take twice as long as with the matrix there.
     """
     # Without the barrier XLA exchanges the operands to save the transposition.
     return lax.optimization_barrier(_contract(matrix, _pad(x))).T[: x.shape[0]]

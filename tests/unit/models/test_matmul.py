@@ -70,6 +70,7 @@ def test_matrix_is_widened_in_parts_of_which_the_last_may_be_partial(
 
 def test_rows_that_are_not_finite_spoil_no_others(monkeypatch) -> None:
     monkeypatch.setattr(matmul, "bf16_products", lambda: "none")
+    monkeypatch.setattr(matmul, "SUMS_ARE_FAST", True)
     x, matrix = draw(2, 32).at[0].set(jnp.inf), draw(48, 32, seed=1)
 
     product = matmul_transposed(x, matrix)
@@ -86,8 +87,6 @@ def test_rows_that_are_not_finite_spoil_no_others(monkeypatch) -> None:
         (FEW_ROWS + 1, "bfloat16", "tiles", ROWS_FIRST),
         (2, "bfloat16", "vectors", ROWS_FIRST),
         (2, "bfloat16", "unknown", ROWS_FIRST),
-        (1, "bfloat16", "none", SUM),
-        (SUMMED_ROWS, "bfloat16", "none", SUM),
         (SUMMED_ROWS + 1, "bfloat16", "none", WIDENED),
         (2, "float32", "tiles", ROWS_FIRST),
         (2, "float32", "none", ROWS_FIRST),
@@ -99,3 +98,17 @@ def test_each_processor_multiplies_as_it_is_fastest(
     monkeypatch.setattr(matmul, "bf16_products", lambda: processor)
 
     assert way_of(rows, dtype) == way
+
+
+@pytest.mark.parametrize(("are_fast", "way"), [(True, SUM), (False, MATRIX_FIRST)])
+@pytest.mark.parametrize("rows", [1, SUMMED_ROWS])
+def test_few_rows_are_summed_where_the_version_of_jax_is_fast_at_it(
+    monkeypatch, rows: int, are_fast: bool, way: str
+) -> None:
+    monkeypatch.setattr(matmul, "bf16_products", lambda: "none")
+    monkeypatch.setattr(matmul, "SUMS_ARE_FAST", are_fast)
+
+    assert way_of(rows, "bfloat16") == way
+    x, matrix = draw(rows, 32), draw(48, 32, seed=1)
+    expected = np.asarray(x, np.float32) @ np.asarray(matrix, np.float32).T
+    np.testing.assert_allclose(compiled()(x, matrix), expected, atol=1e-4)
