@@ -404,7 +404,10 @@ class Batcher:
         Once, for a short prompt, they do.
         """
         left = running.request.prompt_tokens - running.rows[0].position
-        if left <= usual_chunk(self._buckets.limits) or self._sessions.short_line:
+        if left <= usual_chunk(self._buckets.limits):
+            self._fits_gaps = False
+            return sizes
+        if self._sessions.short_line:
             return sizes
         if draft.rows:
             least_s = self._seconds_of(0, chunk_tokens=self._buckets.chunk_sizes[0])

@@ -56,9 +56,9 @@ class Return:
 
     def within(self, seconds: float, now: float) -> float | None:
         """Return in how many seconds it comes; None if that is not about now."""
-        if self.left_at is None or self.away_s is None:
+        if self.way is None:
             return None
-        delay_s = self.left_at + self.away_s - now
+        delay_s = sum(self.way) - now
         return max(0.0, delay_s) if -seconds * LATE < delay_s < seconds else None
 
 
@@ -104,9 +104,10 @@ def gap_after_step(here: Iterable[Return], away: Iterable[Return], ends_at: floa
         away: Of the others.
         ends_at: When the step does.
     """
-    again = [0.0 if each.away_s is None else each.away_s for each in here]
-    others = find_gap(away, ends_at)
-    return max(0.0, min(again, default=0.0) if others is None else min(*again, others.left_s))
+    coming = [0.0 if each.away_s is None else each.away_s for each in here]
+    if (others := find_gap(away, ends_at)) is not None:
+        coming.append(others.left_s)
+    return max(0.0, min(coming, default=0.0))
 
 
 class Gathering:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pals.engine.gathering import Gathering, Return, find_gap
+from pals.engine.gathering import Gathering, Return, find_gap, gap_after_step
 
 
 def seconds_of(rows: int) -> float:
@@ -92,3 +92,15 @@ def test_late_row_is_expected_until_it_was_away_for_twice_as_long() -> None:
 def test_no_gap_is_known_where_no_row_came_back_before() -> None:
     assert find_gap([], 1.0) is None
     assert find_gap([Return(), Return(left_at=1.0), Return(away_s=1.0)], 1.0) is None
+
+
+def test_gap_after_a_step_ends_with_the_first_row_that_comes_again_or_is_away() -> None:
+    here = [away(0.0, 0.5), away(0.0, 0.3)]
+    assert gap_after_step(here, [], 1.0) == pytest.approx(0.3)
+    assert gap_after_step(here, [away(0.9, 0.2)], 1.0) == pytest.approx(0.1)
+    assert gap_after_step(here, [away(0.9, 0.08)], 1.0) == 0.0  # it comes during the step
+
+
+def test_no_gap_is_known_after_a_row_that_came_for_the_first_time() -> None:
+    assert gap_after_step([away(0.0, 0.5), Return()], [], 1.0) == 0.0
+    assert gap_after_step([], [], 1.0) == 0.0
