@@ -8,9 +8,9 @@ that is widened in the graph is written out at each call. So rows become int8 to
 plane or as two (`Planes`); two keep about 15 bits of each, at twice the multiplications,
 which few rows do not notice: there the matrix's bytes take the time.
 
-A row's result does not depend on the rows beside it, apart from how many they are: more
-than `FEW_ROWS` may take the other formulation. Sums of integers are exact: a dot product
-of up to 2 ** 17 columns fits int32.
+A row's result does not depend on the rows beside it, apart from how many they are: more than
+`FEW_ROWS`, and more than `FEWEST_ROWS` of int8, may take the other formulation. Sums of
+integers are exact: a dot product of up to 2 ** 17 columns fits int32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pals.models.matmul import SUMS_ARE_FAST, sum_products
+from pals.models.processor import bf16_products
 from pals.models.quantize import MAX_CODE, MAX_INT8, rotation
 from pals.models.spread import device_number
 
@@ -30,6 +32,12 @@ FEW_ROWS = 16
 
 PACKED_ROWS = 32
 """Up to so many rows of integers, planes counted, it is faster to pack them than the matrix."""
+
+FEWEST_ROWS = 2
+"""More of them, up to `FEW_ROWS`, are faster as sums in float32 where those of bf16 are, too."""
+
+UNPACKED_ROWS = 2 * FEWEST_ROWS
+"""Up to so many rows of integers, such a processor is faster with the matrix packed."""
 
 CHUNK_COLUMNS = 512
 """Columns of an int4 matrix that are widened at a time for many rows on CPU."""
@@ -99,7 +107,8 @@ def multiply_planes(rows: Planes, matrix: jax.Array) -> jax.Array:
 
 def _multiply_integers(rows: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply int8 rows [M, in] by [out, in] exactly; returns int32 [M, out]."""
-    if rows.shape[0] > PACKED_ROWS:
+    unpacked = UNPACKED_ROWS if _multiplies_no_bf16() else 0
+    if not unpacked < rows.shape[0] <= PACKED_ROWS:
         return _contract(rows, matrix)
     # XLA on CPU packs the right operand anew at each call, and exchanges the two again to save
     # the transposition where there is no barrier.
@@ -136,8 +145,28 @@ def matmul_int8(
     turned = rotate(x, parts)
     if platform != "cpu":
         return _multiply_widened(turned.astype(x.dtype), values) * scales
-    many = quantize_activations and x.shape[0] > FEW_ROWS
-    return multiply_planes(split_planes(turned, count=1 if many else 2), values) * scales
+    if x.shape[0] > FEW_ROWS:
+        planes = split_planes(turned, count=1 if quantize_activations else 2)
+        return multiply_planes(planes, values) * scales
+    return _multiply_few(turned, values, scales) * scales
+
+
+def _multiply_few(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+    """Multiply few float32 rows [M, in] by [out, in] on CPU, without the matrix's scales."""
+    if x.shape[0] <= FEWEST_ROWS or not (_multiplies_no_bf16() and SUMS_ARE_FAST):
+        return _multiply_two_planes(x, values)
+    # The first branch is always taken: the loop has to be in one, see `matmul_transposed`.
+    first = jnp.isfinite(scales[0])
+    products: jax.Array = lax.cond(first, sum_products, _multiply_two_planes, x, values)
+    return products
+
+
+def _multiply_two_planes(x: jax.Array, values: jax.Array) -> jax.Array:
+    return multiply_planes(split_planes(x, count=2), values)
+
+
+def _multiplies_no_bf16() -> bool:
+    return bf16_products() == "none"
 
 
 def matmul_int4(

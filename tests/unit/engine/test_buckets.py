@@ -18,7 +18,7 @@ LIMITS = st.builds(
 
 
 def test_default_limits_need_few_programs() -> None:
-    assert len(plan_programs(BatchLimits())) == 14
+    assert len(plan_programs(BatchLimits())) == 15
 
 
 @settings(max_examples=300)

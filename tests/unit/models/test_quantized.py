@@ -20,11 +20,18 @@ from pals.models.quantize import (
     quantize_int8,
     rotate,
 )
-from pals.models.quantized import FEW_ROWS, matmul_int4, matmul_int8, split_planes
+from pals.models.quantized import (
+    FEW_ROWS,
+    FEWEST_ROWS,
+    matmul_int4,
+    matmul_int8,
+    split_planes,
+)
 
 OUT = 24
 MANY = FEW_ROWS + 7
 PLATFORMS = ("cpu", "gpu")
+PROCESSORS = ("tiles", "none")
 
 
 def draw(rows: int, columns: int, *, seed: int = 0) -> np.ndarray:
@@ -61,12 +68,51 @@ def wanted_int4(x: np.ndarray, matrix: Int4Matrix) -> np.ndarray:
     return x.astype(np.float64) @ dequantize_int4(matrix, x.shape[1]).astype(np.float64).T
 
 
-@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, MANY])
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("rows", [1, FEWEST_ROWS, FEWEST_ROWS + 1, FEW_ROWS, MANY])
 @pytest.mark.parametrize("columns", [5, 64, 576])
-def test_two_planes_are_finer_than_bf16(rows: int, columns: int):
+def test_rows_that_are_not_rounded_are_finer_than_bf16_on_every_processor(
+    monkeypatch, rows: int, columns: int, processor: str
+):
+    monkeypatch.setattr(quantized, "bf16_products", lambda: processor)
     x, matrix = draw(rows, columns), quantize_int8(draw(OUT, columns, seed=1))
     got = matmul_int8(jnp.asarray(x), *matrix, platform="cpu", quantize_activations=False)
     assert relative_error(got, wanted_int8(x, matrix)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("rows", "processor", "sums_are_fast", "way"),
+    [
+        (FEWEST_ROWS, "tiles", True, "matrix first"),
+        (FEW_ROWS, "tiles", True, "matrix first"),
+        (FEWEST_ROWS, "none", True, "rows first"),
+        (FEWEST_ROWS + 1, "none", True, "sum"),
+        (FEW_ROWS, "none", True, "sum"),
+        (FEWEST_ROWS, "none", False, "rows first"),
+        (FEWEST_ROWS + 1, "none", False, "matrix first"),
+        (MANY, "none", True, "matrix first"),
+        (3 * FEW_ROWS, "none", True, "rows first"),
+        (3 * FEW_ROWS, "tiles", True, "rows first"),
+    ],
+)
+def test_each_processor_multiplies_int8_as_it_is_fastest(
+    monkeypatch, rows: int, processor: str, sums_are_fast: bool, way: str
+):
+    monkeypatch.setattr(quantized, "bf16_products", lambda: processor)
+    monkeypatch.setattr(quantized, "SUMS_ARE_FAST", sums_are_fast)
+
+    assert way_of(rows) == way
+
+
+def way_of(rows: int) -> str:
+    """Return how a product of int8 is lowered."""
+    x, matrix = jnp.ones((rows, 32)), quantize_int8(draw(OUT, 32))
+    product = jax.jit(lambda x: matmul_int8(x, *matrix, platform="cpu"))
+    text = product.lower(x).as_text()
+    if "stablehlo.case" in text:
+        return "sum"
+    integers = next(line for line in text.splitlines() if "dot_general" in line and "xi8>" in line)
+    return "matrix first" if f"(tensor<{OUT}x32x" in integers else "rows first"
 
 
 def test_few_rows_are_not_rounded_to_int8_and_many_are():
@@ -112,7 +158,9 @@ def test_products_are_float32_for_every_dtype(dtype: jnp.dtype, platform: str, r
 
 
 @pytest.mark.parametrize("quantize_activations", [True, False])
-@pytest.mark.parametrize("sizes", [(2, FEW_ROWS), (FEW_ROWS + 1, 64)])
+@pytest.mark.parametrize(
+    "sizes", [(1, FEWEST_ROWS), (FEWEST_ROWS + 1, FEW_ROWS), (FEW_ROWS + 1, 64)]
+)
 def test_a_rows_result_does_not_depend_on_the_rows_beside_it(
     sizes: tuple[int, int], quantize_activations: bool
 ):
