@@ -59,10 +59,14 @@ class LocalEngine:
             assert self._batcher.add(session, kind, position, count, time.monotonic())
         sampled: dict[SessionId, Array] = {}
         while len(sampled) < len(rows):
-            step = self._batcher.plan(time.monotonic())
-            assert step is not None
-            sampled |= self._run_step(step, rows)
+            sampled |= self._run_step(self._plan(), rows)
         return sampled
+
+    def _plan(self) -> Step:
+        """Return the next step; rows of other sessions, for which it might wait, do not come."""
+        step = self._batcher.plan(time.monotonic()) or self._batcher.plan(self._batcher.next_at())
+        assert step is not None
+        return step
 
     def _run_step(self, step: Step, rows: Mapping[SessionId, Tokens]) -> dict[SessionId, Array]:
         ended = [row for row in step.all_rows if _is_last(row, rows[row.session])]

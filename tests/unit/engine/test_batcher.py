@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pals.engine.batch import Admitted, BatchRules, Ended, Preempted, Refused, SessionRequest, Step
 from pals.engine.batcher import Batcher
 from pals.engine.buckets import BatchLimits, Program
+from pals.engine.pacing import SMOOTHING
 from pals.engine.prefix import hash_blocks
 from pals.errors import (
     AdmissionTimeout,
@@ -259,6 +260,43 @@ def test_chunk_that_no_gap_is_long_enough_for_does_not_wait_for_one() -> None:
     batcher.add(name("b"), "prefill", 0, 400, left_at + 0.03)
 
     assert run(batcher, left_at + 0.03) == "chunk: b@0+64"
+
+
+def test_time_between_rows_counts_for_half_again_after_the_chunks_that_end_within_it() -> None:
+    batcher, _ = make_batcher(200, replace(LIMITS, max_chunk_tokens=512))
+    long = request("b", prompt=400, longest=600)
+    open_all(batcher, request("a"), long, request("c"), request("d"))
+    left_at = gaps_of(batcher, 0.1)
+    small_s, usual_s = (cost(Program(0, 1, tokens, 1)) for tokens in (16, 64))
+    small_s += SMOOTHING * (0.1 - small_s)  # the prompt of a took 0.1 s
+    batcher.add(name("b"), "prefill", 0, 400, left_at)
+    assert run(batcher, left_at, small_s) == "chunk: b@0+16"
+    batcher.close(name("b"))
+    batcher.add(name("c"), "prefill", 0, 10, left_at)
+    assert run(batcher, left_at, small_s) == "chunk: c@0+10"
+    batcher.add(name("d"), "prefill", 0, 10, left_at)
+
+    assert run(batcher, left_at) == ""
+    missing_s = small_s - (usual_s - 2 * small_s)
+    assert batcher.next_at() - left_at == pytest.approx(missing_s / (0.5 * 0.25))
+
+
+def test_row_is_away_from_the_end_of_its_step_although_a_chunk_runs_right_after() -> None:
+    batcher, _ = make_batcher(200, replace(LIMITS, max_chunk_tokens=512))
+    open_all(batcher, request("a"), request("b", prompt=400, longest=600))
+    now = gaps_of(batcher, 0.2) + 0.2
+    for turn in range(10):
+        batcher.add(name("b"), "prefill", 16 * turn, 16, now)
+        batcher.add(name("a"), "verify", 20 + turn, 4, now)
+        assert run(batcher, now, 0.06).startswith("verify: a")
+        assert run(batcher, now + 0.06, 0.1) == f"chunk: b@{16 * turn}+16"
+        assert run(batcher, now + 0.16) == ""
+        now += 0.26
+    batcher.add(name("a"), "decode", 30, 1, now)
+    assert run(batcher, now, 0.06) == "decode: a@30+1"
+    batcher.add(name("b"), "prefill", 160, 240, now + 0.06)
+
+    assert run(batcher, now + 0.06) == "chunk: b@160+64"
 
 
 def test_prompt_alone_runs_in_the_largest_chunks_without_much_padding() -> None:
