@@ -25,7 +25,7 @@ SUMMED_ROWS = 32
 """Up to so many, one without any products of bf16 is faster than with the matrix widened."""
 
 SUMS_ARE_FAST = jax.__version_info__ < (0, 12)
-"""XLA's loop for `sum_products` takes twice as long since, its products less."""
+"""XLA's loop for the sums of several rows takes twice as long since, its products less."""
 
 WIDENED_BYTES = 4 << 20
 """Of a matrix in float32 that are made at a time, so that they are still in a cache when read."""
@@ -57,7 +57,7 @@ def _way_on_cpu(rows: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
         case "none" if rows > SUMMED_ROWS:
             return _multiply_widened
         case "none":
-            return _multiply_summed if SUMS_ARE_FAST else _multiply_left
+            return _multiply_summed if rows == 1 or SUMS_ARE_FAST else _multiply_left
         case "vectors" | "unknown":
             return _multiply
 
@@ -89,11 +89,14 @@ def _multiply_summed(x: jax.Array, matrix: jax.Array) -> jax.Array:
 def sum_products(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply few rows [M, in] by [out, in] of any dtype as a sum over the inputs, in float32.
 
-    XLA makes one loop of it, over vectors of rows, which widens numbers as it reads them; it is
-    for a branch of its own, see `_multiply_summed`.
+    XLA makes one loop of it, which widens numbers as it reads them, over vectors of rows or of
+    the inputs of one row; it is for a branch of its own, see `_multiply_summed`.
     """
-    columns = lax.optimization_barrier(_widen(_pad(x)).T)
-    return jnp.sum(_widen(matrix)[:, :, None] * columns[None], axis=1).T[: x.shape[0]]
+    if x.shape[0] == 1:
+        row = lax.optimization_barrier(_widen(x))
+        return jnp.sum(_widen(matrix) * row, axis=1)[None]
+    columns = lax.optimization_barrier(_widen(x).T)
+    return jnp.sum(_widen(matrix)[:, :, None] * columns[None], axis=1).T
 
 
 def _multiply_widened(x: jax.Array, matrix: jax.Array) -> jax.Array:

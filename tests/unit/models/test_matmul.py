@@ -100,8 +100,17 @@ def test_each_processor_multiplies_as_it_is_fastest(
     assert way_of(rows, dtype) == way
 
 
-@pytest.mark.parametrize(("are_fast", "way"), [(True, SUM), (False, MATRIX_FIRST)])
-@pytest.mark.parametrize("rows", [1, SUMMED_ROWS])
+@pytest.mark.parametrize(
+    ("rows", "are_fast", "way"),
+    [
+        (1, True, SUM),
+        (1, False, SUM),
+        (2, True, SUM),
+        (2, False, MATRIX_FIRST),
+        (SUMMED_ROWS, True, SUM),
+        (SUMMED_ROWS, False, MATRIX_FIRST),
+    ],
+)
 def test_few_rows_are_summed_where_the_version_of_jax_is_fast_at_it(
     monkeypatch, rows: int, are_fast: bool, way: str
 ) -> None:
