@@ -60,6 +60,12 @@ RULES = (
         to="one row",
     ),
     Rule(
+        name="sum of one row",
+        way=Way(program="sum of one row"),
+        other=Way(program="two rows"),
+        to="two rows",
+    ),
+    Rule(
         name="matrix on the left",
         way=Way(program="matrix on the left"),
         other=Way(program="matrix on the right"),

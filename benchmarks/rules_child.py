@@ -108,6 +108,20 @@ def prepare_matmul(rows: int, sums: str, size: int) -> Run:
     return lambda: multiply(x, matrix).block_until_ready()
 
 
+def prepare_sum(size: int) -> Run:
+    """Multiply one row as a sum of products over the inputs."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        row = jax.lax.optimization_barrier(x.astype("float32"))
+        return jnp.sum(matrix.astype("float32") * row, axis=1)[None]
+
+    x, matrix = draw(1, size), draw(7 * size // 2, size)
+    return lambda: multiply(x, matrix).block_until_ready()
+
+
 def prepare_sides(is_left: bool, size: int) -> Run:
     """Multiply a few rows with the matrix as the left or the right operand of the product."""
     import jax
@@ -193,6 +207,7 @@ def prepare_layers(is_scanned: bool, size: int) -> Run:
 PROGRAMS: dict[str, Callable[[int], Run]] = {
     "one row": partial(prepare_matmul, 1, "float32"),
     "two rows": partial(prepare_matmul, 2, "float32"),
+    "sum of one row": prepare_sum,
     "matrix on the left": partial(prepare_sides, True),
     "matrix on the right": partial(prepare_sides, False),
     "sums in float32": partial(prepare_matmul, BATCH_ROWS, "float32"),

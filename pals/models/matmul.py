@@ -117,7 +117,7 @@ def _multiply_widened(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _pad(x: jax.Array) -> jax.Array:
-    """Return two rows instead of one, for which no way of XLA on CPU is a fast one.
+    """Return two rows instead of one, for which no product of XLA on CPU is a fast one.
 
     Its matrix-vector loop has no bf16 path and writes the whole matrix out in float32 at each
     call; two rows reach its matrix-matrix kernels (10x faster).
