@@ -80,8 +80,7 @@ def _multiply_left(x: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _multiply_summed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply few rows in a loop of sums, since XLA's product packs the matrix at each call."""
-    # The first branch is always taken. Without another XLA makes one loop of several products,
-    # and writes out the rows once for each row of a matrix where two have the same size.
+    # The first branch is always taken: the loop has to be in one.
     product: jax.Array = lax.cond(jnp.isfinite(x[0, 0]), sum_products, _multiply, x, matrix)
     return product
 
@@ -90,7 +89,8 @@ def sum_products(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """Multiply few rows [M, in] by [out, in] of any dtype as a sum over the inputs, in float32.
 
     XLA makes one loop of it, which widens numbers as it reads them, over vectors of rows or of
-    the inputs of one row; it is for a branch of its own, see `_multiply_summed`.
+    the inputs of one row. Outside of a branch of its own XLA makes one loop of several products,
+    and writes out the rows once for each row of a matrix where two have the same size.
     """
     if x.shape[0] == 1:
         row = lax.optimization_barrier(_widen(x))

@@ -155,7 +155,7 @@ def _multiply_few(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Arr
     """Multiply few float32 rows [M, in] by [out, in] on CPU, without the matrix's scales."""
     if x.shape[0] <= FEWEST_ROWS or not (_multiplies_no_bf16() and SUMS_ARE_FAST):
         return _multiply_two_planes(x, values)
-    # The first branch is always taken: the loop has to be in one, see `matmul_transposed`.
+    # The first branch is always taken: the loop has to be in one, see `sum_products`.
     first = jnp.isfinite(scales[0])
     products: jax.Array = lax.cond(first, sum_products, _multiply_two_planes, x, values)
     return products
