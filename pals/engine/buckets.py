@@ -156,11 +156,11 @@ def _programs(limits: BatchLimits, row_ratio: int) -> Iterator[Program]:
     rows = _row_sizes(limits.max_rows, row_ratio)
     largest, pages = limits.max_chunk_tokens, limits.max_pages
     usual, small = usual_chunk(limits), max(SMALLEST_CHUNK, largest // _SMALL_RATIO)
-    middle = min(CHEAP_ROWS, rows[-1])
+    few, middle = (min(size, rows[-1]) for size in (SMALLEST_ROWS[-1], CHEAP_ROWS))
     yield from (Program(count, 1, 0, pages) for count in rows)
     if limits.verify_tokens > 1:
         verify = limits.verify_tokens
-        yield from (Program(count, verify, 0, pages) for count in (rows[:2][-1], middle))
+        yield from (Program(count, verify, 0, pages) for count in (few, middle))
     yield from (Program(0, 1, chunk, pages) for chunk in (small, usual, largest))
     for count in (middle, rows[-1]):
         yield from (Program(count, 1, chunk, pages) for chunk in (small, usual))

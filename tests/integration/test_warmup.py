@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pals.engine.lowering import FOLDER
 from tests.checkpoints import make_llama_checkpoint
 from tests.integration.processes import END_S, Pals
 from tests.waiting import wait_until
@@ -28,7 +29,7 @@ def machine(folder: Path) -> Pals:
 def entries(folder: Path) -> set[str]:
     """Return the names of what is in a cache of programs, beside the steps that were traced."""
     names = {file.name for pattern in ("*", ".*") for file in folder.glob(f"xla/{pattern}")}
-    return names - {"traced"}
+    return names - {FOLDER}
 
 
 @pytest.mark.slow
