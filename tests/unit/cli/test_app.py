@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from importlib import import_module
@@ -15,6 +14,8 @@ from pals.cli import console
 from pals.cli.app import COMMANDS, run
 from pals.errors import NoChain, PortInUse
 
+# it takes 361 on Python 3.11
+MOST_MODULES = 450
 HEAVY = ("jax", "flax", "libp2p", "litestar", "sqlalchemy", "numpy", "trio")
 
 
@@ -45,24 +46,20 @@ def boom(monkeypatch: pytest.MonkeyPatch):
     return run_raising
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_little_and_nothing_heavy() -> None:
     program = (
         "import sys; from pals.cli.app import run; status = run(['--help']);"
         f"heavy = [m for m in {HEAVY!r} if m in sys.modules];"
-        "print(heavy, file=sys.stderr); sys.exit(status)"
+        "print(heavy, len(sys.modules), file=sys.stderr); sys.exit(status)"
     )
-    took = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # of the processor: how long a busy machine lets it wait says nothing of the program
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
     assert done.returncode == 0
-    assert done.stderr.strip() == "[]"
+    heavy, _, count = done.stderr.strip().rpartition(" ")
+    assert heavy == "[]"
+    assert int(count) < MOST_MODULES
     assert "shard" in done.stdout
-    assert min(took) < 0.5
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

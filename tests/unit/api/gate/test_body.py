@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Sequence
 
 import msgspec
@@ -83,12 +82,10 @@ def test_brackets_inside_strings_do_not_count(text: str) -> None:
     check_json_depth(msgspec.json.encode({"a": [text, {"b": text}]}))
 
 
+@pytest.mark.timeout(30)  # hours, if it were not
 @pytest.mark.parametrize("unit", [b'\\"', b'"', b"\\", b'"\\', b"[]", b'"[', b"a"])
 def test_the_depth_check_is_linear(unit: bytes) -> None:
     body = unit * (MAX_BODY_BYTES // len(unit))
 
-    started = time.process_time()
     with contextlib.suppress(InvalidRequest):
         check_json_depth(b'"' + body)
-
-    assert time.process_time() - started < 2
