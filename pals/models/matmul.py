@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pals.models.in_place import multiply_in_place, reads_in_place
 from pals.models.processor import bf16_products
 
 
@@ -44,7 +45,7 @@ def matmul_transposed(x: jax.Array, matrix: jax.Array) -> jax.Array:
     if matrix.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
         # An accelerator's programs must not depend on the processor beside it.
         return _multiply(x, matrix)
-    on_cpu = _way_on_cpu(x.shape[0])
+    on_cpu = multiply_in_place if reads_in_place(x, matrix) else _way_on_cpu(x.shape[0])
     product: jax.Array = lax.platform_dependent(x, matrix, cpu=on_cpu, default=_multiply)
     return product
 

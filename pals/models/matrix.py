@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from pals.models.in_place import multiply_in_place, reads_in_place
 from pals.models.matmul import matmul_transposed
 from pals.models.numerics import Numerics
 from pals.models.quantize import check_groups_divide, check_rotation_divides, num_pairs
-from pals.models.quantized import matmul_int4, matmul_int8
+from pals.models.quantized import matmul_int4, matmul_int8, rotate
 from pals.models.spread import Split
 
 Tree = TypeVar("Tree")
@@ -39,6 +40,9 @@ class Int8Weight(nnx.Module):
     def multiply(self, x: jax.Array, expert: jax.Array | None = None) -> jax.Array:
         """Multiply rows [M, in] by the matrix, or that of one expert; float32 [M, out]."""
         leaves = (self.values[...], self.scales[...])
+        if expert is not None and reads_in_place(x, leaves[0]):
+            product = multiply_in_place(rotate(x, self.parts), leaves[0], expert)
+            return product * take_expert(leaves[1], expert)
         values, scales = leaves if expert is None else take_expert(leaves, expert)
         return matmul_int8(
             x,
@@ -121,7 +125,11 @@ def multiply(x: jax.Array, weight: Weight, expert: jax.Array | None = None) -> j
     if isinstance(weight, Int8Weight | Int4Weight):
         return weight.multiply(x, expert)
     matrix = weight[...]
-    return matmul_transposed(x, matrix if expert is None else take_expert(matrix, expert))
+    if expert is None:
+        return matmul_transposed(x, matrix)
+    if reads_in_place(x, matrix):
+        return multiply_in_place(x, matrix, expert)
+    return matmul_transposed(x, take_expert(matrix, expert))
 
 
 def take_expert(stacked: Tree, expert: jax.Array) -> Tree:

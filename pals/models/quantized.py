@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pals.models.in_place import multiply_in_place, reads_in_place
 from pals.models.matmul import SUMS_ARE_FAST, sum_products
 from pals.models.processor import bf16_products
 from pals.models.quantize import MAX_CODE, MAX_INT8, rotation
@@ -153,6 +154,8 @@ def matmul_int8(
 
 def _multiply_few(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
     """Multiply few float32 rows [M, in] by [out, in] on CPU, without the matrix's scales."""
+    if reads_in_place(x, values):
+        return multiply_in_place(x, values)
     if x.shape[0] <= FEWEST_ROWS or not (_multiplies_no_bf16() and SUMS_ARE_FAST):
         return _multiply_two_planes(x, values)
     # The first branch is always taken: the loop has to be in one, see `sum_products`.
