@@ -66,6 +66,18 @@ RULES = (
         to="two rows",
     ),
     Rule(
+        name="one row read in place",
+        way=Way(program="one row read in place"),
+        other=Way(program="sum of one row"),
+        to="sum of one row",
+    ),
+    Rule(
+        name="int8 read in place",
+        way=Way(program="int8 read in place"),
+        other=Way(program="two planes of int8"),
+        to="two planes",
+    ),
+    Rule(
         name="matrix on the left",
         way=Way(program="matrix on the left"),
         other=Way(program="matrix on the right"),

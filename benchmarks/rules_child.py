@@ -122,6 +122,36 @@ def prepare_sum(size: int) -> Run:
     return lambda: multiply(x, matrix).block_until_ready()
 
 
+def prepare_in_place(size: int) -> Run:
+    """Multiply one row as the product does on processors without products of bf16."""
+    import jax
+
+    from pals.models.in_place import multiply_in_place
+
+    multiply = jax.jit(multiply_in_place)
+    x, matrix = draw(1, size), draw(7 * size // 2, size)
+    return lambda: multiply(x, matrix).block_until_ready()
+
+
+def prepare_int8(is_read_in_place: bool, size: int) -> Run:
+    """Multiply one row by a matrix of int8, as it is or as two planes of integers."""
+    import jax
+    import jax.numpy as jnp
+
+    from pals.models.in_place import multiply_in_place
+    from pals.models.quantized import multiply_planes, split_planes
+
+    @jax.jit
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        if is_read_in_place:
+            return multiply_in_place(x, matrix)
+        return multiply_planes(split_planes(x, count=2), matrix)
+
+    x = draw(1, size).astype(jnp.float32)
+    matrix = jnp.round(100 * draw(7 * size // 2, size)).astype(jnp.int8)
+    return lambda: multiply(x, matrix).block_until_ready()
+
+
 def prepare_sides(is_left: bool, size: int) -> Run:
     """Multiply a few rows with the matrix as the left or the right operand of the product."""
     import jax
@@ -208,6 +238,9 @@ PROGRAMS: dict[str, Callable[[int], Run]] = {
     "one row": partial(prepare_matmul, 1, "float32"),
     "two rows": partial(prepare_matmul, 2, "float32"),
     "sum of one row": prepare_sum,
+    "one row read in place": prepare_in_place,
+    "int8 read in place": partial(prepare_int8, True),
+    "two planes of int8": partial(prepare_int8, False),
     "matrix on the left": partial(prepare_sides, True),
     "matrix on the right": partial(prepare_sides, False),
     "sums in float32": partial(prepare_matmul, BATCH_ROWS, "float32"),
