@@ -40,7 +40,8 @@ class Int8Weight(nnx.Module):
     def multiply(self, x: jax.Array, expert: jax.Array | None = None) -> jax.Array:
         """Multiply rows [M, in] by the matrix, or that of one expert; float32 [M, out]."""
         leaves = (self.values[...], self.scales[...])
-        if expert is not None and reads_in_place(x, leaves[0]):
+        is_on_cpu = self.platform == "cpu"
+        if expert is not None and is_on_cpu and reads_in_place(x, leaves[0]):
             product = multiply_in_place(rotate(x, self.parts), leaves[0], expert)
             return product * take_expert(leaves[1], expert)
         values, scales = leaves if expert is None else take_expert(leaves, expert)
@@ -127,9 +128,16 @@ def multiply(x: jax.Array, weight: Weight, expert: jax.Array | None = None) -> j
     matrix = weight[...]
     if expert is None:
         return matmul_transposed(x, matrix)
-    if reads_in_place(x, matrix):
-        return multiply_in_place(x, matrix, expert)
-    return matmul_transposed(x, take_expert(matrix, expert))
+    if not reads_in_place(x, matrix):
+        return _multiply_taken(x, matrix, expert)
+    product: jax.Array = lax.platform_dependent(
+        x, matrix, expert, cpu=multiply_in_place, default=_multiply_taken
+    )
+    return product
+
+
+def _multiply_taken(x: jax.Array, stack: jax.Array, expert: jax.Array) -> jax.Array:
+    return matmul_transposed(x, take_expert(stack, expert))
 
 
 def take_expert(stacked: Tree, expert: jax.Array) -> Tree:

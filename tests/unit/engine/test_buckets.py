@@ -18,7 +18,7 @@ LIMITS = st.builds(
 
 
 def test_default_limits_need_few_programs() -> None:
-    assert len(plan_programs(BatchLimits())) == 15
+    assert len(plan_programs(BatchLimits())) == 16
 
 
 @settings(max_examples=300)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pals.errors import CannotDivide
+from pals.models import in_place
 from pals.models.experts import ClampedSwiGLU, Experts
 from pals.models.grouped import block_size, cut_blocks, sort_pairs
 from pals.models.numerics import Numerics
@@ -88,6 +89,25 @@ def test_bf16_experts_stay_within_rounding_of_float32(platform):
 
     expected = weights.sum_experts(x, *map(np.asarray, routing))
     assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 9])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_experts_that_are_read_in_place_stay_within_rounding_of_float32(
+    monkeypatch, platform, num_tokens
+):
+    monkeypatch.setattr(in_place, "bf16_products", lambda: "none")
+    hidden_size, intermediate_size = 256, 128  # which divide into parts
+    weights = ExpertWeights.random(8, hidden_size, intermediate_size)
+    x = np.random.default_rng(1).standard_normal((num_tokens, hidden_size))
+    routing = random_routing(num_tokens, 8, 2)
+    bf16 = jnp.dtype(jnp.bfloat16)
+
+    experts = build_experts(weights, platform=platform, dtype=bf16)
+    found = jax.jit(lambda x: experts(x, routing))(jnp.asarray(x, bf16))
+
+    expected = weights.sum_experts(x, *map(np.asarray, routing))
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pals.models import in_place
 from pals.models.configs.moe import MoEConfig, RouterConfig
 from pals.models.experts import ExpertLinear
+from pals.models.in_place import MOST_ROWS
 from pals.models.layers import Linear
 from pals.models.matrix import QUANTIZED_LEAVES, make_weight, multiply
 from pals.models.moe import MoE
@@ -62,6 +64,20 @@ def assert_close(got, wanted, *, share=2e-4):
     scale = float(np.sqrt(np.mean(np.square(wanted))))
     assert scale > 0.1
     np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), atol=share * scale, rtol=0)
+
+
+@pytest.mark.parametrize("processor", ["none", "tiles"])
+@pytest.mark.parametrize("rows", [1, MOST_ROWS])
+def test_int8_experts_compute_with_what_their_matrices_stand_for(monkeypatch, processor, rows):
+    monkeypatch.setattr(in_place, "bf16_products", lambda: processor)
+    numerics = KINDS["int8"]
+    stack = make_weight((EXPERTS, OUT, 256), numerics)
+    plain = fill(stack, draw(EXPERTS, OUT, 256), numerics)
+    x = jnp.asarray(draw(rows, 256, seed=1) * 9)
+
+    for expert in range(EXPERTS):
+        got = jax.jit(lambda x, n: multiply(x, stack, n))(x, expert)
+        assert_close(got, x @ plain[expert].T)
 
 
 @every_kind
