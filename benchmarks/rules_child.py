@@ -108,27 +108,14 @@ def prepare_matmul(rows: int, sums: str, size: int) -> Run:
     return lambda: multiply(x, matrix).block_until_ready()
 
 
-def prepare_sum(size: int) -> Run:
-    """Multiply one row as a sum of products over the inputs."""
-    import jax
-    import jax.numpy as jnp
-
-    @jax.jit
-    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        row = jax.lax.optimization_barrier(x.astype("float32"))
-        return jnp.sum(matrix.astype("float32") * row, axis=1)[None]
-
-    x, matrix = draw(1, size), draw(7 * size // 2, size)
-    return lambda: multiply(x, matrix).block_until_ready()
-
-
-def prepare_in_place(size: int) -> Run:
-    """Multiply one row as the product does on processors without products of bf16."""
+def prepare_sum(is_read_in_place: bool, size: int) -> Run:
+    """Multiply one row as a sum of products, over the inputs or where the matrix lies."""
     import jax
 
     from pals.models.in_place import multiply_in_place
+    from pals.models.matmul import sum_products
 
-    multiply = jax.jit(multiply_in_place)
+    multiply = jax.jit(multiply_in_place if is_read_in_place else sum_products)
     x, matrix = draw(1, size), draw(7 * size // 2, size)
     return lambda: multiply(x, matrix).block_until_ready()
 
@@ -237,8 +224,8 @@ def prepare_layers(is_scanned: bool, size: int) -> Run:
 PROGRAMS: dict[str, Callable[[int], Run]] = {
     "one row": partial(prepare_matmul, 1, "float32"),
     "two rows": partial(prepare_matmul, 2, "float32"),
-    "sum of one row": prepare_sum,
-    "one row read in place": prepare_in_place,
+    "sum of one row": partial(prepare_sum, False),
+    "one row read in place": partial(prepare_sum, True),
     "int8 read in place": partial(prepare_int8, True),
     "two planes of int8": partial(prepare_int8, False),
     "matrix on the left": partial(prepare_sides, True),

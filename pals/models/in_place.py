@@ -28,8 +28,8 @@ WIDTH = 32
 FEWEST_PARTS, MOST_PARTS = 4, 15
 """How many parts are added to one before anything is written, which is then so much smaller.
 
-XLA reads in one loop what up to fifteen operations ask for. Where there are more it writes the
-bits of the whole matrix out first.
+XLA reads in one loop what up to fifteen operations ask for. Where there are more it may write the
+bits of the whole matrix out first, as jax 0.12 does.
 """
 
 BLOCK_BYTES = 2 << 20
@@ -59,7 +59,8 @@ def multiply_in_place(x: jax.Array, matrices: jax.Array, number: jax.Array | int
 
     Args:
         x: [M, in].
-        matrices: bf16 or int8 [out, in], or a stack of them [E, out, in].
+        matrices: bf16 or int8 [out, in], or a stack of them [E, out, in], whose columns divide
+            into parts, see `count_parts`.
         number: Which of the stack's.
 
     Returns:

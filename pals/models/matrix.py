@@ -40,8 +40,7 @@ class Int8Weight(nnx.Module):
     def multiply(self, x: jax.Array, expert: jax.Array | None = None) -> jax.Array:
         """Multiply rows [M, in] by the matrix, or that of one expert; float32 [M, out]."""
         leaves = (self.values[...], self.scales[...])
-        is_on_cpu = self.platform == "cpu"
-        if expert is not None and is_on_cpu and reads_in_place(x, leaves[0]):
+        if expert is not None and self.platform == "cpu" and reads_in_place(x, leaves[0]):
             product = multiply_in_place(rotate(x, self.parts), leaves[0], expert)
             return product * take_expert(leaves[1], expert)
         values, scales = leaves if expert is None else take_expert(leaves, expert)

@@ -66,7 +66,7 @@ def test_an_open_stream_does_not_hold_up_the_end() -> None:
     ):
         assert next(answer.iter_lines()).startswith("data:")
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=10)
 
     assert process.returncode == -signal.SIGINT
 

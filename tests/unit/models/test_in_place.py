@@ -83,7 +83,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(dtype: str, value: float) -> N
 @pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
 @pytest.mark.parametrize("parts", range(in_place.FEWEST_PARTS, MOST_PARTS + 1))
 def test_nothing_is_copied_but_a_block_of_sums(dtype: str, rows: int, parts: int) -> None:
-    """With more parts, or without a branch, XLA writes out numbers of the whole stack."""
+    """XLA writes out a whole stack without a branch, and on jax 0.12 with more parts."""
     in_size = parts * WIDTH * (1024 // parts)
     x = jax.ShapeDtypeStruct((rows, in_size), jnp.float32)
     stack = jax.ShapeDtypeStruct((3, 1024, in_size), dtype)

@@ -94,7 +94,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(15)
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_hostile_template_ends_in_an_error(source: str):
     chat = ChatTemplate("{% if messages | length > 1 %}" + source + "{% endif %}ok", {})
@@ -103,7 +103,7 @@ def test_a_hostile_template_ends_in_an_error(source: str):
     assert chat.render(MESSAGES) == "ok"
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(15)
 def test_a_template_that_is_computed_for_ever_while_it_compiles_is_refused():
     """Jinja folds constants."""
     with pytest.raises(TemplateError, match=r"within 4\.0 s"):

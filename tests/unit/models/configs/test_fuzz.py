@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from pals.errors import CorruptModel, UnsupportedModel
 from pals.models.configs import FAMILIES, read_config
 from pals.models.rope import attention_factor, inverse_frequencies
-from tests.lines import counting_lines
 from tests.published_configs import PUBLISHED
+from tests.work import measuring_work
 
 # of which the longest list of layers takes half
 MOST_LINES = 100_000
+MOST_BYTES = 1 << 20
 
 EDGES = st.sampled_from(
     [
@@ -72,9 +73,10 @@ def test_changed_config_is_refused_or_makes_sense(model_type):
     @settings(max_examples=200)
     @given(mutated(model_type))
     def check(values):
-        with counting_lines() as lines:
+        with measuring_work() as work:
             config, problem = read(values)
-        assert lines.run < MOST_LINES
+        assert work.lines < MOST_LINES
+        assert work.peak_bytes < MOST_BYTES
         assert len(problem) < 2000
         if config is not None:
             check_sense(config)
